@@ -1,0 +1,71 @@
+"""Errors a user can act on: each message names the argument, the value and the remedy.
+
+Everything refimpl raises on purpose derives from `RefimplError`, so a command line can print the message
+without a traceback and a program can catch the lot in one clause.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+
+class RefimplError(Exception):
+    """Base class of the errors meant for the person who called."""
+
+
+class OptionError(RefimplError, ValueError):
+    """An argument has a value that cannot work."""
+
+
+class CalibrationError(RefimplError, ValueError):
+    """The calibration tokens are empty, too short, out of range, or lead to NaN activations."""
+
+
+class CheckpointError(RefimplError):
+    """A checkpoint is truncated, foreign, pickled, or does not belong to the model."""
+
+
+class FetchError(RefimplError):
+    """A download failed or its hash is wrong."""
+
+
+class MissingExtra(RefimplError, ImportError):
+    """An optional dependency is not installed."""
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional dependency or say which extra brings it.
+
+    Args:
+        module: importable name, e.g. ``"gguf"``.
+        extra: the extra of refimpl that installs it, e.g. ``"lab"``.
+
+    Raises:
+        MissingExtra: with the install command, when the import fails.
+
+    Example:
+        >>> require("json", "lab").dumps([1])
+        '[1]'
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise MissingExtra(
+            f"this needs the package {error.name!r}, which is not installed: pip install 'refimpl[{extra}]'"
+        ) from error
+
+
+def nearest(value: str, choices: Iterable[str]) -> str:
+    """The tail of an error message: what is allowed, and the nearest choice if one is close.
+
+    Example:
+        >>> nearest("sequental", ["sequential", "parallel"])
+        "one of 'sequential', 'parallel' (did you mean 'sequential'?)"
+    """
+    names = list(choices)
+    close = difflib.get_close_matches(value, names, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return "one of " + ", ".join(repr(name) for name in names) + hint
