@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -23,8 +23,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from refimpl.core.errors import CalibrationError, OptionError
+from refimpl.core.layers import CompressedLayer
+from refimpl.core.sites import find_sites
 
-_CHUNK_BYTES = 64 * 2**20  # fp32 logits looked at in one go; the loss must not double the memory of the logits
+_CHUNK_BYTES = (
+    64 * 2**20
+)  # fp32 logits looked at in one go; the loss must not double the memory of the logits
 
 
 class Tokens(Protocol):
@@ -103,9 +107,12 @@ def perplexity(
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.inference_mode(), tqdm(
-            total=len(ids), desc="perplexity", unit="row", delay=2, leave=False, disable=not progress
-        ) as bar:
+        with (
+            torch.inference_mode(),
+            tqdm(
+                total=len(ids), desc="perplexity", unit="row", delay=2, leave=False, disable=not progress
+            ) as bar,
+        ):
             for start in range(0, len(ids), batch_size):
                 batch = ids[start : start + batch_size].to(device)
                 logits = model(input_ids=batch, use_cache=False).logits
@@ -113,8 +120,9 @@ def perplexity(
                     nll[start + k] = _row_nll(logits[k], row)
                     if not math.isfinite(nll[start + k]):
                         raise CalibrationError(
-                            f"the loss of tokens row {start + k} ({units[start + k]!r}) is {nll[start + k]:g}: the "
-                            "model's logits are not finite there; check its weights for NaN or use a wider dtype"
+                            f"the loss of tokens row {start + k} ({units[start + k]!r}) is "
+                            f"{nll[start + k]:g}: the logits are not finite there; look for NaN in the "
+                            "weights or use a wider dtype"
                         )
                 bar.update(len(batch))
     finally:
@@ -135,13 +143,13 @@ def _check_ids(model: nn.Module, ids: Tensor, units: list[str]) -> None:
         )
     if len(units) != len(ids):
         raise CalibrationError(f"tokens has {len(ids)} rows but {len(units)} units; give one unit per row")
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = cast(Any, model).get_input_embeddings().num_embeddings
     outside = (ids < 0) | (ids >= vocabulary)
     if outside.any():
         row, column = outside.nonzero()[0].tolist()
         raise CalibrationError(
-            f"tokens[{row}, {column}] is {int(ids[row, column])}, outside the model's vocabulary of {vocabulary}; "
-            "use the tokenizer that belongs to the model"
+            f"tokens[{row}, {column}] is {int(ids[row, column])}, outside the model's vocabulary of "
+            f"{vocabulary}; use the tokenizer that belongs to the model"
         )
 
 
@@ -162,9 +170,9 @@ class Footprint:
     """The size of a model, with everything a format needs counted.
 
     Attributes:
-        bits_per_weight: bits stored for each weight of the compressed sites: values, scales, zero points, masks,
-            permutations, adapters. Biases are left out, and so are embeddings. For a model without compressed
-            layers: of all linear weights inside its blocks.
+        bits_per_weight: bits stored for each weight of the compressed sites: values, scales, zero points,
+            masks, permutations, adapters. Biases are left out, and so are embeddings. For a model without
+            compressed layers: of all linear weights inside its blocks.
         bits_per_parameter: bits stored for each parameter of the whole model.
         bytes: bytes of the whole model in memory; tied tensors are counted once.
         disk_bytes: bytes of all files of the saved folder, None if none was given.
@@ -186,7 +194,8 @@ def footprint(model: nn.Module, folder: str | Path | None = None) -> Footprint:
     """Count the bits a model needs, adapters and metadata included.
 
     Args:
-        model: a Hugging Face model, compressed or not; meta tensors are fine.
+        model: a Hugging Face model, compressed or not; meta tensors are fine. Fused experts are unfused in
+            place (`refimpl.core.sites`): the same tensors under other names.
         folder: where it was saved, to report bytes on disk.
 
     Raises:
@@ -200,8 +209,6 @@ def footprint(model: nn.Module, folder: str | Path | None = None) -> Footprint:
         >>> footprint(transformers.LlamaForCausalLM(config).to(torch.bfloat16)).bits_per_weight
         16.0
     """
-    from refimpl.core.sites import find_sites
-
     layers = list(_compressed(model))
     parts: dict[str, int] = {}
     weights = 0
@@ -218,11 +225,13 @@ def footprint(model: nn.Module, folder: str | Path | None = None) -> Footprint:
         weights += layer.in_features * layer.out_features
     if not layers:
         for site in find_sites(model):
-            weight = site.module.weight
+            weight = cast(Tensor, site.module.weight)
             parts["values"] = parts.get("values", 0) + weight.numel() * weight.element_size()
             weights += weight.numel()
     if weights == 0:
-        raise OptionError("model has no compressed layers and no linear layers inside its blocks: nothing to count")
+        raise OptionError(
+            "model has no compressed layers and no linear layers inside its blocks: nothing to count"
+        )
 
     inside = {id(p) for _, layer in layers for p in layer.parameters()}
     rest = {_span(p): p.numel() for p in model.parameters() if id(p) not in inside}
@@ -243,8 +252,6 @@ def footprint(model: nn.Module, folder: str | Path | None = None) -> Footprint:
 
 def _compressed(module: nn.Module, name: str = "") -> Iterable[tuple[str, Any]]:
     """The outermost compressed layers: a sum of layers reports the bytes of its terms itself."""
-    from refimpl.core.layers import CompressedLayer
-
     if isinstance(module, CompressedLayer):
         yield name, module
         return
@@ -253,7 +260,7 @@ def _compressed(module: nn.Module, name: str = "") -> Iterable[tuple[str, Any]]:
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
-    """Parameters and persistent buffers: what a checkpoint holds (rotary tables are recomputed, not stored)."""
+    """Parameters and persistent buffers: what a checkpoint holds (rotary tables are recomputed)."""
     return [t for t in module.state_dict(keep_vars=True).values() if isinstance(t, Tensor)]
 
 
@@ -268,7 +275,7 @@ def _span(tensor: Tensor) -> tuple[str, int, int]:
 
 
 def _nbytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes covered by the tensors. Not the sizes of their storages: tensors of a memory-mapped file share one."""
+    """Bytes covered by the tensors (not by their storages: those of a memory-mapped file share one)."""
     total, device, end = 0, "", 0
     for where, start, stop in sorted(map(_span, tensors)):
         if where != device:
@@ -289,10 +296,10 @@ class PeakMemory:
     """Most memory in use inside a ``with`` block, above what was in use at its start.
 
     On the CPU a thread reads the resident set every two milliseconds (Linux), so a shorter spike can be
-    missed, and pages of memory-mapped files count while they are resident; `anonymous_above_start` leaves those
-    pages out, which the system may drop at any time. On macOS only the peak since the process began is known:
-    the result is a lower bound. On Windows both are None. With ``device="cuda"`` the
-    allocator's exact peak is reported.
+    missed, and pages of memory-mapped files count while they are resident; `anonymous_above_start` leaves
+    those pages out, which the system may drop at any time. On macOS only the peak since the process began is
+    known: the result is a lower bound. On Windows both are None. With ``device="cuda"`` it is the allocator's
+    exact peak.
 
     Attributes:
         above_start: bytes.
@@ -318,6 +325,8 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self._device)
             self._start = (torch.cuda.memory_allocated(self._device),) * 2
             return self
+        if sys.platform == "win32":
+            return self
         self._start = self._peak = _resident()
         self._stop.clear()
         if sys.platform == "linux":
@@ -331,13 +340,13 @@ class PeakMemory:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             self._peak = (torch.cuda.max_memory_allocated(self._device),) * 2
+        elif sys.platform == "win32":
+            return
         elif sys.platform == "linux":
             self._stop.set()
             self._thread.join()
         else:
             self._peak = _resident()
-        if self._start is None or self._peak is None:
-            return
         self.above_start, self.anonymous_above_start = (
             max(0, peak - start) for peak, start in zip(self._peak, self._start, strict=True)
         )
@@ -346,18 +355,16 @@ class PeakMemory:
         done = False
         while not done:
             done = self._stop.wait(0.002)  # one more reading after the block has ended
-            self._peak = tuple(max(a, b) for a, b in zip(self._peak, _resident(), strict=True))
+            now = _resident()
+            self._peak = max(self._peak[0], now[0]), max(self._peak[1], now[1])
 
 
-def _resident() -> tuple[int, int] | None:
+def _resident() -> tuple[int, int]:
     """Resident bytes, and those that no file backs."""
     if sys.platform == "linux":
-        with open("/proc/self/statm") as handle:
-            _, resident, shared = (int(part) for part in handle.read().split()[:3])
+        _, resident, shared = (int(part) for part in Path("/proc/self/statm").read_text().split()[:3])
         page = os.sysconf("SC_PAGE_SIZE")
         return resident * page, (resident - shared) * page
-    if sys.platform == "win32":
-        return None
     import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS

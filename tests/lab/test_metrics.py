@@ -1,4 +1,4 @@
-"""Perplexity against the model's own loss, footprint against sums done by hand, peak memory against a known block."""
+"""Perplexity against the model's own loss, footprint against sums by hand, peak memory of a known block."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import torch
 import transformers
 
 from refimpl.core.errors import CalibrationError, OptionError
-from refimpl.lab.metrics import PeakMemory, perplexity
+from refimpl.core.layers import CompensatedLinear, Factor, LowRankLinear, PackedLinear
+from refimpl.core.sites import find_sites
+from refimpl.lab.metrics import PeakMemory, footprint, perplexity
 
 VOCABULARY = 97
 
@@ -20,8 +22,14 @@ VOCABULARY = 97
 def tiny(**options):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=64, initializer_range=0.3, **options,
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        **options,
     )
     return transformers.LlamaForCausalLM(config)
 
@@ -57,8 +65,15 @@ def test_slicing_the_loss_does_not_matter(model, monkeypatch):
 def test_softcapped_logits_are_the_models_own():
     torch.manual_seed(0)
     config = transformers.Gemma2Config(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.5, initializer_range=0.5,
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        final_logit_softcapping=0.5,
+        initializer_range=0.5,
     )
     capped = transformers.Gemma2ForCausalLM(config).eval()
     ids = rows()
@@ -68,10 +83,12 @@ def test_softcapped_logits_are_the_models_own():
 
 
 def test_bf16_is_close_to_fp32(model):
-    """The loss itself is fp32 in both; what is left is the bf16 forward pass (8 bits of mantissa): 1 % here."""
+    """The loss is fp32 in both; what is left is the bf16 forward pass (8 bits of mantissa): 1 % here."""
     half = tiny().to(torch.bfloat16).eval()
     half.load_state_dict(model.state_dict())
-    assert perplexity(half, rows(16, 33)).value == pytest.approx(perplexity(model, rows(16, 33)).value, rel=1e-2)
+    assert perplexity(half, rows(16, 33)).value == pytest.approx(
+        perplexity(model, rows(16, 33)).value, rel=1e-2
+    )
 
 
 def test_training_flags_are_restored_and_dropout_is_off():
@@ -140,3 +157,108 @@ def test_peak_memory_of_nothing_is_small_and_survives_an_error():
     with pytest.raises(RuntimeError), PeakMemory() as peak:
         raise RuntimeError
     assert peak.above_start is None or peak.above_start < 8 * 2**20
+
+
+def packed(linear, bits=4, group=16, pattern=None):
+    """A packed layer of the right shapes; which codes it holds does not matter here."""
+    rows, columns = linear.weight.shape
+    mask = None
+    if pattern:
+        mask = torch.zeros(rows, columns, dtype=torch.bool)
+        mask[:, ::2] = True
+    return PackedLinear(
+        codes=torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8),
+        scale=torch.ones(rows, columns // group),
+        zero=torch.zeros(rows, columns // group, dtype=torch.uint8),
+        bits=bits,
+        mask=mask,
+        pattern=pattern,
+        bias=linear.bias,
+        dtype=linear.weight.dtype,
+    )
+
+
+def replace_sites(model, make):
+    for site in find_sites(model):
+        site.replace(make(site.module))
+    return model
+
+
+def test_footprint_of_a_plain_model_is_its_dtype():
+    model = tiny(tie_word_embeddings=True).to(torch.bfloat16)
+    result = footprint(model)
+    assert result.bits_per_weight == result.bits_per_parameter == 16
+    assert result.parameters == model.num_parameters()
+    assert result.bytes == 2 * model.num_parameters()  # the tied head is not counted twice
+    assert result.weights == 2 * (4 * 32 * 32 + 3 * 32 * 48)
+    assert result.disk_bytes is None
+
+
+def test_footprint_counts_scales_zeros_and_masks():
+    dense = footprint(tiny().to(torch.bfloat16))
+    result = footprint(replace_sites(tiny().to(torch.bfloat16), packed))
+    assert result.bits_per_weight == pytest.approx(4 + (16 + 4) / 16)
+    assert result.parts["values"] * 8 == 4 * result.weights and result.parts["scales"] * 8 == result.weights
+    assert (result.weights, result.parameters) == (dense.weights, dense.parameters)
+    assert dense.bytes - result.bytes == result.weights * 2 - sum(result.parts.values())
+    sparse = footprint(replace_sites(tiny(), lambda linear: packed(linear, pattern="2:4")))
+    assert sparse.bits_per_weight == pytest.approx(4 / 2 + 2 / 2 + (16 + 4) / 16)
+
+
+def test_footprint_counts_adapters_and_leaves_biases_out():
+    def compensated(linear):
+        rows, columns = linear.weight.shape
+        adapter = LowRankLinear(Factor(torch.zeros(2, columns)), Factor(torch.zeros(rows, 2)))
+        return CompensatedLinear(packed(linear), adapter)
+
+    plain = footprint(replace_sites(tiny(attention_bias=True), compensated))
+    shapes = [(32, 32)] * 4 + [(48, 32)] * 2 + [(32, 48)]
+    adapter_bits = 2 * sum(32 * 2 * (rows + columns) for rows, columns in shapes)
+    assert plain.parts["adapter"] * 8 == adapter_bits
+    assert plain.parts["bias"] == 2 * 4 * 32 * 4
+    assert plain.bits_per_weight == pytest.approx(5.25 + adapter_bits / plain.weights)
+    assert plain.parameters == tiny(attention_bias=True).num_parameters()
+
+
+def test_footprint_needs_no_memory_and_counts_only_compressed_sites_if_there_are_any():
+    with torch.device("meta"):
+        model = tiny(tie_word_embeddings=True)
+    assert footprint(model).bytes == 4 * model.num_parameters()
+    model = tiny()
+    model.model.layers[0].mlp.up_proj = packed(model.model.layers[0].mlp.up_proj)
+    assert footprint(model).weights == 32 * 48
+
+
+def test_footprint_of_views_counts_what_they_cover():
+    """Tensors of a memory-mapped checkpoint are slices of one storage as long as the file."""
+    model = tiny()
+    expected = footprint(model).bytes
+    arena = torch.zeros(10**6)
+    start = 0
+    for parameter in model.parameters():
+        parameter.data = arena[start : start + parameter.numel()].view_as(parameter)
+        start += parameter.numel()
+    assert footprint(model).bytes == expected
+
+
+def test_footprint_refuses_parts_that_hide_bytes():
+    class Hiding(PackedLinear):
+        def parts(self):
+            return {"values": super().parts()["values"]}
+
+    model = tiny()
+    layer = packed(model.model.layers[1].mlp.up_proj)
+    layer.__class__ = Hiding
+    model.model.layers[1].mlp.up_proj = layer
+    with pytest.raises(OptionError, match=r"layers\.1\.mlp\.up_proj.* must name every tensor"):
+        footprint(model)
+
+
+def test_footprint_of_a_folder_is_the_size_of_its_files(tmp_path):
+    model = tiny()
+    with pytest.raises(OptionError, match="holds no files"):
+        footprint(model, tmp_path)
+    model.save_pretrained(tmp_path)
+    on_disk = footprint(model, tmp_path).disk_bytes
+    assert on_disk == sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert on_disk == pytest.approx(4 * model.num_parameters(), rel=0.1)
