@@ -1,0 +1,58 @@
+# Two commands do everything: `make book` and `make test`. Both may be repeated and take up where they were interrupted.
+#   PYTHON=...       the interpreter to build the environment with (default: the first Python 3.10-3.13 found)
+#   TORCH_INDEX=...  address of a package index to take torch from, e.g. the CPU builds listed on PyTorch's install page
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help book test env models site clean distclean
+
+# The package asks for a lower bound only. The book's own environment names the version that its numbers were made with.
+TORCH := torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+# A new pyproject.toml means a new stamp, hence a new installation; an old one is left alone.
+READY := $(VENV)/.ready-$(shell cat pyproject.toml | cksum | tr -d ' ')
+# Hand what `make test` should run to pytest: make test PYTEST="tests/core -x"
+PYTEST ?= tests
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+help:  ## say what there is
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+
+env: $(READY)  ## create .venv and install everything the book needs
+
+$(READY): pyproject.toml
+	@# pip is what a creation that was cut short lacks
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || bash scripts/new_venv.sh $(VENV)
+	@# Without a GPU the CPU build of torch is enough. Which build a plain install brings depends on your index: on Linux
+	@# the default one carries the CUDA libraries (several GB). TORCH_INDEX chooses another; a torch already here is kept.
+	@if ! $(BIN)/python -c 'import torch' 2>/dev/null; then \
+		if [[ -z "$(TORCH_INDEX)" && "$$(uname)" == Linux ]] && ! command -v nvidia-smi >/dev/null; then \
+			echo "No GPU found. If the torch that follows brings CUDA libraries you do not want, stop and pass TORCH_INDEX=<address of the CPU builds>."; \
+		fi; \
+		$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'; \
+	fi
+	$(BIN)/python -m pip install -e '.[all]'
+	@rm -f $(VENV)/.ready-* && touch $@
+
+models: $(READY)  ## fetch the small models and texts (kept in a cache; checked by hash)
+	@$(BIN)/python -m refimpl fetch
+
+book: models  ## execute the tour on the real model and render the book
+	@$(BIN)/python scripts/execute.py notebooks/tour.ipynb
+	@$(MAKE) --no-print-directory site
+	@echo "Open _build/html/index.html in a browser: file://$(CURDIR)/_build/html/index.html"
+
+site: $(READY)  ## render the book from the committed outputs, warnings as errors
+	@$(BIN)/jupyter-book build -W -n --keep-going --quiet .
+	@$(BIN)/python scripts/check_book.py _build/html
+
+test: models  ## run the tests and every notebook at its quick size
+	REFIMPL_PROFILE=quick $(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout 300 $(PYTEST) $(if $(filter tests,$(PYTEST)),notebooks) $(PYTEST_ARGS)
+
+clean:  ## remove what was built; the environment and the model cache stay
+	rm -rf _build dist .pytest_cache .mypy_cache .ruff_cache
+
+distclean: clean  ## remove the environment as well
+	rm -rf $(VENV)

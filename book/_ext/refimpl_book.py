@@ -1,0 +1,139 @@
+"""What Jupyter Book does not do by itself, as a small Sphinx extension.
+
+- `<!-- generated: NAME -->` in a page is replaced by text made from refimpl/papers.toml or data/results/ at build time.
+- A notebook that `make book` executed is shown with its live outputs, and gets a line on its paper and on how to run it.
+- Interactive charts are drawn by a Vega bundle of this site, never by one from another host.
+- Two script errors and the unused live-code scripts of the stock theme are removed.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import pages  # noqa: E402
+from execute import executed_path, key  # noqa: E402
+
+from refimpl.papers import papers  # noqa: E402
+
+
+def chart(spec: dict[str, Any], text: str) -> str:
+    """HTML of a Vega-Lite chart: the text is read aloud and shown where scripts are off."""
+    body = json.dumps(spec).replace("</", "<\\/")
+    return (
+        f'<div class="vega-chart" role="img" aria-label="{html.escape(text, quote=True)}"></div>'
+        f'<script type="application/json" class="vega-spec">{body}</script>'
+        f"<noscript>{html.escape(text)}</noscript>"
+    )
+
+
+def repository() -> str:
+    """The public address of the repository; empty while it is undecided."""
+    return yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf8"))["repository"]["url"]
+
+
+def run_line(path: str) -> str:
+    """How a reader runs the page that they are reading."""
+    address = repository()
+    if not address:
+        return (
+            f"To run this page, open `{path}` in a checkout after `make book`. "
+            "The public address of the repository is not decided yet, so there is no Colab link."
+        )
+    owner_and_name = address.rstrip("/").removeprefix("https://github.com/")
+    return (
+        f"[Open in Colab](https://colab.research.google.com/github/{owner_and_name}/blob/main/{path}), "
+        f"or open `{path}` in a checkout after `make book`."
+    )
+
+
+def about_line(docname: str) -> str:
+    """One line under the title of a notebook: its paper, its cost, how to run it."""
+    path = f"{docname}.ipynb"
+    for paper in papers():
+        if paper.notebook == path:
+            venue = f", {paper.venue}" if paper.venue else ""
+            return (
+                f"*Paper: [{paper.title}]({paper.url}) ({paper.year}{venue}). About {paper.minutes} minutes, "
+                f"difficulty {paper.difficulty} of 3.*\n\n{run_line(path)}"
+            )
+    return run_line(path)
+
+
+def with_local_charts(output: dict[str, Any]) -> None:
+    """Give a Vega-Lite output HTML that needs this site only; other interactive forms are dropped."""
+    data = output.get("data", {})
+    specs = [name for name in data if name.startswith("application/vnd.vegalite")]
+    if specs:
+        spec = data[specs[0]]
+        text = spec.get("description") or "Chart; the numbers are in the text."
+        output["data"] = {"text/html": chart(spec, text), "text/plain": text}
+
+
+def read_source(app: Any, docname: str, source: list[str]) -> None:
+    """Sphinx hands over a page's text before it is parsed; what is put back is what readers see."""
+    if docname.startswith("notebooks/"):
+        committed = ROOT / f"{docname}.ipynb"
+        live = executed_path(committed)
+        text = source[0]
+        if live.exists() and json.loads(live.read_text(encoding="utf8"))["metadata"]["executed_key"] == key(committed):
+            text = live.read_text(encoding="utf8")
+        notebook = json.loads(text)
+        for cell in notebook["cells"]:
+            for output in cell.get("outputs", []):
+                with_local_charts(output)
+        title = next(cell for cell in notebook["cells"] if "".join(cell["source"]).startswith("# "))
+        first, _, rest = "".join(title["source"]).partition("\n")
+        title["source"] = f"{first}\n\n{about_line(docname)}\n{rest}"
+        source[0] = json.dumps(notebook)
+        return
+    for name, make in pages.GENERATED.items():
+        marker = f"<!-- generated: {name} -->"
+        if marker in source[0]:
+            source[0] = source[0].replace(marker, make(chart))
+
+
+def outdated(app: Any, env: Any, added: set[str], changed: set[str], removed: set[str]) -> list[str]:
+    """Pages whose content comes from elsewhere are always read again; it costs seconds."""
+    generated = [name for name in env.found_docs if name.startswith(("book/", "notebooks/"))]
+    return [name for name in generated if name not in added]
+
+
+def write_vega(app: Any) -> None:
+    """The chart library, from the installed package to the site's static files."""
+    import vl_convert
+
+    target = ROOT / "_build" / "vega" / "vega.js"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(vl_convert.javascript_bundle(), encoding="utf8")
+    app.config.html_static_path.append(str(target.parent))
+
+
+def page_scripts(app: Any, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:
+    """Per page: load the chart library where there is a chart; drop the scripts of the live-code button."""
+    if "vega-chart" in context.get("body", ""):
+        app.add_js_file("vega.js", type="module")
+        app.add_js_file("charts.js", type="module")
+    context["script_files"] = [
+        script
+        for script in context["script_files"]
+        if "thebe" not in str(getattr(script, "filename", "")).lower()
+        and "thebe" not in str(getattr(script, "attributes", {}).get("body", "")).lower()
+    ]
+
+
+def setup(app: Any) -> dict[str, Any]:
+    app.connect("builder-inited", write_vega)
+    app.connect("env-get-outdated", outdated)
+    app.connect("source-read", read_source)
+    app.connect("html-page-context", page_scripts, priority=900)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
