@@ -1,0 +1,8 @@
+"""Methods the papers compare with; same interface and same standing as the papers themselves."""
+
+from refimpl.baselines.gptq import GPTQ
+from refimpl.baselines.pruning import Magnitude, SparseGPT, Wanda
+from refimpl.baselines.rtn import RTN
+from refimpl.baselines.svd import ActSVD, LoftQ, PlainSVD
+
+__all__ = ["GPTQ", "RTN", "ActSVD", "LoftQ", "Magnitude", "PlainSVD", "SparseGPT", "Wanda"]

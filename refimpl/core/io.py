@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from refimpl.core.checkpoint import Checkpoint, empty_model, read_config, set_tensor
+from refimpl.core.errors import CheckpointError
+from refimpl.core.layers import CompressedLayer, PackedLinear, empty_layer
+from refimpl.core.sites import find_blocks, unfuse_experts
 
 
 @contextmanager
@@ -46,3 +57,306 @@ def data_path(*parts: str) -> Path:
     package = Path(__file__).resolve().parent.parent
     inside = package / "_data"
     return (inside if inside.is_dir() else package.parent / "data").joinpath(*parts)
+
+
+MANIFEST = "refimpl.json"
+_PROGRESS = "refimpl-progress.json"
+_SINGLE_FILE_LIMIT = 5_000_000_000  # bytes; above it one file per block, as hubs and small memories prefer
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1))
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); save the model again") from error
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    with atomic_write(path) as temporary:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary,
+                  metadata={"format": "pt"})  # fmt: skip
+
+
+def _layers(model: nn.Module, prefix: str = "") -> dict[str, dict[str, Any]]:
+    """Configurations of the outermost compressed layers, by name."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, CompressedLayer) and not any(name.startswith(outer + ".") for outer in found):
+            found[name] = module.config()
+    return {prefix + name: config for name, config in found.items()}
+
+
+def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with shared storage (tied embeddings) listed once."""
+    seen: set[tuple[int, int]] = set()
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tensor.numel())
+        if tensor.is_meta or (place in seen and tensor.numel()):
+            continue
+        seen.add(place)
+        tensors[name] = tensor
+    return tensors
+
+
+def is_compressed(folder: str | Path) -> bool:
+    """Whether `folder` holds a finished model written by `save` or `compress(..., out=)`.
+
+    Example:
+        >>> is_compressed("/nowhere")
+        False
+    """
+    return (Path(folder) / MANIFEST).is_file()
+
+
+def _write_config(model: nn.Module, folder: Path) -> None:
+    config = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        raise CheckpointError("model: it has no transformers configuration, so it could not be loaded again")
+    value = config.to_diff_dict()
+    value["architectures"] = [type(model).__name__]
+    # makes transformers' own from_pretrained stop with this name instead of filling in random weights
+    value["quantization_config"] = {"quant_method": "refimpl"}
+    _write_json(folder / "config.json", value)
+
+
+def save(model: nn.Module, folder: str | Path) -> Path:
+    """Write a compressed (or plain) transformers model as safetensors that `load` reads.
+
+    Every file is written under a temporary name first. Save the tokenizer beside it with its own ``save_pretrained``.
+
+    Args:
+        model: a transformers model, with any number of compressed layers.
+        folder: made if missing; a model of ours that is there is replaced.
+
+    Returns:
+        The folder.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from refimpl import RTN, compress, load, save
+        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1,
+        ...     intermediate_size=64, vocab_size=50)).eval()
+        >>> _ = compress(model, RTN(bits=4, group_size=32), progress=False)
+        >>> again = load(save(model, tempfile.mkdtemp()))
+        >>> tokens = torch.arange(8)[None]
+        >>> torch.equal(model(tokens).logits, again(tokens).logits)
+        True
+    """
+    folder = Path(folder)
+    if any(folder.glob("*.safetensors")) and not is_compressed(folder):
+        raise CheckpointError(f"folder={str(folder)!r} holds a checkpoint that is not ours; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = _own_tensors(model)
+    prefix, blocks = find_blocks(model)
+    shards: dict[str, dict[str, Tensor]] = {"model.safetensors": tensors}
+    if sum(tensor.nbytes for tensor in tensors.values()) > _SINGLE_FILE_LIMIT:
+        shards = {}
+        for name, tensor in tensors.items():
+            inside = name.startswith(prefix + ".")
+            file = f"block-{int(name[len(prefix) + 1 :].partition('.')[0]):05d}" if inside else "rest"
+            shards.setdefault(f"{file}.safetensors", {})[name] = tensor
+    for file, content in shards.items():
+        _write_tensors(folder / file, content)
+    _finish(model, folder, {name: file for file, content in shards.items() for name in content}, _layers(model), {})
+    return folder
+
+
+def _finish(
+    model: nn.Module, folder: Path, weight_map: dict[str, str], layers: dict[str, Any], run: dict[str, Any]
+) -> None:
+    """Write what describes the tensors, the manifest last: it is what makes the folder a model."""
+    for stale in set(path.name for path in folder.glob("*.safetensors")) - set(weight_map.values()):
+        (folder / stale).unlink()
+    total = sum((folder / file).stat().st_size for file in set(weight_map.values()))
+    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    _write_config(model, folder)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    manifest = {"format": 1, "dtype": str(dtype).removeprefix("torch."), "layers": layers, **run}
+    _write_json(folder / MANIFEST, manifest)
+
+
+def restore_layers(model: nn.Module, folder: str | Path, device: torch.device | str = "meta") -> None:
+    """Give `model` the compressed layers recorded in `folder`, with uninitialised tensors.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1,
+        ...     intermediate_size=64, vocab_size=50))
+        >>> restore_layers(model, save(model, tempfile.mkdtemp()))   # nothing was compressed: nothing to do
+    """
+    manifest = _read_json(Path(folder) / MANIFEST)
+    if manifest.get("format") != 1:
+        raise CheckpointError(f"{folder}: format {manifest.get('format')!r} is not 1; it needs a newer refimpl")
+    unfuse_experts(model)
+    _place_layers(model, manifest["layers"], getattr(torch, manifest["dtype"]), device)
+
+
+def _place_layers(model: nn.Module, layers: dict[str, Any], dtype: torch.dtype, device: torch.device | str) -> None:
+    for name, config in layers.items():
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, empty_layer(config, dtype, device))
+
+
+def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> nn.Module:
+    """Read a model written by `save` or by `compress(..., out=)`.
+
+    Args:
+        folder: the folder.
+        dtype: dtype of the tensors that are not packed; default: as stored.
+        device: where to put it.
+
+    Returns:
+        The model in evaluation mode, ready for ``generate``.
+
+    Raises:
+        CheckpointError: not one of ours, unfinished, truncated, or with tensors missing or left over.
+
+    Example:
+        >>> load("/nowhere")
+        Traceback (most recent call last):
+        ...
+        refimpl.core.errors.CheckpointError: folder='/nowhere' was not written by refimpl (no refimpl.json); \
+use transformers' from_pretrained for plain checkpoints
+    """
+    folder = Path(folder)
+    if not is_compressed(folder):
+        raise CheckpointError(
+            f"folder={str(folder)!r} holds an unfinished run; call compress again with out= to finish it"
+            if (folder / _PROGRESS).exists()
+            else f"folder={str(folder)!r} was not written by refimpl (no {MANIFEST}); "
+            "use transformers' from_pretrained for plain checkpoints"
+        )
+    source = Checkpoint(folder)
+    stored = getattr(torch, _read_json(folder / MANIFEST)["dtype"])
+    model = empty_model(read_config(folder), stored)
+    restore_layers(model, folder)
+    left = set(source.keys())
+    for name, tensor in list(model.state_dict().items()):
+        if tensor.is_meta and name in left:
+            value = source.tensor(name)
+            if value.shape != tensor.shape:
+                raise CheckpointError(
+                    f"{folder}: {name!r} is {tuple(value.shape)}, expected {tuple(tensor.shape)}; save the model again"
+                )
+            set_tensor(model, name, value)
+            left.discard(name)
+    model.tie_weights()  # type: ignore[operator]
+    missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if missing or left:
+        what = f"lacks {missing[0]!r}" if missing else f"has a tensor of no use, {sorted(left)[0]!r}"
+        raise CheckpointError(f"{folder} {what}: it is damaged or was written by another version; save the model again")
+    if dtype is not None:
+        _cast(model, dtype)
+    return model.to(device).eval()
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Change the dtype of weights, but not of quantisation scales, which are part of the format."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            set_tensor(module, name, parameter.to(dtype))
+        if isinstance(module, PackedLinear):
+            module.dtype = dtype
+            if module.bits is None:
+                module.values = module.values.to(dtype)
+
+
+class ShardWriter:
+    """Writes a model block by block, and picks up where an interrupted run stopped.
+
+    Args:
+        folder: target; made if missing.
+        model: the model being compressed.
+        marks: one digest per block that identifies the run (options, tokens, state of the block before it).
+
+    Raises:
+        CheckpointError: the folder holds another run, or something that is not ours.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module, marks: list[str]) -> None:
+        self.folder, self.marks = folder, marks
+        self.prefix, _ = find_blocks(model)
+        self.state: dict[str, Any] = {"done": 0, "marks": marks, "reports": [], "layers": {}, "weight_map": {}}
+        finished, unfinished = folder / MANIFEST, folder / _PROGRESS
+        if unfinished.exists():
+            state = _read_json(unfinished)
+            if state["marks"][state["done"] :] != marks[state["done"] :]:
+                raise CheckpointError(
+                    f"out={str(folder)!r} holds an unfinished run with other options, tokens or weights; "
+                    "repeat that call to finish it, or choose another folder"
+                )
+            self.state = state
+        elif finished.exists():
+            manifest = _read_json(finished)
+            if manifest.get("marks") != marks and not self._already(manifest, model):
+                raise CheckpointError(f"out={str(folder)!r} already holds another compressed model; choose another folder")
+            index = _read_json(folder / "model.safetensors.index.json")
+            self.state |= {"done": len(marks), "reports": manifest["reports"], "layers": manifest["layers"],
+                           "weight_map": index["weight_map"]}  # fmt: skip
+        elif folder.exists() and any(folder.iterdir()):
+            raise CheckpointError(f"out={str(folder)!r} is not empty and not one of our runs; choose another folder")
+
+    @staticmethod
+    def _already(manifest: dict[str, Any], model: nn.Module) -> bool:
+        # the same call made again on the very model it has already compressed
+        return bool(manifest["layers"]) and manifest["layers"] == _layers(model)
+
+    @property
+    def done(self) -> int:
+        """Number of finished blocks."""
+        return int(self.state["done"])
+
+    def reports(self, kind: Any) -> list[Any]:
+        """Entries of the finished blocks, as `kind`."""
+        return [kind(**entry) for entry in self.state["reports"]]
+
+    def add_block(self, index: int, block: nn.Module, hidden: list[Tensor], entries: list[dict[str, Any]]) -> None:
+        """Write one finished block and the activations behind it; the progress file last."""
+        prefix = f"{self.prefix}.{index}."
+        tensors = {prefix + name: tensor for name, tensor in block.state_dict().items()}
+        file = f"block-{index:05d}.safetensors"
+        _write_tensors(self.folder / file, tensors)
+        if hidden:
+            _write_tensors(self.folder / f"hidden-{index:05d}.safetensors", {str(i): h for i, h in enumerate(hidden)})
+        self.state["layers"] |= _layers(block, prefix)
+        self.state["weight_map"] |= dict.fromkeys(tensors, file)
+        self.state["reports"] += entries
+        self.state["done"] = index + 1
+        _write_json(self.folder / _PROGRESS, self.state)
+        (self.folder / f"hidden-{index - 1:05d}.safetensors").unlink(missing_ok=True)
+
+    def hidden(self, like: list[Tensor]) -> list[Tensor]:
+        """The activations behind the last finished block."""
+        stored = load_file(self.folder / f"hidden-{self.done - 1:05d}.safetensors")
+        return [stored[str(i)].to(tensor) for i, tensor in enumerate(like)]
+
+    def restore(self, model: nn.Module) -> None:
+        """Give an in-memory model the finished blocks."""
+        unfuse_experts(model)
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        device = next(model.parameters()).device
+        source = Checkpoint(self.folder)
+        _place_layers(model, self.state["layers"], dtype, "meta")
+        for name in self.state["layers"]:
+            layer = model.get_submodule(name)
+            for tensor in list(layer.state_dict()):
+                set_tensor(layer, tensor, source.tensor(f"{name}.{tensor}").to(device))
+
+    def finish(self, model: nn.Module) -> None:
+        """Write what lies outside the blocks, and make the folder a loadable model."""
+        if (self.folder / MANIFEST).exists():
+            return
+        rest = {n: t for n, t in _own_tensors(model).items() if not n.startswith(self.prefix + ".")}
+        _write_tensors(self.folder / "rest.safetensors", rest)
+        weight_map = self.state["weight_map"] | dict.fromkeys(rest, "rest.safetensors")
+        run = {"marks": self.state["marks"], "reports": self.state["reports"]}
+        _finish(model, self.folder, weight_map, self.state["layers"], run)
+        (self.folder / _PROGRESS).unlink(missing_ok=True)

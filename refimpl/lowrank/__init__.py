@@ -1,0 +1,5 @@
+"""Low-rank and shared weights: one file per paper."""
+
+from refimpl.lowrank.eora import EoRA
+
+__all__ = ["EoRA"]

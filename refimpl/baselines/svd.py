@@ -1,0 +1,123 @@
+"""Low-rank repairs EoRA is compared with: plain SVD of the weight error, SVD scaled by activations, and LoftQ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from refimpl.baselines.rtn import RTN, quantised_config
+from refimpl.core.layers import CompensatedLinear, LowRankLinear, PackedLinear
+from refimpl.core.method import Method, check_rank
+from refimpl.core.repair import LowRankRepair, to_layer_dtype
+from refimpl.core.sites import Site
+from refimpl.core.stats import InputStats
+
+
+def truncated_svd(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading `rank` singular triplets: U [m, r], the values [r] in decreasing order, and V^T [r, d].
+
+    Example:
+        >>> truncated_svd(torch.diag(torch.tensor([1.0, 3.0])), 1)[1].tolist()
+        [3.0]
+    """
+    U, values, Vt = torch.linalg.svd(M, full_matrices=False)
+    return U[:, :rank], values[:rank], Vt[:rank]
+
+
+def balanced(U: Tensor, values: Tensor, Vt: Tensor) -> tuple[Tensor, Tensor]:
+    """Split the singular values evenly over both factors: B = U sqrt(s), A = sqrt(s) V^T.
+
+    Example:
+        >>> balanced(*truncated_svd(torch.tensor([[4.0]]), 1))[0].abs().item()
+        2.0
+    """
+    root = values.sqrt()
+    return U * root, root[:, None] * Vt
+
+
+@dataclass(frozen=True)
+class PlainSVD(LowRankRepair):
+    """Best rank-r approximation of the weight error itself; sees no data (ZeroQuant-V2, Yao et al., 2023, arXiv 2303.08302, "LoRC").
+
+    Example:
+        >>> PlainSVD(rank=32)
+        PlainSVD(rank=32)
+    """
+
+    def compress_site(self, site: Site, stats: InputStats | None, original: Tensor | None) -> CompensatedLinear:
+        assert original is not None
+        B, A = balanced(*truncated_svd(self.error(site, original), self.rank))
+        return self.attach(site, *to_layer_dtype(site, A, B))
+
+
+@dataclass(frozen=True)
+class ActSVD(LowRankRepair):
+    """SVD of the weight error with its columns scaled by how large the inputs are ("Act-S" in the EoRA paper, after ASVD).
+
+    Args:
+        alpha: the scale of input i is ``mean(|x_i|) ** alpha``; the paper's text has 1/2, its code 1.
+
+    Example:
+        >>> ActSVD(rank=32)
+        ActSVD(rank=32, alpha=0.5)
+    """
+
+    alpha: float = 0.5
+    statistics: ClassVar[frozenset[str]] = frozenset({"abs"})
+
+    def compress_site(self, site: Site, stats: InputStats | None, original: Tensor | None) -> CompensatedLinear:
+        assert stats is not None and original is not None
+        s = stats.mean_abs.clamp_min(0) ** self.alpha
+        s = s.clamp_min(1e-6 * s.max())  # an input that never fires must not divide by zero
+        B, A = balanced(*truncated_svd(self.error(site, original) * s, self.rank))
+        return self.attach(site, *to_layer_dtype(site, A / s, B))
+
+
+@dataclass(frozen=True)
+class LoftQ(Method):
+    """Alternate between rounding what the low-rank path does not cover and refitting the path (Li et al., 2023, arXiv 2310.08659, algorithm 1).
+
+    Needs no data and starts from the uncompressed weight: it is a quantiser and a repair in one.
+
+    Args:
+        bits, group_size, symmetric: as for `RTN`.
+        rank: r of the low-rank path.
+        iterations: rounds of the alternation (the paper uses 1 or 5).
+
+    Example:
+        >>> LoftQ(bits=3, rank=32)
+        LoftQ(bits=3, group_size=64, symmetric=False, rank=32, iterations=5)
+    """
+
+    bits: int = 4
+    group_size: int | None = 64
+    symmetric: bool = False
+    rank: int = 64
+    iterations: int = 5
+
+    def layer_config(self, site: Site) -> dict[str, Any]:
+        check_rank(site, self.rank)
+        shape = {"A": (site.in_features, self.rank), "B": (self.rank, site.out_features)}
+        adapter = {name: {"type": "Factor", "in_features": i, "out_features": o} for name, (i, o) in shape.items()}
+        base = quantised_config(site, self.bits, self.group_size, self.symmetric)
+        return {"type": "CompensatedLinear", "base": base, "adapter": {"type": "LowRankLinear", **adapter}}
+
+    def compress_site(self, site: Site, stats: InputStats | None, original: Tensor | None) -> CompensatedLinear:
+        W = site.weight
+        rounding = RTN(self.bits, self.group_size, self.symmetric)
+        low_rank = torch.zeros_like(W, dtype=torch.float32)
+        for _ in range(self.iterations):
+            rest = Site(site.name, site.block, torch.nn.Module(), "rest")
+            rest.parent.add_module("rest", site.dense_module(W.float() - low_rank))
+            quantised: PackedLinear = rounding.compress_site(rest, None, None)
+            quantised.dtype = W.dtype
+            B, A = balanced(*truncated_svd(W.float() - quantised.to_dense().float(), self.rank))
+            low_rank = B @ A
+        return CompensatedLinear(quantised, LowRankLinear(*to_layer_dtype(site, A, B)))
+
+    def flops(self, site: Site) -> float:
+        m, d = site.out_features, site.in_features
+        return self.iterations * 6.0 * m * d * min(m, d)

@@ -1,0 +1,539 @@
+"""The driver: walk the decoder blocks, gather statistics, let a method replace each site.
+
+Only one block's statistics exist at a time, and only the hidden states between two blocks are kept from the
+calibration tokens, so memory above the weights does not grow with depth. With a folder instead of a model, the
+blocks themselves are read from the checkpoint one by one and the whole model is never in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from refimpl.core import io
+from refimpl.core.checkpoint import Checkpoint, Reference, empty_model, read_config, set_tensor, weight_key
+from refimpl.core.device import read
+from refimpl.core.errors import CalibrationError, CheckpointError, OptionError, nearest
+from refimpl.core.layers import CompressedLayer, empty_layer
+from refimpl.core.method import Method
+from refimpl.core.sites import Site, find_blocks, find_sites, skipped_modules
+from refimpl.core.stats import Collector, InputStats
+
+ORDERS = ("sequential", "parallel")
+
+
+@dataclass
+class SiteReport:
+    """What happened at one site.
+
+    Attributes:
+        name: the site.
+        error: squared output error relative to the squared output, on the calibration inputs as the method saw them;
+            None without input statistics. The target is the reference weight if there is one.
+        error_before: the same before this step (methods with a reference), else None.
+        seconds: time of the method at this site, statistics excluded.
+        log: remarks of the method (a raised damping, ...).
+    """
+
+    name: str
+    error: float | None
+    error_before: float | None
+    seconds: float
+    log: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Report:
+    """Result of `compress`: the model (None when it was streamed to a folder) and one entry per site."""
+
+    model: nn.Module | None
+    method: str
+    sites: list[SiteReport]
+    seconds: float
+    folder: Path | None = None
+
+    @property
+    def mean_error(self) -> float | None:
+        """Mean over sites of the relative squared output error."""
+        errors = [site.error for site in self.sites if site.error is not None]
+        return sum(errors) / len(errors) if errors else None
+
+    def __str__(self) -> str:
+        error = "" if self.mean_error is None else f", mean relative output error {self.mean_error:.4f}"
+        noted = sum(bool(site.log) for site in self.sites)
+        remarks = f", {noted} sites with remarks" if noted else ""
+        return f"{self.method}: {len(self.sites)} sites in {self.seconds:.0f} s{error}{remarks}"
+
+
+def calibration_batches(calibration: Any, batch_size: int, vocabulary: int | None) -> list[Tensor]:
+    """Check calibration tokens and cut them into batches.
+
+    Args:
+        calibration: LongTensor [sequences, length], or an object with such a tensor as ``.ids``.
+        batch_size: sequences per batch.
+        vocabulary: number of token ids the model knows.
+
+    Returns:
+        LongTensors [<= batch_size, length].
+
+    Raises:
+        CalibrationError: no tokens, not integers, ids outside the vocabulary.
+        OptionError: batch_size below 1.
+
+    Example:
+        >>> [b.shape for b in calibration_batches(torch.zeros(3, 5, dtype=torch.long), 2, 10)]
+        [torch.Size([2, 5]), torch.Size([1, 5])]
+    """
+    ids = getattr(calibration, "ids", calibration)
+    if batch_size < 1:
+        raise OptionError(f"batch_size={batch_size}: use 1 or more")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
+        got = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise CalibrationError(f"calibration: expected integer token ids [sequences, length], got {got}")
+    if ids.numel() == 0:
+        raise CalibrationError(f"calibration: shape {tuple(ids.shape)} holds no tokens; pass at least one sequence")
+    if ids.shape[1] < 2:
+        raise CalibrationError(f"calibration: sequences of length {ids.shape[1]} are too short; use 2 tokens or more")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or (vocabulary is not None and high >= vocabulary):
+        raise CalibrationError(
+            f"calibration: token id {low if low < 0 else high} is outside the vocabulary of {vocabulary}; "
+            "use the model's own tokenizer"
+        )
+    return list(ids.split(batch_size))
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: remembers how it was called and passes the hidden states on unchanged."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = [block]  # in a list: must not be registered, or its weights would count as ours
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.hidden: list[Tensor] = []
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.block[0], name)  # models read e.g. block.attention_type
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.hidden.append(hidden_states)
+        self.calls.append((args, kwargs))
+        return hidden_states
+
+
+@dataclass
+class Activations:
+    """Hidden states between two blocks, one tensor per batch, and the other arguments of every block."""
+
+    hidden: list[Tensor]
+    calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]]  # [block][batch]
+
+    def run(self, block: nn.Module, index: int, keep: bool) -> None:
+        """Run block `index` over all batches; keep its outputs as the next block's inputs, or not."""
+        for batch, (args, kwargs) in enumerate(self.calls[index]):
+            output = block(self.hidden[batch], *args, **kwargs)
+            if keep:
+                self.hidden[batch] = output[0] if isinstance(output, tuple) else output
+
+
+def block_inputs(model: nn.Module, batches: list[Tensor]) -> Activations:
+    """Run everything before the first block, and record the arguments each block gets.
+
+    Masks and rotary tables are the model's business: they are recorded per block from a pass in which the blocks do
+    nothing, so sliding windows and per-layer rotary bases need no code here.
+
+    Args:
+        model: a decoder-only model; its blocks may be on "meta".
+        batches: token ids [batch, length] each.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=1, vocab_size=9))
+        >>> block_inputs(model, [torch.zeros(1, 4, dtype=torch.long)]).hidden[0].shape
+        torch.Size([1, 4, 8])
+    """
+    _, blocks = find_blocks(model)
+    originals = list(blocks)
+    recorders = [_Recorder(block) for block in originals]
+    body = model.base_model if hasattr(model, "base_model") else model
+    device = next(p.device for p in model.parameters() if not p.is_meta)
+    try:
+        for index, recorder in enumerate(recorders):
+            blocks[index] = recorder
+        for batch in batches:
+            body(input_ids=batch.to(device), use_cache=False)  # type: ignore[operator]
+    finally:
+        for index, block in enumerate(originals):
+            blocks[index] = block
+    return Activations(recorders[0].hidden, [recorder.calls for recorder in recorders])
+
+
+@contextmanager
+def _original_weights(sites: list[Site], originals: dict[str, Tensor]) -> Iterator[None]:
+    """Let the sites of one block apply their original weights for the duration of the block."""
+    compressed = {site.name: site.module for site in sites}
+    try:
+        for site in sites:
+            site.replace(site.dense_module(originals[site.name]))
+        yield
+    finally:
+        for site in sites:
+            site.replace(compressed[site.name])
+
+
+@contextmanager
+def _all_or_nothing(sites: list[Site]) -> Iterator[None]:
+    """Put a block's modules back if its compression does not run to the end."""
+    before = {site.name: site.module for site in sites}
+    try:
+        yield
+    except BaseException:
+        for site in sites:
+            site.replace(before[site.name])
+        raise
+
+
+def _relative_error(target: Tensor, weight: Tensor, gram: Tensor) -> float:
+    """||(W - V) X||^2 / ||W X||^2 from the second moment of X."""
+    target, difference = target.float(), target.float() - weight.float()
+    energy = ((target @ gram) * target).sum()
+    error = ((difference @ gram) * difference).sum()
+    return read(error / energy.clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def _fingerprints(
+    model: nn.Module, method: Method, batches: list[Tensor], order: str, by_block: dict[int, list[Site]]
+) -> list[str]:
+    """Identify a run for resuming, one digest per block: options, tokens, and the state of that block's sites."""
+    digest = hashlib.sha256(f"{method!r} {order} {getattr(model, 'config', None)}".encode())
+    for batch in batches:
+        digest.update(batch.cpu().numpy().tobytes())
+    marks = []
+    for sites in by_block.values():
+        mark = digest.copy()
+        for site in sites:
+            module = site.module
+            state = module.config() if isinstance(module, CompressedLayer) else type(module).__name__
+            mark.update(f"{site.name} {state}".encode())
+        marks.append(mark.hexdigest())
+    return marks
+
+
+@torch.no_grad()
+def compress(
+    model: nn.Module | str | Path,
+    method: Method,
+    calibration: Any = None,
+    *,
+    reference: nn.Module | str | Path | None = None,
+    order: str = "sequential",
+    batch_size: int = 4,
+    targets: str | None = None,
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> Report:
+    """Compress the linear maps inside a language model's blocks, in place.
+
+    Call it again on the result to add a step (prune, then quantise, then repair); each call has its own calibration.
+    Under ``torchrun`` each process passes its own share of the calibration sequences; the statistics are summed over
+    processes and every process ends with the same model.
+
+    Args:
+        model: a decoder-only transformers model, which is changed in place, or a folder with its checkpoint,
+            which is read block by block and never held in memory as a whole (needs `out`).
+        method: what to do, for example ``SparseGPT("2:4")`` or ``EoRA(rank=64)``.
+        calibration: token ids [sequences, length] (or an object with them as ``.ids``). Methods that look at weights
+            only need none.
+        reference: for methods that repair: the original model, or (no second model in memory) its folder.
+        order: "sequential": each block sees the outputs of the compressed blocks before it; "parallel": all blocks
+            see the inputs they had in the original model (cheaper: one forward pass instead of two).
+        batch_size: sequences per forward pass; activations inside a block scale with it.
+        targets: regular expression; only sites whose name matches are touched.
+        out: folder for the result, in `save` format. Every finished block is written at once; the same call
+            resumes after an interruption.
+        progress: show a progress bar.
+
+    Returns:
+        Report with the model and one entry per site.
+
+    Raises:
+        OptionError: an option that cannot work here; raised before any work.
+        CalibrationError: missing, empty or too short calibration, or NaN activations.
+        CheckpointError: model or reference folder damaged or foreign, or `out` holds another run.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from refimpl import RTN, compress
+        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1,
+        ...     intermediate_size=64, vocab_size=50))
+        >>> report = compress(model, RTN(bits=4, group_size=32), progress=False)
+        >>> len(report.sites), model.model.layers[0].mlp.up_proj
+        (7, PackedLinear(32 -> 64, 4 bits, groups of 32))
+    """
+    start = time.perf_counter()
+    if not isinstance(method, Method):
+        raise OptionError(f"method={method!r}: expected an instance of a method such as GPTQ(bits=4)")
+    if order not in ORDERS:
+        raise OptionError(f"order={order!r}: use {nearest(order, ORDERS)}")
+    source: Checkpoint | None = None
+    if isinstance(model, (str, Path)):
+        if out is None:
+            raise OptionError(f"out=None: compressing the folder {str(model)!r} block by block needs out=, a folder to write to")
+        source, folder = Checkpoint(model), Path(model)
+        model = empty_model(read_config(folder), _stored_dtype(source))
+        if io.is_compressed(folder):
+            io.restore_layers(model, folder, device="meta")
+    sites = find_sites(model, targets)
+    for site in sites:
+        method.layer_config(site)  # refuses before any work
+    if method.uses_reference and reference is None:
+        raise OptionError(
+            f"reference=None: {type(method).__name__} repairs towards the original weights; "
+            "pass the original model or the folder of its checkpoint"
+        )
+    if reference is model:
+        raise OptionError("reference is the model that is being compressed; pass an untouched copy or its folder")
+    original = Reference(reference, model) if method.uses_reference and reference is not None else None
+
+    batches: list[Tensor] = []
+    if method.statistics:
+        if calibration is None:
+            raise CalibrationError(f"calibration=None: {type(method).__name__} needs tokens [sequences, length]")
+        batches = calibration_batches(calibration, batch_size, _vocabulary(model))
+    _, blocks = find_blocks(model)
+    by_block = {index: [site for site in sites if site.block == index] for index in range(len(blocks))}
+
+    writer = None
+    if out is not None:
+        if dist.is_available() and dist.is_initialized():
+            raise OptionError(f"out={str(out)!r} is not supported under torchrun; save(model, ...) on rank 0 afterwards")
+        writer = io.ShardWriter(Path(out), model, _fingerprints(model, method, batches, order, by_block))
+    if source is not None:
+        _load_outside_blocks(model, source)
+    done = writer.done if writer else 0
+    was_training = model.training
+    model.eval()
+    activations = None
+    if writer and done and source is None:
+        writer.restore(model)
+    if batches and done < len(blocks):
+        activations = block_inputs(model, batches)
+        if writer and done:
+            activations.hidden = writer.hidden(like=activations.hidden)
+
+    reports: list[SiteReport] = list(writer.reports(SiteReport)) if writer else []
+    last = max((index for index, chosen in by_block.items() if chosen), default=-1)
+    bar = tqdm(total=len(blocks), initial=done, desc=type(method).__name__, unit="block", disable=not progress, delay=1)
+    try:
+        for index in range(done, len(blocks)):
+            block, chosen = blocks[index], by_block[index]
+            with _materialised(block, index, model, source) if source else nullcontext(), _all_or_nothing(chosen):
+                entries = _compress_block(
+                    block, index, chosen, method, original, activations, order, propagate=index < last
+                )
+                if writer:
+                    hidden = activations.hidden if activations else []
+                    writer.add_block(index, block, hidden, [asdict(entry) for entry in entries])
+            reports.extend(entries)
+            bar.update()
+    except KeyboardInterrupt:
+        where = f"; call it again with out={str(out)!r} to go on" if writer else " (pass out= to make a run resumable)"
+        tqdm.write(f"interrupted after {bar.n} of {len(blocks)} blocks{where}")
+        raise
+    finally:
+        bar.close()
+        model.train(was_training)
+    if writer:
+        writer.finish(model)
+    elapsed = time.perf_counter() - start
+    return Report(None if source else model, repr(method), reports, elapsed, Path(out) if out else None)
+
+
+def _compress_block(
+    block: nn.Module,
+    index: int,
+    sites: list[Site],
+    method: Method,
+    reference: Reference | None,
+    activations: Activations | None,
+    order: str,
+    propagate: bool,
+) -> list[SiteReport]:
+    originals = {site.name: reference.weight(site).to(site.weight) for site in sites} if reference else {}
+    stats: dict[str, InputStats] = {}
+    if activations:
+        # one pass with every site's uncompressed weights gives the inputs of all sites of the block
+        with _original_weights(sites, originals) if reference else nullcontext():
+            if sites or order == "parallel":
+                with Collector(sites, method.statistics) as collector:
+                    activations.run(block, index, keep=order == "parallel")
+                stats = collector.stats
+    entries = []
+    for site in sites:
+        begin = time.perf_counter()
+        before, target = site.weight, originals.get(site.name)
+        input_stats = stats.get(site.name)
+        if activations and input_stats is None:
+            raise CalibrationError(f"calibration: {site.name!r} was never run; leave it out with targets=")
+        site.log.clear()
+        layer = method.compress_site(site, input_stats, target)
+        error = error_before = None
+        if input_stats is not None and "gram" in method.statistics:
+            goal = before if target is None else target
+            error = _relative_error(goal, layer.to_dense(), input_stats.gram)
+            error_before = None if target is None else _relative_error(goal, before, input_stats.gram)
+        site.replace(layer)
+        entries.append(SiteReport(site.name, error, error_before, time.perf_counter() - begin, dict(site.log)))
+    if activations and order == "sequential" and propagate:
+        activations.run(block, index, keep=True)
+    return entries
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    return None if embedding is None else embedding.weight.shape[0]  # type: ignore[operator,union-attr]
+
+
+def _stored_dtype(source: Checkpoint) -> torch.dtype:
+    """The dtype of most of a checkpoint's floating-point tensors."""
+    for key in source.keys():
+        if key.endswith("weight"):
+            return source.tensor(key).dtype
+    raise CheckpointError(f"checkpoint={str(source.folder)!r} has no weights")
+
+
+def _load_outside_blocks(model: nn.Module, source: Checkpoint) -> None:
+    """Read embeddings, norms and head; the blocks stay on "meta"."""
+    prefix, _ = find_blocks(model)
+    for name, tensor in list(model.state_dict().items()):
+        if tensor.is_meta and not name.startswith(prefix + "."):
+            if name in source:
+                set_tensor(model, name, source.tensor(name))
+    model.tie_weights()  # type: ignore[operator]
+    left = [n for n, t in model.state_dict().items() if t.is_meta and not n.startswith(prefix + ".")]
+    if left:
+        source.tensor(left[0])  # raises, naming it
+
+
+@contextmanager
+def _materialised(block: nn.Module, index: int, model: nn.Module, source: Checkpoint) -> Iterator[None]:
+    """The weights of one block, read from the checkpoint for the duration of the block."""
+    prefix = f"{find_blocks(model)[0]}.{index}"
+    for name, tensor in list(block.state_dict().items()):
+        if tensor.is_meta:
+            stored = f"{prefix}.{name}"
+            key, expert = (stored, None) if stored in source else weight_key(stored, model)
+            set_tensor(block, name, source.tensor(key, expert))
+    try:
+        yield
+    finally:
+        for name in list(block.state_dict()):
+            set_tensor(block, name, None)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `compress` would do, from shapes alone.
+
+    Attributes:
+        sites: per site its name, shape, layer configuration and bits per weight after the step.
+        skipped: modules left as they are, with the reason.
+        bits_per_weight: of all sites together, everything included (scales, masks, adapters; not biases).
+        bytes: of the whole model after the step.
+        peak_bytes: an upper bound, above the resident weights: the largest block's statistics, work space and activations.
+        flops: forward passes, statistics and the method itself.
+    """
+
+    method: str
+    sites: list[dict[str, Any]]
+    skipped: dict[str, str]
+    bits_per_weight: float
+    bytes: int
+    peak_bytes: int
+    flops: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.method}: {len(self.sites)} sites, {len(self.skipped)} modules left as they are, "
+            f"{self.bits_per_weight:.2f} bits per weight, model {self.bytes / 1e6:.0f} MB, "
+            f"peak {self.peak_bytes / 1e6:.0f} MB above the weights, {self.flops:.2e} FLOPs"
+        )
+
+
+def plan(
+    model: Any,
+    method: Method,
+    *,
+    sequences: int = 128,
+    length: int = 2048,
+    order: str = "sequential",
+    batch_size: int = 4,
+    targets: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Plan:
+    """Dry run on the meta device: no weights are read and none are allocated.
+
+    Args:
+        model: a transformers configuration, a model, or a local folder.
+        method: the method to plan for.
+        sequences, length: size of the calibration set.
+        order, batch_size, targets: as for `compress`.
+        dtype: dtype of the weights when `model` is a configuration.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> from refimpl import GPTQ
+        >>> config = LlamaConfig()   # Llama-2-7B
+        >>> print(plan(config, GPTQ(bits=4, group_size=128)))   # doctest: +ELLIPSIS
+        GPTQ(bits=4, ...): 224 sites, 67 modules left as they are, 4.16 bits per weight, model 3890 MB, peak ...
+    """
+    if isinstance(model, (str, Path)):
+        model = read_config(model)
+    if not isinstance(model, nn.Module):
+        model = empty_model(model, dtype)
+    sites = find_sites(model, targets)
+    tokens = sequences * length if method.statistics else 0
+    rows, bits, weights, saved = [], 0, 0, 0
+    block_bytes: dict[int, int] = {}
+    flops = 0.0
+    hidden = model.get_input_embeddings().weight.shape[1] if hasattr(model, "get_input_embeddings") else 0
+    for site in sites:
+        config = method.layer_config(site)
+        current = site.module
+        layer = empty_layer(config, dtype, "meta")
+        size = layer.nbytes - layer.parts().get("bias", 0)
+        count = site.in_features * site.out_features
+        before = sum(t.nbytes for t in [*current.parameters(), *current.buffers()])
+        rows.append({"site": site.name, "shape": [site.out_features, site.in_features], "layer": config,
+                     "bits": 8 * size / count})  # fmt: skip
+        bits, weights, saved = bits + 8 * size, weights + count, saved + before - layer.nbytes
+        flops += method.flops(site)
+        if method.statistics:
+            passes = (1 if order == "parallel" else 2) * 2.0 * tokens * count
+            flops += passes + ("gram" in method.statistics) * 2.0 * tokens * site.in_features**2
+            block_bytes[site.block] = block_bytes.get(site.block, 0) + 4 * site.in_features**2 * (
+                "gram" in method.statistics
+            )
+    widest = max(site.in_features for site in sites)
+    tallest = max(site.out_features for site in sites)
+    work = 4 * 8 * widest**2 + 6 * 4 * widest * tallest  # fp64 factorisations and fp32 copies of one site
+    streams = tokens * hidden * dtype.itemsize
+    inside = batch_size * length * (4 * widest + 2 * tallest) * 4 if tokens else 0
+    total = sum(t.nbytes for t in {id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
+    return Plan(
+        repr(method), rows, skipped_modules(model, sites), bits / weights, total - saved,
+        max(block_bytes.values(), default=0) + work + streams + inside, flops,
+    )  # fmt: skip

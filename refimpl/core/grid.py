@@ -1,0 +1,61 @@
+"""Uniform quantisation grids: the part every quantiser shares."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from refimpl.core.layers.packed import SCALE_DTYPE
+
+
+class Grid(NamedTuple):
+    """Per row (and group) step and offset of ``w = scale * (code - zero)``.
+
+    Attributes:
+        scale: fp32, positive, exactly representable in the 16-bit dtype it is stored in; shape [..., 1].
+        zero: fp32 holding an integer in [0, 2**bits), same shape.
+        bits: bits per code.
+    """
+
+    scale: Tensor
+    zero: Tensor
+    bits: int
+
+    def encode(self, w: Tensor) -> Tensor:
+        """Nearest codes, uint8; `w` broadcasts against the grid's [..., 1]."""
+        return (torch.round(w / self.scale) + self.zero).clamp_(0, 2**self.bits - 1).to(torch.uint8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Weights of codes, fp32."""
+        return self.scale * (codes.float() - self.zero)
+
+
+def minmax_grid(w: Tensor, bits: int, symmetric: bool = False) -> Grid:
+    """The grid that spans the values along the last dimension and contains zero.
+
+    Args:
+        w: fp32, shape [..., group].
+        bits: 2 to 8.
+        symmetric: zero in the middle (code ``2**(bits-1)``) instead of anywhere.
+
+    Returns:
+        Grid with tensors of shape [..., 1].
+
+    Example:
+        >>> grid = minmax_grid(torch.tensor([[-1.0, 0.0, 2.0]]), bits=2)
+        >>> grid.decode(grid.encode(torch.tensor([[-1.0, 0.1, 2.0]]))).tolist()
+        [[-1.0, 0.0, 2.0]]
+    """
+    low = w.amin(-1, keepdim=True).clamp(max=0)
+    high = w.amax(-1, keepdim=True).clamp(min=0)
+    levels = 2**bits - 1
+    if symmetric:
+        # the grid has one more step below zero than above
+        scale = torch.maximum(high / (2 ** (bits - 1) - 1), -low / 2 ** (bits - 1))
+    else:
+        scale = (high - low) / levels
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale)).to(SCALE_DTYPE).float()
+    zero = torch.full_like(scale, 2 ** (bits - 1)) if symmetric else torch.round(-low / scale).clamp(0, levels)
+    return Grid(scale, zero, bits)

@@ -1,0 +1,58 @@
+"""Dense bit packing: eight codes of b bits become b bytes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Pack small unsigned integers along the last dimension.
+
+    Args:
+        codes: integers in ``[0, 2**bits)``, any integer dtype, shape ``[..., n]``.
+        bits: 1 to 8.
+
+    Returns:
+        uint8, shape ``[..., ceil(n / 8) * bits]``; the last word is padded with zeros.
+
+    Example:
+        >>> pack_bits(torch.tensor([1, 2, 3, 0, 1, 2, 3, 0]), 2).tolist()
+        [57, 57]
+    """
+    codes = torch.nn.functional.pad(codes.to(torch.int64), (0, -codes.shape[-1] % 8))
+    words = codes.unflatten(-1, (-1, 8))
+    shifts = torch.arange(8, device=codes.device) * bits
+    word = (words << shifts).sum(-1)  # fields do not overlap, so a sum is an "or"
+    octets = (word.unsqueeze(-1) >> (8 * torch.arange(bits, device=codes.device))) & 255
+    return octets.to(torch.uint8).flatten(-2)
+
+
+def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
+    """Undo `pack_bits`.
+
+    Args:
+        packed: uint8, shape ``[..., ceil(n / 8) * bits]``.
+        bits: 1 to 8, as packed.
+        n: number of codes along the last dimension.
+
+    Returns:
+        uint8, shape ``[..., n]``.
+
+    Example:
+        >>> unpack_bits(torch.tensor([57, 57], dtype=torch.uint8), 2, 7).tolist()
+        [1, 2, 3, 0, 1, 2, 3]
+    """
+    mask = 2**bits - 1
+    if 8 % bits == 0:  # no code straddles a byte
+        shifts = torch.arange(0, 8, bits, device=packed.device, dtype=torch.uint8)
+        codes = (packed.unsqueeze(-1) >> shifts) & mask
+        return codes.flatten(-2)[..., :n]
+    wide = torch.int32 if bits < 4 else torch.int64
+    octets = packed.unflatten(-1, (-1, bits)).to(wide)
+    word = octets[..., 0]
+    for i in range(1, bits):
+        word = word | (octets[..., i] << (8 * i))
+    shifts = torch.arange(0, 8 * bits, bits, device=packed.device, dtype=wide)
+    codes = (word.unsqueeze(-1) >> shifts) & mask
+    return codes.to(torch.uint8).flatten(-2)[..., :n]

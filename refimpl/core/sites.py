@@ -1,0 +1,296 @@
+"""Where a language model can be compressed: its decoder blocks and the linear maps inside them.
+
+A `Site` hides the three ways transformers stores a linear map: `nn.Linear` ([out, in]), `Conv1D` of
+GPT-2 ([in, out]), and experts fused into one 3-D parameter. Embeddings, the head, norms and routers are not
+sites, so they stay as they are, tied or not.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from refimpl.core.errors import OptionError
+from refimpl.core.layers import CompressedLayer
+
+ROUTER_WIDTH = 16  # a map with fewer outputs is a router or a gate: no bytes to win, much to lose
+
+
+class UnfusedExperts(nn.ModuleList):
+    """The experts of a mixture, one pair of `nn.Linear` each, instead of two 3-D parameters.
+
+    The weights are views of the fused parameters, so building this costs no memory. With experts as ordinary
+    linear maps every method, hook and file format works on them unchanged.
+
+    Args:
+        fused: a transformers experts module with ``gate_up_proj`` [E, 2I, H] and ``down_proj`` [E, H, I].
+
+    Example:
+        >>> from transformers import MixtralConfig
+        >>> from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+        >>> config = MixtralConfig(hidden_size=8, intermediate_size=4, num_local_experts=2)
+        >>> len(UnfusedExperts(MixtralExperts(config)))
+        2
+    """
+
+    def __init__(self, fused: nn.Module) -> None:
+        super().__init__()
+        self.gate = cast(Any, type(fused))._apply_gate
+        self.act_fn = fused.act_fn
+        for gate_up, down in zip(cast(Tensor, fused.gate_up_proj), cast(Tensor, fused.down_proj)):
+            expert = nn.Module()
+            for name, weight in (("gate_up_proj", gate_up), ("down_proj", down)):
+                linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+                linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+                expert.add_module(name, linear)
+            self.append(expert)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Same contract as the fused module: hidden_states [T, H], top_k_index and top_k_weights [T, k]."""
+        output = torch.zeros_like(hidden_states)
+        # every expert runs, with no tokens if none chose it: no value is read back from the device
+        for index, expert in enumerate(self):
+            token, choice = torch.where(top_k_index == index)
+            hidden = self.gate(self, expert.gate_up_proj(hidden_states[token]))  # type: ignore[operator]
+            hidden = expert.down_proj(hidden) * top_k_weights[token, choice, None]  # type: ignore[operator]
+            output.index_add_(0, token, hidden.to(output.dtype))
+        return output
+
+
+def _why_not_unfusable(module: nn.Module) -> str | None:
+    """Why these fused experts cannot become linear maps, or None."""
+    weights = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
+    if not all(isinstance(weight, nn.Parameter) and weight.dim() == 3 for weight in weights):
+        return "its parameters are not the pair gate_up_proj, down_proj"
+    layout = {
+        "is_transposed": False,
+        "has_bias": False,
+        "has_gate": True,
+        "is_concatenated": True,
+        "has_post_expert_norm": False,
+    }
+    for flag, wanted in layout.items():
+        if getattr(module, flag, wanted) is not wanted:
+            return f"{flag} is {not wanted}"
+    return None if hasattr(type(module), "_apply_gate") else "it has no _apply_gate"
+
+
+def unfuse_experts(model: nn.Module) -> list[str]:
+    """Replace every fused experts module of `model` by `UnfusedExperts`, in place; return their names.
+
+    Raises:
+        OptionError: for a layout of experts we do not know, by name.
+
+    Example:
+        >>> unfuse_experts(nn.Linear(2, 2))
+        []
+    """
+    names = []
+    for name, module in list(model.named_modules()):
+        fused = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+        if not (fused and type(module).__name__.endswith("Experts")):
+            continue
+        reason = _why_not_unfusable(module)
+        if reason is not None:
+            raise OptionError(
+                f"model: the fused experts {name!r} ({type(module).__name__}) are not supported because {reason}; "
+                "convert them to nn.Linear first"
+            )
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, UnfusedExperts(module))
+        names.append(name)
+    return names
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The stack of decoder blocks: the `nn.ModuleList` that holds most of the model's parameters.
+
+    Raises:
+        OptionError: an encoder-decoder, or no such list.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> with torch.device("meta"):
+        ...     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=1, vocab_size=9))
+        >>> find_blocks(model)[0]
+        'transformer.h'
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise OptionError(f"model={type(model).__name__}: encoder-decoder models are not supported; use a decoder")
+    best: tuple[int, str, nn.ModuleList] | None = None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module):
+            size = sum(tensor.numel() for tensor in [*module.parameters(), *module.buffers()])
+            if best is None or size > best[0]:  # strict: the outermost of equals wins
+                best = (size, name, module)
+    if best is None or best[0] == 0:
+        raise OptionError(f"model={type(model).__name__}: found no nn.ModuleList of blocks to walk")
+    return best[1], best[2]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear map that can be a site (`nn.Linear`, `Conv1D`, or already compressed).
+
+    Example:
+        >>> is_linear(nn.Linear(2, 2)), is_linear(nn.LayerNorm(2))
+        (True, False)
+    """
+    return isinstance(module, (nn.Linear, CompressedLayer)) or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is the Conv1D of GPT-2-like models, whose weight is [in, out].
+
+    Example:
+        >>> is_conv1d(nn.Linear(2, 2))
+        False
+    """
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+@dataclass
+class Site:
+    """One compressible linear map of a model.
+
+    Attributes:
+        name: dotted path of the module in the model.
+        block: index of the decoder block it belongs to.
+        parent, attribute: where the module hangs, so that it can be replaced.
+        log: what a method had to do here beyond the plain algorithm (raised damping, ...).
+
+    Example:
+        >>> block = nn.Sequential(nn.Linear(4, 2))
+        >>> site = Site("0", 0, block, "0")
+        >>> site.weight.shape, site.in_features
+        (torch.Size([2, 4]), 4)
+    """
+
+    name: str
+    block: int
+    parent: nn.Module
+    attribute: str
+    log: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that is there now."""
+        return self.parent.get_submodule(self.attribute)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in use now, [out, in] whatever the module; a view where that is possible."""
+        module = self.module
+        if isinstance(module, CompressedLayer):
+            return module.to_dense()
+        weight = cast(Tensor, module.weight).detach()
+        return weight.T if is_conv1d(module) else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[out] or None."""
+        return cast("Tensor | None", getattr(self.module, "bias", None))
+
+    @property
+    def out_features(self) -> int:
+        """Number of outputs."""
+        return self._shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Number of inputs."""
+        return self._shape[1]
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        module = self.module
+        if isinstance(module, CompressedLayer):
+            return module.out_features, module.in_features
+        rows, columns = cast(Tensor, module.weight).shape
+        return (columns, rows) if is_conv1d(module) else (rows, columns)
+
+    def replace(self, module: nn.Module) -> None:
+        """Put `module` in the place of the one that is there."""
+        setattr(self.parent, self.attribute, module)
+
+    def dense_module(self, weight: Tensor) -> nn.Linear:
+        """An `nn.Linear` that applies `weight` [out, in] with this site's bias (no copy is made)."""
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach(), requires_grad=False)
+        return linear
+
+
+def find_sites(model: nn.Module, targets: str | None = None) -> list[Site]:
+    """All sites of a model in the order of its blocks.
+
+    Fused experts are unfused in place first (views, no copy), so that each expert's maps are sites.
+
+    Args:
+        model: a decoder-only model from transformers, compressed or not, possibly on "meta".
+        targets: a regular expression searched in the site's name; None takes all.
+
+    Raises:
+        OptionError: `targets` matches nothing, or the model is not supported.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> with torch.device("meta"):
+        ...     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=1, vocab_size=9))
+        >>> [site.name for site in find_sites(model, "mlp")]
+        ['transformer.h.0.mlp.c_fc', 'transformer.h.0.mlp.c_proj']
+    """
+    unfuse_experts(model)
+    prefix, blocks = find_blocks(model)
+    sites: list[Site] = []
+    for index, block in enumerate(blocks):
+        found: list[str] = []
+        for name, module in block.named_modules():
+            if any(name.startswith(outer + ".") for outer in found):
+                continue  # the inside of an already compressed layer
+            if is_linear(module):
+                found.append(name)
+                parent, _, attribute = name.rpartition(".")
+                site = Site(f"{prefix}.{index}.{name}", index, block.get_submodule(parent), attribute)
+                if site.out_features >= ROUTER_WIDTH:
+                    sites.append(site)
+    if targets is None:
+        return sites
+    try:
+        chosen = [site for site in sites if re.search(targets, site.name)]
+    except re.error as error:
+        raise OptionError(f"targets={targets!r} is not a regular expression: {error}") from error
+    if not chosen:
+        raise OptionError(f"targets={targets!r} matches no site; names look like {sites[0].name!r}" if sites
+                          else "model: it has no linear maps inside its blocks")  # fmt: skip
+    return chosen
+
+
+def skipped_modules(model: nn.Module, sites: list[Site]) -> dict[str, str]:
+    """Modules that hold parameters and are left as they are, with the reason, for reports.
+
+    Example:
+        >>> skipped_modules(nn.Sequential(nn.LayerNorm(4)), [])
+        {'0': 'LayerNorm: not a linear map'}
+    """
+    chosen = {site.name for site in sites}
+    left: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not any(True for _ in module.parameters(recurse=False)):
+            continue
+        if any(name == site or name.startswith(site + ".") for site in chosen):
+            continue
+        kind = type(module).__name__
+        if isinstance(module, nn.Embedding):
+            reason = "embedding"
+        elif is_linear(module):
+            rows = module.out_features if isinstance(module, (nn.Linear, CompressedLayer)) else module.nf
+            reason = "router or gate" if cast(int, rows) < ROUTER_WIDTH else "head, or not among the targets"
+        else:
+            reason = "not a linear map"
+        left[name] = f"{kind}: {reason}"
+    return left

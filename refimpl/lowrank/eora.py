@@ -1,0 +1,127 @@
+"""EoRA: repair a compressed layer with the low-rank path that is best for its *outputs* (Liu et al., 2024, arXiv 2410.21271).
+
+A layer y = x W^T was compressed to W_hat; dW = W - W_hat is what was lost. Plain SVD finds the rank-r matrix closest to
+dW. EoRA finds the one for which (dW - BA) X^T is smallest on calibration inputs X, in closed form: scale dW by a square
+root S of the inputs' second moment, truncate the SVD there, and scale back (section 3, theorem 1).
+
+Any square root of G gives the same BA; the same estimator is known as the exact solution of QERA and, applied to W
+itself, as the whitening of SVD-LLM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from refimpl.baselines.gptq import GPTQ
+from refimpl.baselines.svd import balanced, truncated_svd
+from refimpl.core.errors import OptionError
+from refimpl.core.layers import CompensatedLinear, PackedLinear
+from refimpl.core.repair import LowRankRepair, to_layer_dtype
+from refimpl.core.sites import Site
+from refimpl.core.stats import InputStats
+
+EPSILON = 1e-8  # eigenvalues below this fraction of the largest are noise, or directions no token took
+
+
+def eigenspace(G: Tensor) -> tuple[Tensor, Tensor]:
+    """Steps 2 and 3: S = Q sqrt(Lambda) with G = Q Lambda Q^T = S S^T, and its inverse.
+
+    Args:
+        G: second moment of the inputs, sum of x x^T, [d, d]; use fp64, its condition number can pass 1e8.
+
+    Returns:
+        S [d, d] and inv(S) [d, d]. Eigenvalues are clamped at `EPSILON` times the largest, so that inputs which never
+        fire divide by something (the authors replace negative ones only, and an exact zero breaks that).
+
+    Example:
+        >>> S, S_inv = eigenspace(torch.diag(torch.tensor([4.0, 1.0], dtype=torch.float64)))
+        >>> torch.allclose(S @ S_inv, torch.eye(2, dtype=torch.float64))
+        True
+    """
+    values, Q = torch.linalg.eigh(G)
+    floor = torch.where(values[-1] > 0, EPSILON * values[-1], torch.ones_like(values[-1]))  # no inputs at all: S = I
+    root = torch.maximum(values, floor).sqrt()
+    return Q * root, (Q / root).T
+
+
+def eora(dW: Tensor, S: Tensor, S_inv: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Steps 4 to 6: the factors of the best rank-r repair.
+
+    Args:
+        dW: weight error W - W_hat, [m, d].
+        S, S_inv: from `eigenspace`, in the dtype of `dW`.
+        rank: r.
+
+    Returns:
+        B [m, r] and A [r, d]. Their product minimises ``||(dW - B A) X^T||_F``; what remains is the sum of the squared
+        singular values of ``dW S`` behind the r-th.
+
+    Example:
+        >>> dW = torch.diag(torch.tensor([1.0, 1.0]))
+        >>> B, A = eora(dW, *eigenspace(torch.diag(torch.tensor([1.0, 9.0]))), rank=1)
+        >>> (B @ A).round(decimals=3).abs().tolist()   # input 2 is three times as large: repair its column
+        [[0.0, 0.0], [0.0, 1.0]]
+    """
+    projected = dW @ S  # 4. the error as the outputs feel it
+    U, values, Vt = truncated_svd(projected, rank)  # 5. truncate there
+    B, A = balanced(U, values, Vt)  # 6. both factors of like size, which suits 16 bits
+    return B, A @ S_inv
+
+
+@dataclass(frozen=True)
+class EoRA(LowRankRepair):
+    """Repair compressed layers for the outputs on a chosen task; the compressed weights are not touched.
+
+    Args:
+        rank: r of the path added to every site (the paper's main tables use 128 on models with d = 4096).
+        adapter_bits: quantise both factors with GPTQ to this many bits (the paper recommends 4); None keeps 16 bits.
+        adapter_group: inputs per scale of a quantised factor (or the largest divisor they share with its width).
+
+    Example:
+        >>> EoRA(rank=64, adapter_bits=4)
+        EoRA(rank=64, adapter_bits=4, adapter_group=64)
+    """
+
+    adapter_bits: int | None = None
+    adapter_group: int = 64
+    statistics: ClassVar[frozenset[str]] = frozenset({"gram"})
+
+    def __post_init__(self) -> None:
+        if self.adapter_bits is not None and not 2 <= self.adapter_bits <= 8:
+            raise OptionError(f"adapter_bits={self.adapter_bits}: use 2 to 8, or None for 16-bit factors")
+        if self.adapter_group < 1:
+            raise OptionError(f"adapter_group={self.adapter_group}: use 1 or more")
+
+    def factor_config(self, in_features: int, out_features: int) -> dict[str, Any]:
+        if self.adapter_bits is None:
+            return super().factor_config(in_features, out_features)
+        return {"type": "PackedLinear", "in_features": in_features, "out_features": out_features,
+                "bits": self.adapter_bits, "group_size": gcd(self.adapter_group, in_features), "symmetric": False,
+                "pattern": None, "nonzeros": in_features * out_features, "bias": False}  # fmt: skip
+
+    def compress_site(self, site: Site, stats: InputStats | None, original: Tensor | None) -> CompensatedLinear:
+        assert stats is not None and original is not None
+        S, S_inv = (root.float() for root in eigenspace(stats.gram.double()))
+        B, A = eora(self.error(site, original), S, S_inv, self.rank)
+        if self.adapter_bits is None:
+            return self.attach(site, *to_layer_dtype(site, A, B))
+        A_packed = self._quantise(site, A, stats.gram)
+        A_hat = A_packed.to_dense().float()
+        # the inputs of B are A x: their second moment follows from G, no second pass is needed
+        return self.attach(site, A_packed, self._quantise(site, B, A_hat @ stats.gram @ A_hat.T))
+
+    def _quantise(self, site: Site, factor: Tensor, gram: Tensor) -> PackedLinear:
+        assert self.adapter_bits is not None
+        group = gcd(self.adapter_group, factor.shape[1])
+        found = GPTQ(self.adapter_bits).quantise(factor, gram, None, site.log, group)
+        return PackedLinear(codes=found.codes, scale=found.scale, zero=found.zero, bits=self.adapter_bits,
+                            dtype=site.weight.dtype)  # fmt: skip
+
+    def flops(self, site: Site) -> float:
+        m, d = site.out_features, site.in_features
+        return 9.0 * d**3 + 2.0 * m * d**2 + 6.0 * m * d * min(m, d)
