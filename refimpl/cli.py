@@ -85,3 +85,21 @@ def study(
     target.parent.mkdir(parents=True, exist_ok=True)
     importlib.import_module(f"refimpl.studies.{slug}").run(target, profile.value)
     typer.echo(f"Results: {target}")
+
+
+@app.command(epilog="Example: refimpl ledger")
+def ledger() -> None:
+    """Show the claims checked so far, with our numbers and the verdicts."""
+    from refimpl.lab.ledger import table
+
+    rows = table()
+    for row in rows:
+        notes = [*row["problems"], *([f"stale: {', '.join(row['stale'])} changed"] if row["stale"] else [])]
+        typer.echo(f"{row['paper']}: {row['text']}")
+        typer.echo(f"    paper: {row['paper_number']}")
+        typer.echo(
+            f"    here: {row['quantity']} {row['estimate']:.4g} [{row['low']:.4g}, {row['high']:.4g}], {row['scale']}"
+        )
+        typer.echo(f"    verdict: {row['verdict']}" + (f" ({'; '.join(notes)})" if notes else ""))
+    if not rows:
+        typer.echo("No results recorded yet; `refimpl study <slug>` makes some.")

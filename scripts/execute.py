@@ -1,6 +1,7 @@
 """Execute a notebook live and keep its outputs under _build/executed/, unless nothing it depends on changed.
 
-The notebook in notebooks/ keeps its committed outputs; the book prefers the live ones when they belong to the current source.
+The notebook in notebooks/ keeps its committed outputs; the book prefers the live ones while they belong to the
+current source.
 
     python scripts/execute.py notebooks/tour.ipynb
 """
@@ -47,7 +48,10 @@ def main(notebook: Path) -> int:
 
     def report(cell: nbformat.NotebookNode, cell_index: int) -> None:
         if cell.cell_type == "code":
-            print(f"  cell {cell_index + 1} of {len(book.cells)}, {time.perf_counter() - start:.0f} s", flush=True)
+            print(
+                f"  cell {cell_index + 1} of {len(book.cells)}, {time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
 
     client = NotebookClient(
         book,

@@ -1,6 +1,6 @@
 """Open the pages of the rendered book in a browser at two widths and report what a reader would trip over.
 
-Reported: script errors, requests to other hosts, and pages that scroll sideways. Needs `pip install playwright` and Chromium:
+Reported: script errors, requests to other hosts, and pages that scroll sideways. Needs playwright and Chromium:
 
     python scripts/screenshots.py _build/html --out _build/screenshots
 """
@@ -37,18 +37,25 @@ def visit(page: Page, address: str, name: str, width: int, out: Path) -> list[st
     found: list[str] = []
     label = f"{name} at {width} px"
     site = address.split("/", 3)[2]
-    page.on("console", lambda message: found.append(f"{label}: {message.text}") if message.type == "error" else None)
+    page.on(
+        "console",
+        lambda message: found.append(f"{label}: {message.text}") if message.type == "error" else None,
+    )
     page.on("pageerror", lambda error: found.append(f"{label}: {error}"))
     page.on(
         "request",
-        lambda request: found.append(f"{label}: asks {request.url}")
-        if request.url.startswith("http") and request.url.split("/", 3)[2] != site
-        else None,
+        lambda request: (
+            found.append(f"{label}: asks {request.url}")
+            if request.url.startswith("http") and request.url.split("/", 3)[2] != site
+            else None
+        ),
     )
     page.goto(address, wait_until="networkidle")
     if page.evaluate(OVERFLOW) > 1:
         found.append(f"{label}: scrolls sideways because of {page.evaluate(CULPRITS)}")
-    empty = page.evaluate("() => [...document.querySelectorAll('.vega-chart')].filter((c) => !c.querySelector('svg')).length")
+    empty = page.evaluate(
+        "() => [...document.querySelectorAll('.vega-chart')].filter((c) => !c.querySelector('svg')).length"
+    )
     if empty:
         found.append(f"{label}: {empty} chart(s) not drawn")
     page.screenshot(path=str(out / f"{name.replace('/', '-')}-{width}.png"), full_page=True)
@@ -63,7 +70,9 @@ def main() -> int:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=options.folder))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=options.folder)
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     root = f"http://127.0.0.1:{server.server_port}"
     names = [
@@ -81,7 +90,10 @@ def main() -> int:
                 page.close()
         browser.close()
     server.shutdown()
-    print("\n".join(found) or f"{len(names)} pages at {WIDTHS} px: no script error, no other host, no sideways scrolling")
+    print(
+        "\n".join(found)
+        or f"{len(names)} pages at {WIDTHS} px: no script error, no other host, no sideways scrolling"
+    )
     return bool(found)
 
 

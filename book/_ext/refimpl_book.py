@@ -1,7 +1,8 @@
 """What Jupyter Book does not do by itself, as a small Sphinx extension.
 
-- `<!-- generated: NAME -->` in a page is replaced by text made from refimpl/papers.toml or data/results/ at build time.
-- A notebook that `make book` executed is shown with its live outputs, and gets a line on its paper and on how to run it.
+- `<!-- generated: NAME -->` in a page is replaced by text made from refimpl/papers.toml or data/results/.
+- A notebook that `make book` executed is shown with its live outputs. Each gets a line on its paper and on how
+  to run it.
 - Interactive charts are drawn by a Vega bundle of this site, never by one from another host.
 - Two script errors and the unused live-code scripts of the stock theme are removed.
 """
@@ -84,7 +85,9 @@ def read_source(app: Any, docname: str, source: list[str]) -> None:
         committed = ROOT / f"{docname}.ipynb"
         live = executed_path(committed)
         text = source[0]
-        if live.exists() and json.loads(live.read_text(encoding="utf8"))["metadata"]["executed_key"] == key(committed):
+        if live.exists() and json.loads(live.read_text(encoding="utf8"))["metadata"]["executed_key"] == key(
+            committed
+        ):
             text = live.read_text(encoding="utf8")
         notebook = json.loads(text)
         for cell in notebook["cells"]:

@@ -1,0 +1,56 @@
+"""How long .ci/run would take with all chapters: the fixed part, plus each chapter's share times the number of papers.
+
+A chapter's share is the measured time of its notebook, its tests (tests/<part>/test_<slug>*.py) and its page.
+
+    python scripts/projection.py steps.tsv tests.xml
+"""
+
+from __future__ import annotations
+
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+from refimpl.papers import Paper, papers
+
+LIMIT_MINUTES = 60
+
+
+def belongs(case: ET.Element, paper: Paper) -> bool:
+    place = (case.get("file") or "").replace("\\", "/")
+    return place == paper.notebook or place.startswith(f"tests/{paper.part}/test_{paper.slug}")
+
+
+def main(steps_file: Path, tests_file: Path) -> int:
+    steps = {
+        name: float(seconds)
+        for name, seconds in (line.split("\t") for line in steps_file.read_text().splitlines())
+    }
+    cases = list(ET.parse(tests_file).iter("testcase"))
+    chapters = [paper for paper in papers() if paper.status == "chapter"]
+    own = sum(float(case.get("time", 0)) for case in cases if any(belongs(case, paper) for paper in chapters))
+    if not own:
+        print("no test or notebook of a chapter was found in the report: the projection would be empty")
+        return 1
+    # Pages of chapters and of the rest cost about the same: the whole rendering is shared out over all pages.
+    pages = len(list(Path("_build/html").glob("book/*.html"))) + len(
+        list(Path("_build/html").glob("notebooks/**/*.html"))
+    )
+    page = (steps["book pages"] + steps["page test"]) / max(pages, 1)
+    each = own / len(chapters) + page
+    total = sum(steps.values())
+    fixed = total - each * len(chapters)
+    projected = (fixed + each * len(papers())) / 60
+    for name, seconds in steps.items():
+        print(f"{name:14} {seconds:7.0f} s")
+    print(f"{'total':14} {total:7.0f} s, of which {each:.1f} s for each of {len(chapters)} chapter(s)")
+    count = len(papers())
+    print(
+        f"Projection at {count} chapters: {fixed:.0f} s + {count} x {each:.1f} s = {projected:.1f} minutes "
+        f"(limit {LIMIT_MINUTES})"
+    )
+    return projected > LIMIT_MINUTES
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))

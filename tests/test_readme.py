@@ -1,0 +1,39 @@
+"""The README's code runs, word for word, on the first block of the real model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf8")
+
+
+def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from refimpl.lab import models, text
+
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    calibration = text.calibration
+    monkeypatch.setattr(models, "load", lambda name: (models.smollm2(layers=1), models.tokenizer()))
+    monkeypatch.setattr(text, "calibration", lambda *args: calibration(*args, sequences=4, length=256))
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code, names)
+    assert (tmp_path / "smaller" / "config.json").is_file()
+    assert names["model"](names["tokens"].ids[:1, :8]).logits.isfinite().all()
+
+
+def test_welcome_page_shows_the_same_code() -> None:
+    welcome = (Path(__file__).resolve().parent.parent / "book" / "welcome.md").read_text(encoding="utf8")
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    assert code in welcome
+
+
+def test_commands_of_the_readme_exist() -> None:
+    from typer.main import get_command
+
+    from refimpl.cli import app
+
+    for name in re.findall(r"^refimpl (\w+)", README, flags=re.M):
+        assert name in get_command(app).commands
