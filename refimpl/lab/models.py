@@ -1,9 +1,9 @@
 """The models the chapters compress: SmolLM2-135M-Instruct by default, any Hugging Face causal model if named.
 
-The default weights come from a GGUF file whose linear weights lie on a 4-bit grid in groups of 32 along the input
-axis. Quantising them again on the same grid would look lossless, which says nothing about a method. `smollm2()`
-therefore returns the same function with its channels in another order (`permute_channels`), so that no group of the
-source survives as a group.
+The default weights come from a GGUF file whose linear weights lie on a 4-bit grid in groups of 32 along the
+input axis. Quantising them again on the same grid would look lossless, which says nothing about a method.
+`smollm2()` therefore returns the same function with its channels in another order (`permute_channels`), so that
+no group of the source survives as a group.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from refimpl.core import io
+from refimpl.core.checkpoint import Checkpoint
 from refimpl.core.errors import CheckpointError, FetchError, OptionError, require
 from refimpl.lab import fetch
 
@@ -40,11 +43,10 @@ PERMUTATION_SEED = 20240
 
 
 def smollm2_path() -> Path:
-    """The folder of SmolLM2-135M-Instruct: config, bf16 safetensors, tokenizer; fetched and converted at first use.
+    """The folder of SmolLM2-135M-Instruct, fetched and converted at first use (93 MB, then about 25 s).
 
-    The folder is an ordinary checkpoint for ``from_pretrained``. Its function is the source's (weights rounded to
-    bf16 once); its channels are permuted, see `permute_channels`. First use downloads 93 MB and converts for about
-    20 s.
+    It is an ordinary checkpoint for ``from_pretrained``: config, bf16 safetensors, tokenizer. Its function is the
+    source's, weights rounded to bf16 once; its channels are permuted, see `permute_channels`.
 
     Raises:
         FetchError: the download failed or its hash is wrong.
@@ -73,8 +75,8 @@ def smollm2(dtype: torch.dtype | None = None, layers: int | None = None) -> PreT
         layers: keep only the first blocks (and the final norm and head), for quick runs; all 30 if None.
 
     Returns:
-        A ``LlamaForCausalLM``: width 576, 9 query and 3 key/value heads of 64, FFN 1536, vocabulary 49152, tied
-        embeddings; 134.5 million parameters, of which 106.2 million in linear layers.
+        A ``LlamaForCausalLM``: width 576, 9 query and 3 key/value heads of 64, FFN 1536, vocabulary 49152,
+        tied embeddings; 134.5 million parameters, of which 106.2 million in linear layers.
 
     Raises:
         OptionError: ``layers`` outside 1 to 30.
@@ -88,12 +90,9 @@ def smollm2(dtype: torch.dtype | None = None, layers: int | None = None) -> PreT
     folder = smollm2_path()
     config = AutoConfig.from_pretrained(folder)
     if layers is not None:
-        if (
-            isinstance(layers, bool)
-            or not isinstance(layers, int)
-            or not 1 <= layers <= config.num_hidden_layers
-        ):
-            raise OptionError(f"layers={layers!r} must be an integer from 1 to {config.num_hidden_layers}")
+        most = config.num_hidden_layers
+        if isinstance(layers, bool) or not isinstance(layers, int) or not 1 <= layers <= most:
+            raise OptionError(f"layers={layers!r} must be an integer from 1 to {most}")
         config.num_hidden_layers = layers
     with _quiet():
         model = LlamaForCausalLM.from_pretrained(folder, config=config, dtype=dtype or compute_dtype())
@@ -124,8 +123,8 @@ def source_bits() -> dict[str, dict[str, float]]:
     """What the source file spends, from its tensor table: for the source checkpoint's point on the chart.
 
     Returns:
-        For ``"linear"``, ``"embeddings"``, ``"norms"`` and ``"total"``: ``weights`` (count), ``bytes`` and ``bits``
-        (per weight). ``"file"`` has the bytes on disk. The embeddings are tied and counted once.
+        For ``"linear"``, ``"embeddings"``, ``"norms"`` and ``"total"``: ``weights`` (count), ``bytes`` and
+        ``bits`` (per weight). ``"file"`` has the bytes on disk. The embeddings are tied and counted once.
 
     Example:
         >>> source_bits()["linear"]["bits"]
@@ -140,8 +139,8 @@ def load(
     """A causal language model in eval mode, and its tokenizer.
 
     Args:
-        name_or_path: ``"smollm2"``; a local folder (a Hugging Face checkpoint or one saved by refimpl); or the id of
-            a model on the Hugging Face Hub.
+        name_or_path: ``"smollm2"``; a local folder (a Hugging Face checkpoint or one saved by refimpl); or the
+            id of a model on the Hugging Face Hub.
         dtype: of the weights; `compute_dtype()` if None.
 
     Returns:
@@ -149,8 +148,8 @@ def load(
 
     Raises:
         FetchError: a Hub id that cannot be downloaded (no network, no such id, no access).
-        CheckpointError: no weights in safetensors (pickle files are refused: loading one runs the code in it), a
-            truncated file, or weights that do not belong to the configuration.
+        CheckpointError: no weights in safetensors (pickle files are refused: loading one runs the code in it),
+            a truncated file, or weights that do not belong to the configuration.
 
     Example:
         >>> model, tok = load("smollm2")
@@ -164,23 +163,21 @@ def load(
         folder = _from_hub(str(name_or_path))
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: give the folder that `save_pretrained` wrote")
-    check_safetensors(folder)
-    if (folder / "refimpl.json").is_file():
-        from refimpl.core import io
-
-        model = io.load(folder, dtype=dtype or compute_dtype())
+    Checkpoint(folder)  # opens every weight file: refuses pickles, finds truncated and missing ones
+    if io.is_compressed(folder):
+        model = cast(PreTrainedModel, io.load(folder, dtype=dtype or compute_dtype()))
     else:
         model = _from_folder(folder, dtype or compute_dtype())
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     return model.eval(), AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def compute_dtype(device: str = "cpu") -> torch.dtype:
     """bf16 where this device multiplies bf16 matrices fast, else fp32; measured once per process.
 
-    Many CPUs emulate bf16 at a twentieth of their fp32 speed, and no flag tells reliably: a product of 128x512 and
-    512x512 is timed in both (milliseconds; a third of a second on the slowest).
+    Many CPUs emulate bf16 at a twentieth of their fp32 speed, and no flag tells reliably: a product of 128x512
+    and 512x512 is timed in both (milliseconds; about a second on the slowest).
 
     Example:
         >>> compute_dtype() in (torch.bfloat16, torch.float32)
@@ -206,65 +203,16 @@ def compute_dtype(device: str = "cpu") -> torch.dtype:
     return torch.bfloat16 if seconds(torch.float32) > 1.3 * seconds(torch.bfloat16) else torch.float32
 
 
-def check_safetensors(folder: str | Path) -> list[Path]:
-    """The weight files of a checkpoint folder, each opened once: whole, in safetensors, none missing.
-
-    Raises:
-        CheckpointError: no safetensors file, one that is truncated, or a shard of the index that is not there.
-
-    Example:
-        >>> [path.name for path in check_safetensors(smollm2_path())]
-        ['model.safetensors']
-    """
-    from safetensors import SafetensorError, safe_open
-
-    folder = Path(folder)
-    files = sorted(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(
-                f"{index} is damaged ({error}): copy or download the folder again"
-            ) from error
-        missing = [name for name in named if not (folder / name).is_file()]
-        if missing:
-            raise CheckpointError(
-                f"{folder} lacks {missing[0]} ({len(missing)} of {len(named)} shards): copy them too"
-            )
-    if not files:
-        pickles = [
-            path.name
-            for ending in ("*.bin", "*.pt", "*.pth", "*.pkl")
-            for path in sorted(folder.glob(ending))
-        ]
-        if pickles:
-            raise CheckpointError(
-                f"{folder} holds only pickled weights ({pickles[0]}), which can run code when loaded and are refused: "
-                "if you trust the source, load it with transformers and write `save_pretrained(folder)`"
-            )
-        raise CheckpointError(f"{folder} holds no *.safetensors file: give the folder that holds the weights")
-    for path in files:
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{path} is truncated or not a safetensors file ({error}): copy or download it again"
-            ) from error
-    return files
-
-
 def permute_channels(
     state: dict[str, Tensor], config: LlamaConfig, seed: int = PERMUTATION_SEED
 ) -> dict[str, Tensor]:
     """The same Llama function with residual, FFN and value/output channels in another order.
 
-    Three kinds of channels may be renamed without changing the function: the residual stream (every norm, every
-    input of a block and every output into the stream), the hidden channels of each FFN, and the channels of each
-    value head together with the matching inputs of the output projection. A key/value head serves several query
-    heads, so their inputs to the output projection share its permutation. Query and key channels stay: RoPE pairs them.
+    Three kinds of channels may be renamed without changing the function: the residual stream (every norm,
+    every input of a block and every output into the stream), the hidden channels of each FFN, and the channels
+    of each value head together with the matching inputs of the output projection. A key/value head serves
+    several query heads, so their inputs to the output projection share its permutation. Query and key channels
+    stay: RoPE pairs them.
 
     Args:
         state: state dict of a ``LlamaForCausalLM`` without biases.
@@ -289,7 +237,8 @@ def permute_channels(
     def permutation(size: int) -> Tensor:
         return torch.from_numpy(random.permutation(size))
 
-    kv_heads, head_dim = config.num_key_value_heads, config.head_dim
+    kv_heads = config.num_key_value_heads or config.num_attention_heads
+    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
     shared = config.num_attention_heads // kv_heads
     residual = permutation(config.hidden_size)
     renamed = {"model.embed_tokens.weight": (None, residual), "model.norm.weight": (residual, None)}
@@ -324,46 +273,39 @@ def permute_channels(
     return result
 
 
-def convert_gguf(gguf: Path, folder: Path, seed: int | None = PERMUTATION_SEED) -> None:
-    """Write a Llama GGUF as a clean checkpoint: bf16 safetensors, tied embeddings, tokenizer, source.json.
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write SmolLM2's GGUF into `folder` as a clean checkpoint: bf16, tied embeddings, permuted channels.
 
-    Args:
-        gguf: the file.
-        folder: where the checkpoint goes (must exist).
-        seed: of `permute_channels`; None keeps the source's order of channels.
+    Beside it goes ``source.json``: the hash of the weights and what the source spent on them.
     """
-    require("gguf", "lab")
-    require("accelerate", "lab")
-    loaded = read_gguf(gguf)
-    # The loaded model is marked as quantised and refuses to be saved: a clean one is built from the numbers.
-    config = clean_config(loaded.config)
-    state = loaded.state_dict()
-    if seed is not None:
-        state = permute_channels(state, config, seed)
-    del loaded
-    model = LlamaForCausalLM(config)
-    model.load_state_dict(state)
-    model.tie_weights()
-    model.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
-    )
-    with _quiet():
-        model.to(torch.bfloat16).save_pretrained(folder)
+    with require("tqdm", "lab").tqdm(total=3, desc="Converting SmolLM2 (once)", leave=False) as bar, _quiet():
+        loaded = read_gguf(gguf)
+        bar.update()
+        # The loaded model is marked as quantised and refuses to be saved: a clean one is built from its numbers.
+        config = clean_config(loaded.config)
+        model = LlamaForCausalLM(config).to(dtype=torch.bfloat16)
+        model.load_state_dict(permute_channels(loaded.state_dict(), config))
+        model.tie_weights()
+        model.generation_config = GenerationConfig(
+            bos_token_id=config.bos_token_id,
+            eos_token_id=config.eos_token_id,
+            pad_token_id=config.pad_token_id,
+        )
+        model.save_pretrained(folder)
+        bar.update()
         _clean_tokenizer(gguf, config).save_pretrained(folder)
-    source = {
-        "sha256": fetch.sha256(folder / "model.safetensors"),
-        "bits": _bits(gguf),
-        "permutation_seed": seed,
-    }
+        bar.update()
+    source = {"sha256": fetch.sha256(folder / "model.safetensors"), "bits": _bits(gguf)}
     (folder / "source.json").write_text(json.dumps(source, indent=2) + "\n")
 
 
 def read_gguf(gguf: Path) -> LlamaForCausalLM:
     """The GGUF's weights in fp32, as transformers dequantises them, channels in the source's order."""
+    require("gguf", "lab")
+    require("accelerate", "lab")
     with _quiet():
-        return AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-        ).eval()
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    return model.eval()
 
 
 def clean_config(config: LlamaConfig) -> LlamaConfig:
@@ -373,7 +315,6 @@ def clean_config(config: LlamaConfig) -> LlamaConfig:
         "quantization_config",
         "_name_or_path",
         "_model_name_or_path",
-        "pretraining_tp",
         "unk_token_id",
     ):
         fields.pop(name, None)
@@ -387,7 +328,7 @@ def _clean_tokenizer(gguf: Path, config: LlamaConfig) -> PreTrainedTokenizerFast
 
     loaded = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     backend = loaded.backend_tokenizer
-    # transformers' GGUF reader drops the digit rule of this family ("smollm": each digit is a token of its own).
+    # transformers' GGUF reader drops this family's rule ("smollm") that each digit is a token of its own.
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -427,11 +368,12 @@ def _bits(gguf: Path) -> dict[str, dict[str, float]]:
 def _from_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     with _quiet():
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, output_loading_info=True
             )
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{folder} cannot be loaded as a causal language model: {error}") from error
+    model, info = loaded
     # transformers fills missing weights with random numbers and warns; such a model measures nothing.
     missing = sorted(info["missing_keys"])
     if missing:
@@ -450,8 +392,8 @@ def _from_hub(name: str) -> Path:
         return Path(
             snapshot_download(
                 name,
-                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.bin"],
-                ignore_patterns=["*/*", "consolidated*", "*.bin"],
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],  # no pickles
+                ignore_patterns=["*/*", "consolidated*"],  # the same weights again, in other layouts
             )
         )
     except HFValidationError as error:
@@ -468,7 +410,7 @@ def _from_hub(name: str) -> Path:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and no load report from transformers: leaving out blocks or a head is what we asked for."""
+    """No progress bars and no load report from transformers: leaving out blocks is what was asked for."""
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

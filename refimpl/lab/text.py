@@ -1,13 +1,13 @@
 """Texts to calibrate and to measure on, split by document, and the windows of tokens cut from them.
 
-Four corpora are always there, without a download: ``wikipedia`` (a sample of long English articles from 2014, CC BY-SA)
-and ``news`` (300 short articles, for evaluation only) come with gensim's test data; ``python`` (source files) and
-``prose`` (documentation) are the standard library of the interpreter that runs, so they differ between Python
-versions: keep `corpus_hash` beside a number.
+Four corpora are always there, without a download: ``wikipedia`` (long English articles, CC BY-SA) and ``news``
+(300 short articles, for evaluation only) come with gensim's test data; ``python`` (source files) and ``prose``
+(documentation) are the standard library of the interpreter that runs, so they differ between Python versions:
+keep `corpus_hash` beside a number.
 
-A document belongs to one split, chosen by a hash of its normalised text. Of documents that share many phrases only
-one is kept, so what is measured was not seen in calibration under another title. Documentation taken from a module
-lies in the split of that module's source, so ``python`` and ``prose`` can be used together.
+A document belongs to one split, chosen by a hash of its normalised text. Of documents that share many phrases
+only one is kept, so what is measured was not seen in calibration under another title. Documentation taken from
+a module lies in the split of that module's source, so ``python`` and ``prose`` can be used together.
 """
 
 from __future__ import annotations
@@ -18,25 +18,29 @@ import functools
 import hashlib
 import json
 import re
+import sys
 import sysconfig
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import LongTensor
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
 
 from refimpl.core.errors import CalibrationError, OptionError, nearest, require
 from refimpl.lab import fetch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CORPORA = ("wikipedia", "news", "python", "prose")
 SPLITS = ("calibration", "validation", "test")
 
 SHARED_PHRASES = 0.2
-"""Two documents are near-duplicates if the smaller has more than this share of its five-word phrases in the other."""
+"""Two documents are near-duplicates if the other has more than this share of the smaller's five-word phrases."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class TokenSet:
         split: ``"calibration"``, ``"validation"``, ``"test"``, or ``"given"`` for `from_texts`.
     """
 
-    ids: LongTensor
+    ids: Tensor
     units: list[str]
     corpus: str
     split: str
@@ -83,8 +87,8 @@ def documents(corpus: str, split: str) -> list[Document]:
     _check_names(corpus, split)
     if corpus == "news" and split == "calibration":
         raise CalibrationError(
-            "corpus='news' has no calibration split: its 300 short articles are for evaluation only; calibrate on "
-            "'wikipedia', 'python', 'prose' or your own text (`from_texts`)"
+            "corpus='news' has no calibration split: its 300 short articles are for evaluation only; calibrate "
+            "on 'wikipedia', 'python', 'prose' or your own text (`from_texts`)"
         )
     return list(_read(corpus)[split])
 
@@ -98,10 +102,10 @@ def calibration(
 ) -> TokenSet:
     """Windows to calibrate on, drawn from the calibration split.
 
-    Each window lies inside one document and no two overlap. They are spread over the documents: no document gives a
-    second window before every one that is long enough gave its first. What starts a window: the token that begins
-    every text of this tokenizer (Llama, Gemma: the BOS token), and nothing for SmolLM2; apart from that a window starts
-    in the middle of a document, and no special token occurs inside it.
+    Each window lies inside one document and no two overlap. They are spread over the documents: no document gives
+    a second window before every one that is long enough gave its first. What starts a window: the BOS token, if
+    this tokenizer puts it before every text (Llama, Gemma), and nothing for SmolLM2. After that comes the text,
+    usually from the middle of a document; no special token occurs inside it.
 
     Args:
         corpus: see `documents`; not ``"news"``.
@@ -175,7 +179,9 @@ def from_texts(
     else:
         found, corpus = [Document(f"text {i}", "", text) for i, text in enumerate(texts)], "given texts"
     if not any(document.text.strip() for document in found):
-        raise CalibrationError(f"texts={corpus!r} holds no text: give at least {length} tokens in one document")
+        raise CalibrationError(
+            f"texts={corpus!r} holds no text: give at least {length} tokens in one document"
+        )
     return _windows(found, tokenizer, None, length, corpus, "given", key="given")
 
 
@@ -191,7 +197,9 @@ def corpus_hash(corpus: str) -> str:
 
 
 def prepare(corpus: str) -> Path:
-    """Parse a corpus into the cache if it is not there; returns its JSONL file (id, title, text, split a line).
+    """Parse a corpus into the cache if it is not there, and return its JSONL file.
+
+    A line holds id, title, text and split of one document.
 
     Example:
         >>> prepare("news").name
@@ -200,14 +208,18 @@ def prepare(corpus: str) -> Path:
     _check_names(corpus, "test")
     # The key holds everything that decides the result: this file, and what is parsed.
     if corpus in ("python", "prose"):
-        source = sysconfig.get_python_version() + sysconfig.get_path("stdlib")
+        source = sys.version + sysconfig.get_path("stdlib")
     else:
         source = require("gensim", "lab").__version__
     key = hashlib.sha256(Path(__file__).read_bytes() + source.encode()).hexdigest()[:12]
 
     def build(staging: Path) -> None:
+        tqdm = require("tqdm", "lab").tqdm
+        parsed = tqdm(
+            _PARSERS[corpus](), desc=f"Parsing {corpus} (once)", unit=" documents", delay=2, leave=False
+        )
         with (staging / "documents.jsonl").open("w", encoding="utf-8") as sink:
-            for split, document in _split(_PARSERS[corpus](), corpus):
+            for split, document in _split(parsed, corpus):
                 record = {"id": document.id, "title": document.title, "text": document.text, "split": split}
                 sink.write(json.dumps(record, ensure_ascii=False) + "\n")
 
@@ -266,7 +278,9 @@ def _windows(
     for document in found:
         if sequences is not None and len(rows) == sequences:
             break
-        ids = tokenizer(document.text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+        ids = tokenizer(
+            document.text, add_special_tokens=False, split_special_tokens=True, verbose=False
+        ).input_ids
         slots = len(ids) // room
         if not slots:
             continue
@@ -289,8 +303,8 @@ def _windows(
     if not rows or (sequences is not None and len(rows) < sequences):
         asked = f"sequences={sequences} windows" if sequences is not None else "one window"
         raise CalibrationError(
-            f"corpus {corpus!r}, split {split!r}: asked for {asked} of length={length} tokens, {len(rows)} available "
-            f"in {len(found)} documents; ask for a shorter length{' or fewer sequences' if rows else ''}"
+            f"corpus {corpus!r}, split {split!r}: asked for {asked} of length={length} tokens, {len(rows)} "
+            f"available in {len(found)} documents; ask for a shorter length{' or fewer sequences' if rows else ''}"
         )
     return TokenSet(torch.tensor(rows, dtype=torch.long), units, corpus, split)
 
@@ -298,7 +312,9 @@ def _windows(
 def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The BOS token, if this tokenizer puts it before every text: such models are far worse without it."""
     with_special, plain = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
-    begins = bool(with_special) and with_special[0] == tokenizer.bos_token_id and with_special[:1] != plain[:1]
+    begins = (
+        bool(with_special) and with_special[0] == tokenizer.bos_token_id and with_special[:1] != plain[:1]
+    )
     return with_special[:1] if begins else []
 
 
@@ -320,7 +336,9 @@ def _local(path: Path) -> Iterator[Document]:
             except UnicodeDecodeError:  # a picture or a binary beside the texts
                 continue
     else:
-        raise CalibrationError(f"texts={str(path)!r} is no file or folder; for literal text pass a list of strings")
+        raise CalibrationError(
+            f"texts={str(path)!r} is no file or folder; for literal text pass a list of strings"
+        )
 
 
 # --- corpora ---
@@ -379,7 +397,9 @@ def _gensim_file(name: str) -> Path:
 
     path = Path(datapath(name))
     if not path.is_file():
-        raise CalibrationError(f"{path} is missing: this gensim came without its test data; reinstall it from a wheel")
+        raise CalibrationError(
+            f"{path} is missing: this gensim came without its test data; reinstall it from a wheel"
+        )
     return path
 
 
@@ -397,17 +417,27 @@ def _wikipedia() -> Iterator[tuple[str, Document]]:
 
 
 _LEFT_OUT = {
-    *("references", "external links", "see also", "further reading", "notes", "bibliography", "footnotes", "sources"),
+    *(
+        "references",
+        "external links",
+        "see also",
+        "further reading",
+        "notes",
+        "bibliography",
+        "footnotes",
+        "sources",
+    ),
     *("notes and references", "references and notes", "citations", "works cited", "selected works", "books"),
     *("filmography", "discography", "selected bibliography", "works", "gallery"),
 }
 
 
 def clean_wiki(markup: str) -> str:
-    """The running prose of a wiki page: paragraphs and headings, without lists, tables, captions and references.
+    """The prose of a wiki page: paragraphs and headings, without lists, tables, captions and references.
 
     Example:
-        >>> page = "'''Ada''' is a [[town]] of {{convert|3|km2}} in the north of the country" + ", on a river" * 5 + "."
+        >>> page = "'''Ada''' is a [[town]] of {{convert|3|km2}} in the north of the country" + ", on a river" * 5
+        >>> page += "."
         >>> clean_wiki(page + "\\n* a list item")[:59]
         'Ada is a town of 3 km2 in the north of the country, on a ri'
     """
@@ -473,14 +503,26 @@ def _is_prose(line: str) -> bool:
 
 
 def _news() -> Iterator[tuple[str, Document]]:
-    for number, line in enumerate(_gensim_file("lee_background.cor").read_text(encoding="utf-8").splitlines()):
+    for number, line in enumerate(
+        _gensim_file("lee_background.cor").read_text(encoding="utf-8").splitlines()
+    ):
         text = line.strip()
         if text:
             yield text, Document(f"news/{number:03d}", " ".join(text.split()[:8]), text)
 
 
 _NOT_SOURCE = {
-    *("test", "tests", "idlelib", "idle_test", "lib2to3", "site-packages", "dist-packages", "pydoc_data", "encodings"),
+    *(
+        "test",
+        "tests",
+        "idlelib",
+        "idle_test",
+        "lib2to3",
+        "site-packages",
+        "dist-packages",
+        "pydoc_data",
+        "encodings",
+    ),
     *("turtledemo", "ensurepip", "lib-dynload", "__pycache__", "__phello__"),
 }
 
@@ -499,7 +541,9 @@ def _modules() -> Iterator[tuple[str, str]]:
         head = source[:1000].lower()
         if len(source) < 1000 or "generated by" in head or "automatically generated" in head:
             continue
-        if sum(char.isalpha() or char.isspace() for char in source) > 0.7 * len(source):  # tables are digits and commas
+        if sum(char.isalpha() or char.isspace() for char in source) > 0.7 * len(
+            source
+        ):  # tables are digits and commas
             yield name.as_posix(), source
 
 
@@ -521,10 +565,12 @@ def _prose() -> Iterator[tuple[str, Document]]:
         return "\n\n".join(paragraphs)
 
     try:
-        from pydoc_data.topics import topics
-    except ImportError:  # some distributions package the topics apart; docstrings remain
-        topics = {}
-    for name, topic in sorted(topics.items(), key=lambda item: (len(item[1]), item[0])):
+        from pydoc_data import topics
+    except ImportError:  # some distributions package the topics apart
+        raise CalibrationError(
+            "corpus='prose': this Python came without pydoc_data, the text of help(); install the full standard library"
+        ) from None
+    for name, topic in sorted(topics.topics.items(), key=lambda item: (len(item[1]), item[0])):
         text = fresh(topic)
         if len(text) > 500:
             yield text, Document(f"prose/topic {name}", name, text)
@@ -541,10 +587,14 @@ def _prose() -> Iterator[tuple[str, Document]]:
 
 
 def _paragraphs(text: str) -> Iterator[str]:
-    """Paragraphs of documentation that are sentences, each unwrapped into one line: no code, grammar or tables."""
+    """Paragraphs of documentation that are sentences, each unwrapped into one line; no code, grammar, tables."""
     for block in re.split(r"\n\s*\n", text):
-        line = " ".join(block.split())
-        if len(line) < 80 or not re.search(r"[.!?:][\"'”’)]*$", line) or re.search(r">>>|::=|\.\. |[*=~-]{4}", line):
+        line = " ".join(block.split()).removeprefix("* ")
+        if (
+            len(line) < 80
+            or not re.search(r"[.!?:][\"'”’)]*$", line)
+            or re.search(r">>>|::=|\.\. |[*=~-]{4}", line)
+        ):
             continue
         if sum(char.isalpha() or char.isspace() for char in line) > 0.88 * len(line):
             yield re.sub(r"- (?=[a-z])", "-", line)  # "pseudo-\ncompiled" was broken at the hyphen
