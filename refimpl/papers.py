@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from refimpl.core.errors import OptionError, nearest
 
@@ -94,7 +95,10 @@ def papers() -> tuple[Paper, ...]:
     """
     with (Path(__file__).parent / "papers.toml").open("rb") as file:
         entries = tomllib.load(file)["paper"]
-    frozen = [{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()} for entry in entries]
+    frozen: list[dict[str, Any]] = [
+        {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
+        for entry in entries
+    ]
     rows = [Paper(**entry) for entry in frozen]
     order = list(PARTS)
     return tuple(sorted(rows, key=lambda paper: order.index(paper.part)))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from refimpl.core.io import data_path
+from refimpl.lab import ledger, plots
+from refimpl.lab.records import Results
 from refimpl.papers import PARTS, Paper, papers
 
 #: Draws a chart: (Vega-Lite specification, text for those who do not see it) -> HTML.
@@ -64,9 +67,59 @@ def part_table(part: str) -> str:
     return table(["Method", "Paper", "State"], rows)
 
 
+NOTHING = "*No results are recorded yet.*"
+#: A study joins the bench by recording a dense arm and costs in bits per weight under this condition.
+BENCH_CONDITION = "wikipedia"
+
+
+def ledger_table() -> str:
+    """Every judged claim."""
+    rows = ledger.table()
+    return ledger.markdown(rows) if rows else NOTHING
+
+
+def bench_points() -> list[plots.Point]:
+    """All compressed language models of all studies; an arm that two studies measured is shown once."""
+    found: dict[tuple[str, str], plots.Point] = {}
+    for path in sorted(data_path("results").glob("*.json")):
+        results = Results.load(path)
+        here = [r for r in results.records() if r.condition == BENCH_CONDITION and r.metric == "nll"]
+        if any(r.arm == "dense" for r in here) and all(r.cost is not None for r in here):
+            for point in plots.points(results, BENCH_CONDITION, seed=min(r.seed for r in here)):
+                found.setdefault((point.method, point.label), point)
+    return list(found.values())
+
+
+def bench(chart: Chart) -> str:
+    """The language-model chart and its numbers as a table. Eight methods can be told apart in one chart."""
+    points = bench_points()
+    if not points:
+        return NOTHING
+    common = [point for point in points if point.source or point.method == "dense"]
+    methods = [m for m in dict.fromkeys(p.method for p in points) if m not in {p.method for p in common}]
+    parts = []
+    for start in range(0, len(methods), 7):
+        chosen = [*common, *(p for p in points if p.method in methods[start : start + 7])]
+        drawing = plots.quality_chart(chosen)
+        parts.append(chart(drawing.to_dict(), plots.describe(chosen)))
+    rows = [
+        [
+            f"{point.method} {point.label}".strip(),
+            f"{point.bits:.2f}",
+            f"{point.perplexity:.2f}",
+            f"{point.low:.2f} to {point.high:.2f}" if point.low is not None else "",
+        ]
+        for point in sorted(points, key=lambda point: (point.method, point.bits))
+    ]
+    numbers = table(["Model", "Bits per weight", "Perplexity", "95 % interval"], rows)
+    return "\n\n".join([*parts, "The same numbers as a table:", numbers])
+
+
 GENERATED: dict[str, Callable[[Chart], str]] = {
     "state": lambda chart: state(),
     "chapters": lambda chart: chapter_table("../"),
     "planned": lambda chart: planned_list(),
     "lowrank": lambda chart: part_table("lowrank"),
+    "ledger": lambda chart: ledger_table(),
+    "language_models": bench,
 }

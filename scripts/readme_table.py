@@ -1,7 +1,7 @@
 """Write the README's table of chapters from refimpl/papers.toml.
 
-    python scripts/readme_table.py            say whether it is up to date
-    python scripts/readme_table.py --write    update it
+python scripts/readme_table.py            say whether it is up to date
+python scripts/readme_table.py --write    update it
 """
 
 from __future__ import annotations
@@ -28,4 +28,6 @@ if __name__ == "__main__":
     if "--write" in sys.argv[1:]:
         README.write_text(new, encoding="utf8")
     elif old != new:
-        sys.exit("README.md: the table of chapters is out of date; run python scripts/readme_table.py --write")
+        sys.exit(
+            "README.md: the table of chapters is out of date; run python scripts/readme_table.py --write"
+        )

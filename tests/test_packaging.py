@@ -77,7 +77,18 @@ def test_installing_changes_neither_torch_nor_numpy(wheel: Path, tmp_path: Path,
         environment["PYTHONPATH"] = str(tmp_path / "future")
     report = tmp_path / "report.json"
     # --no-index: a dependency that is not satisfied by what is installed fails here
-    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "-q", "--report", report, wheel]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--dry-run",
+        "--no-index",
+        "-q",
+        "--report",
+        report,
+        wheel,
+    ]
     subprocess.run(command, env=environment, check=True, capture_output=True, cwd=tmp_path)
     changed = {entry["metadata"]["name"].lower() for entry in json.loads(report.read_text())["install"]}
     assert changed <= {"refimpl"}, changed
@@ -88,5 +99,11 @@ def test_dependencies_have_lower_bounds_only(wheel: Path) -> None:
     metadata = archive.read(next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))).decode()
     required = [line.split(": ", 1)[1] for line in metadata.splitlines() if line.startswith("Requires-Dist")]
     hard = [line for line in required if "extra ==" not in line]
-    assert {line.split(">=")[0].strip() for line in hard} == {"numpy", "safetensors", "tomli", "torch", "transformers"}
+    assert {line.split(">=")[0].strip() for line in hard} == {
+        "numpy",
+        "safetensors",
+        "tomli",
+        "torch",
+        "transformers",
+    }
     assert not any("<" in line.split(";")[0] or "==" in line.split(";")[0] for line in hard)
