@@ -106,6 +106,13 @@ def judge(results: Results, claims: Iterable[Claim]) -> list[dict[str, Any]]:
 
     Raises:
         OptionError: two claims share an id, a needed arm was not recorded, or an estimate lies outside its interval.
+
+    Example:
+        >>> results = Results("demo.json", header={})
+        >>> outcome = Outcome(Verdict.HOLDS, 0.97, 0.95, 0.99, 0.03, "135M; the paper: 8B", "SVD", "ratio")
+        >>> claim = Claim("demo", "It helps.", "0.9 at 8B", "holds if high < 1", lambda results: outcome, 0.02)
+        >>> judge(results, [claim])[0]["verdict"]
+        'cannot be tested at this scale'
     """
     rows: list[dict[str, Any]] = []
     for claim in claims:
@@ -145,6 +152,11 @@ def stale(results: Results, data: Mapping[str, str] | None = None) -> list[str]:
     Args:
         results: a loaded results file.
         data: hashes of data and models as they are now; None compares sources only.
+
+    Example:
+        >>> header = {"sources": {"refimpl.lab.sources": "an old hash"}, "data": {}}
+        >>> stale(Results("demo.json", header))
+        ['refimpl.lab.sources']
     """
     now = {}
     for name in results.header["sources"]:
@@ -166,6 +178,10 @@ def rule_problems(results: Results, repository: str | Path | None = None) -> lis
     Args:
         results: a loaded results file.
         repository: the checkout; the one this package lies in by default.
+
+    Example:
+        >>> rule_problems(Results("demo.json", {"rule": None}))
+        ['provisional: the rule was not committed before the run']
     """
     rule = results.header["rule"]
     if rule is None:

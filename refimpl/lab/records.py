@@ -122,6 +122,11 @@ class Results:
         Raises:
             RuleNotCommitted: the study's file has changes that are not committed (unless provisional).
             ResultsError: the file was made from other sources, data or rules, or for another profile.
+
+        Example:
+            >>> results = Results.start("demo.json", paper="demo", study="refimpl.lab.records", provisional=True)
+            >>> results.header["rule"] is None, list(results.header["sources"])
+            (True, ['refimpl.lab.records'])
         """
         path = Path(path)
         origin = getattr(importlib.util.find_spec(study), "origin", None)

@@ -82,5 +82,10 @@ def module_hash(name: str) -> str:
 
 
 def module_hashes(names: Iterable[str]) -> dict[str, str]:
-    """`module_hash` of several modules, by name."""
+    """`module_hash` of several modules, by name.
+
+    Example:
+        >>> list(module_hashes(["refimpl.lab.sources"]))
+        ['refimpl.lab.sources']
+    """
     return {name: module_hash(name) for name in names}
