@@ -113,6 +113,7 @@ def build_folder(name: str, build: Callable[[Path], None]) -> Path:
         >>> folder = build_folder("example", lambda staging: (staging / "a.txt").write_text("done"))
         >>> (folder / "a.txt").read_text()
         'done'
+        >>> shutil.rmtree(folder)
     """
     final = cache_folder() / name
     if final.is_dir():

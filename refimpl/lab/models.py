@@ -283,7 +283,8 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
         bar.update()
         # The loaded model is marked as quantised and refuses to be saved: a clean one is built from its numbers.
         config = clean_config(loaded.config)
-        model = LlamaForCausalLM(config).to(dtype=torch.bfloat16)
+        model: Any = LlamaForCausalLM(config)
+        model.to(torch.bfloat16)
         model.load_state_dict(permute_channels(loaded.state_dict(), config))
         model.tie_weights()
         model.generation_config = GenerationConfig(
