@@ -45,7 +45,9 @@ class GPTQ(Method):
     def layer_config(self, site: Site) -> dict[str, Any]:
         return quantised_config(site, self.bits, self.group_size, self.symmetric)
 
-    def quantise(self, W: Tensor, gram: Tensor, mask: Tensor | None, log: dict[str, Any], group: int) -> Solution:
+    def quantise(
+        self, W: Tensor, gram: Tensor, mask: Tensor | None, log: dict[str, Any], group: int
+    ) -> Solution:
         """The method on plain tensors: W [m, d], G [d, d], mask [m, d] or None."""
         order = torch.argsort(gram.diagonal(), descending=True) if self.act_order else None
         ordered = gram if order is None else gram[order][:, order]

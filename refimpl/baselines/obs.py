@@ -35,9 +35,8 @@ def inverse_root(gram: Tensor, damping: float, log: dict[str, Any]) -> Tensor:
         fp32 [d, d]; computed in fp64, since condition numbers of 1e8 are common behind the activation function.
 
     Example:
-        >>> U = inverse_root(torch.eye(2) * 4, 0.0, {})
-        >>> U.tolist()
-        [[0.5, 0.0], [0.0, 0.5]]
+        >>> inverse_root(torch.eye(2) * 4, 0.0, {}).diagonal().tolist()
+        [0.5, 0.5]
     """
     H = gram.double()
     eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
@@ -155,7 +154,10 @@ def solve(
                 assert codes is not None
                 if fixed is not None:
                     of = column_of[j] // group
-                    grid = Grid(*(part.index_select(1, of.view(1))[:, 0] for part in fixed[:2]), bits)
+                    scale, zero = (
+                        part.index_select(1, of.view(1))[:, 0] for part in (fixed.scale, fixed.zero)
+                    )
+                    grid = Grid(scale, zero, bits)
                 else:
                     if j % group == 0:
                         ahead = slice(j, j + group)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from refimpl.baselines.obs import inverse_root, lowest, solve
@@ -37,7 +38,7 @@ def prune_mask(score: Tensor, pattern: str, sparsity: float, per_row: bool) -> T
         return ~lowest(score.unflatten(1, (-1, m)), m - n).flatten(1)
     if per_row:
         return ~lowest(score, int(score.shape[1] * sparsity))
-    return ~lowest(score.flatten(), int(score.numel() * sparsity)).view_as(score)
+    return ~lowest(torch.flatten(score), int(score.numel() * sparsity)).view_as(score)
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,9 @@ class Magnitude(Pruner):
 
 @dataclass(frozen=True)
 class Wanda(Pruner):
-    """Drop weights with the smallest ``|w_ij| * ||x_j||``, compared within each row (Sun et al., 2023, arXiv 2306.11695, eq. 1).
+    """Drop weights with the smallest ``|w_ij| * ||x_j||``, compared within each row.
+
+    Source: Sun et al., 2023, arXiv 2306.11695, eq. 1.
 
     Example:
         >>> Wanda("2:4").statistics
@@ -114,7 +117,9 @@ class Wanda(Pruner):
     def compress_site(self, site: Site, stats: InputStats | None, original: Tensor | None) -> PackedLinear:
         assert stats is not None
         W = site.weight
-        return self._pack(site, W, prune_mask(W.abs().float() * stats.norm, self.pattern, self.sparsity, per_row=True))
+        return self._pack(
+            site, W, prune_mask(W.abs().float() * stats.norm, self.pattern, self.sparsity, per_row=True)
+        )
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,9 @@ def quantised_config(site: Site, bits: int, group_size: int | None, symmetric: b
         raise OptionError(f"bits={bits}: use 2 to 8")
     current = site.module
     sparse = isinstance(current, PackedLinear) and current.pattern is not None
-    if isinstance(current, CompressedLayer) and not (isinstance(current, PackedLinear) and current.bits is None):
+    if isinstance(current, CompressedLayer) and not (
+        isinstance(current, PackedLinear) and current.bits is None
+    ):
         raise OptionError(
             f"{site.name!r} is already {current}; quantise before adding a low-rank path, and only once"
         )

@@ -40,14 +40,18 @@ def balanced(U: Tensor, values: Tensor, Vt: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class PlainSVD(LowRankRepair):
-    """Best rank-r approximation of the weight error itself; sees no data (ZeroQuant-V2, Yao et al., 2023, arXiv 2303.08302, "LoRC").
+    """Best rank-r approximation of the weight error itself; sees no data.
+
+    Source: ZeroQuant-V2, Yao et al., 2023, arXiv 2303.08302 (there called LoRC).
 
     Example:
         >>> PlainSVD(rank=32)
         PlainSVD(rank=32)
     """
 
-    def compress_site(self, site: Site, stats: InputStats | None, original: Tensor | None) -> CompensatedLinear:
+    def compress_site(
+        self, site: Site, stats: InputStats | None, original: Tensor | None
+    ) -> CompensatedLinear:
         assert original is not None
         B, A = balanced(*truncated_svd(self.error(site, original), self.rank))
         return self.attach(site, *to_layer_dtype(site, A, B))
@@ -55,7 +59,9 @@ class PlainSVD(LowRankRepair):
 
 @dataclass(frozen=True)
 class ActSVD(LowRankRepair):
-    """SVD of the weight error with its columns scaled by how large the inputs are ("Act-S" in the EoRA paper, after ASVD).
+    """SVD of the weight error with its columns scaled by how large the inputs are.
+
+    Source: the baseline "Act-S" of the EoRA paper, after ASVD (Yuan et al., 2023, arXiv 2312.05821).
 
     Args:
         alpha: the scale of input i is ``mean(|x_i|) ** alpha``; the paper's text has 1/2, its code 1.
@@ -68,7 +74,9 @@ class ActSVD(LowRankRepair):
     alpha: float = 0.5
     statistics: ClassVar[frozenset[str]] = frozenset({"abs"})
 
-    def compress_site(self, site: Site, stats: InputStats | None, original: Tensor | None) -> CompensatedLinear:
+    def compress_site(
+        self, site: Site, stats: InputStats | None, original: Tensor | None
+    ) -> CompensatedLinear:
         assert stats is not None and original is not None
         s = stats.mean_abs.clamp_min(0) ** self.alpha
         s = s.clamp_min(1e-6 * s.max())  # an input that never fires must not divide by zero
@@ -78,8 +86,9 @@ class ActSVD(LowRankRepair):
 
 @dataclass(frozen=True)
 class LoftQ(Method):
-    """Alternate between rounding what the low-rank path does not cover and refitting the path (Li et al., 2023, arXiv 2310.08659, algorithm 1).
+    """Alternate between rounding what the low-rank path does not cover and refitting the path.
 
+    Source: Li et al., 2023, arXiv 2310.08659, algorithm 1.
     Needs no data and starts from the uncompressed weight: it is a quantiser and a repair in one.
 
     Args:
@@ -101,11 +110,15 @@ class LoftQ(Method):
     def layer_config(self, site: Site) -> dict[str, Any]:
         check_rank(site, self.rank)
         shape = {"A": (site.in_features, self.rank), "B": (self.rank, site.out_features)}
-        adapter = {name: {"type": "Factor", "in_features": i, "out_features": o} for name, (i, o) in shape.items()}
+        adapter = {
+            name: {"type": "Factor", "in_features": i, "out_features": o} for name, (i, o) in shape.items()
+        }
         base = quantised_config(site, self.bits, self.group_size, self.symmetric)
         return {"type": "CompensatedLinear", "base": base, "adapter": {"type": "LowRankLinear", **adapter}}
 
-    def compress_site(self, site: Site, stats: InputStats | None, original: Tensor | None) -> CompensatedLinear:
+    def compress_site(
+        self, site: Site, stats: InputStats | None, original: Tensor | None
+    ) -> CompensatedLinear:
         W = site.weight
         rounding = RTN(self.bits, self.group_size, self.symmetric)
         low_rank = torch.zeros_like(W, dtype=torch.float32)

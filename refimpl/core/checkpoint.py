@@ -43,7 +43,9 @@ class Checkpoint:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise CheckpointError(f"checkpoint={str(folder)!r} is not a folder; pass the path of a saved model")
+            raise CheckpointError(
+                f"checkpoint={str(folder)!r} is not a folder; pass the path of a saved model"
+            )
         files = sorted(self.folder.glob("*.safetensors"))
         if not files:
             pickled = sorted(path.name for path in self.folder.glob("*.bin"))
@@ -57,14 +59,18 @@ class Checkpoint:
             listed = set(json.loads(index.read_text())["weight_map"].values())
             missing = sorted(name for name in listed if not (self.folder / name).exists())
             if missing:
-                raise CheckpointError(f"checkpoint={str(folder)!r} lacks {missing[0]}; copy or download it again")
+                raise CheckpointError(
+                    f"checkpoint={str(folder)!r} lacks {missing[0]}; copy or download it again"
+                )
             files = [self.folder / name for name in sorted(listed)]
         self._files: dict[str, Any] = {}
         for path in files:
             try:
                 handle = safe_open(path, framework="pt")
             except SafetensorError as error:
-                raise CheckpointError(f"{path} is truncated or not safetensors ({error}); fetch it again") from error
+                raise CheckpointError(
+                    f"{path} is truncated or not safetensors ({error}); fetch it again"
+                ) from error
             self._files.update(dict.fromkeys(handle.keys(), handle))
 
     def __contains__(self, key: str) -> bool:
@@ -146,7 +152,11 @@ class Reference:
                 module = self.layout.get_submodule(site.name)
                 transposed = is_conv1d(module)
                 key, index = (f"{site.name}.weight", None) if self.checkpoint is None else (key, index)
-            weight = self.checkpoint.tensor(key, index) if self.checkpoint else self.layout.get_parameter(key).detach()
+            weight = (
+                self.checkpoint.tensor(key, index)
+                if self.checkpoint
+                else self.layout.get_parameter(key).detach()
+            )
         except AttributeError as error:
             raise CheckpointError(
                 f"reference: it has no uncompressed weight {key!r}; pass the model (or its folder) as it was before "
@@ -179,13 +189,17 @@ def read_config(folder: str | Path) -> Any:
     from transformers import AutoConfig
 
     if not (Path(folder) / "config.json").is_file():
-        raise CheckpointError(f"checkpoint={str(folder)!r} has no config.json; pass a folder saved by save_pretrained")
+        raise CheckpointError(
+            f"checkpoint={str(folder)!r} has no config.json; pass a folder saved by save_pretrained"
+        )
     config = AutoConfig.from_pretrained(folder)
-    if hasattr(config, "quantization_config"):  # our own mark, or a format that transformers would unpack itself
-        if config.quantization_config.get("quant_method") != "refimpl":
+    if hasattr(
+        config, "quantization_config"
+    ):  # our own mark, or a format that transformers would unpack itself
+        format_name = config.quantization_config.get("quant_method")
+        if format_name != "refimpl":
             raise CheckpointError(
-                f"checkpoint={str(folder)!r} is already quantised by {config.quantization_config.get('quant_method')!r}; "
-                "start from the unquantised model"
+                f"checkpoint={str(folder)!r} is already quantised by {format_name!r}; start from the unquantised model"
             )
         del config.quantization_config
     return config

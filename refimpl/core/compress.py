@@ -101,9 +101,13 @@ def calibration_batches(calibration: Any, batch_size: int, vocabulary: int | Non
         got = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise CalibrationError(f"calibration: expected integer token ids [sequences, length], got {got}")
     if ids.numel() == 0:
-        raise CalibrationError(f"calibration: shape {tuple(ids.shape)} holds no tokens; pass at least one sequence")
+        raise CalibrationError(
+            f"calibration: shape {tuple(ids.shape)} holds no tokens; pass at least one sequence"
+        )
     if ids.shape[1] < 2:
-        raise CalibrationError(f"calibration: sequences of length {ids.shape[1]} are too short; use 2 tokens or more")
+        raise CalibrationError(
+            f"calibration: sequences of length {ids.shape[1]} are too short; use 2 tokens or more"
+        )
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or (vocabulary is not None and high >= vocabulary):
         raise CalibrationError(
@@ -291,7 +295,9 @@ def compress(
     source: Checkpoint | None = None
     if isinstance(model, (str, Path)):
         if out is None:
-            raise OptionError(f"out=None: compressing the folder {str(model)!r} block by block needs out=, a folder to write to")
+            raise OptionError(
+                f"out=None: compressing the folder {str(model)!r} block by block needs a folder to write to"
+            )
         source, folder = Checkpoint(model), Path(model)
         model = empty_model(read_config(folder), _stored_dtype(source))
         if io.is_compressed(folder):
@@ -305,13 +311,17 @@ def compress(
             "pass the original model or the folder of its checkpoint"
         )
     if reference is model:
-        raise OptionError("reference is the model that is being compressed; pass an untouched copy or its folder")
+        raise OptionError(
+            "reference is the model that is being compressed; pass an untouched copy or its folder"
+        )
     original = Reference(reference, model) if method.uses_reference and reference is not None else None
 
     batches: list[Tensor] = []
     if method.statistics:
         if calibration is None:
-            raise CalibrationError(f"calibration=None: {type(method).__name__} needs tokens [sequences, length]")
+            raise CalibrationError(
+                f"calibration=None: {type(method).__name__} needs tokens [sequences, length]"
+            )
         batches = calibration_batches(calibration, batch_size, _vocabulary(model))
     _, blocks = find_blocks(model)
     by_block = {index: [site for site in sites if site.block == index] for index in range(len(blocks))}
@@ -319,7 +329,9 @@ def compress(
     writer = None
     if out is not None:
         if dist.is_available() and dist.is_initialized():
-            raise OptionError(f"out={str(out)!r} is not supported under torchrun; save(model, ...) on rank 0 afterwards")
+            raise OptionError(
+                f"out={str(out)!r} does not work under torchrun; save(model, ...) on rank 0 afterwards"
+            )
         writer = io.ShardWriter(Path(out), model, _fingerprints(model, method, batches, order, by_block))
     if source is not None:
         _load_outside_blocks(model, source)
@@ -336,11 +348,21 @@ def compress(
 
     reports: list[SiteReport] = list(writer.reports(SiteReport)) if writer else []
     last = max((index for index, chosen in by_block.items() if chosen), default=-1)
-    bar = tqdm(total=len(blocks), initial=done, desc=type(method).__name__, unit="block", disable=not progress, delay=1)
+    bar = tqdm(
+        total=len(blocks),
+        initial=done,
+        desc=type(method).__name__,
+        unit="block",
+        disable=not progress,
+        delay=1,
+    )
     try:
         for index in range(done, len(blocks)):
             block, chosen = blocks[index], by_block[index]
-            with _materialised(block, index, model, source) if source else nullcontext(), _all_or_nothing(chosen):
+            with (
+                _materialised(block, index, model, source) if source else nullcontext(),
+                _all_or_nothing(chosen),
+            ):
                 entries = _compress_block(
                     block, index, chosen, method, original, activations, order, propagate=index < last
                 )
@@ -350,7 +372,11 @@ def compress(
             reports.extend(entries)
             bar.update()
     except KeyboardInterrupt:
-        where = f"; call it again with out={str(out)!r} to go on" if writer else " (pass out= to make a run resumable)"
+        where = (
+            f"; call it again with out={str(out)!r} to go on"
+            if writer
+            else " (pass out= to make a run resumable)"
+        )
         tqdm.write(f"interrupted after {bar.n} of {len(blocks)} blocks{where}")
         raise
     finally:
@@ -396,15 +422,17 @@ def _compress_block(
             error = _relative_error(goal, layer.to_dense(), input_stats.gram)
             error_before = None if target is None else _relative_error(goal, before, input_stats.gram)
         site.replace(layer)
-        entries.append(SiteReport(site.name, error, error_before, time.perf_counter() - begin, dict(site.log)))
+        entries.append(
+            SiteReport(site.name, error, error_before, time.perf_counter() - begin, dict(site.log))
+        )
     if activations and order == "sequential" and propagate:
         activations.run(block, index, keep=True)
     return entries
 
 
 def _vocabulary(model: nn.Module) -> int | None:
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    return None if embedding is None else embedding.weight.shape[0]  # type: ignore[operator,union-attr]
+    embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    return None if embedding is None else embedding.weight.shape[0]
 
 
 def _stored_dtype(source: Checkpoint) -> torch.dtype:
@@ -496,9 +524,8 @@ def plan(
     Example:
         >>> from transformers import LlamaConfig
         >>> from refimpl import GPTQ
-        >>> config = LlamaConfig()   # Llama-2-7B
-        >>> print(plan(config, GPTQ(bits=4, group_size=128)))   # doctest: +ELLIPSIS
-        GPTQ(bits=4, ...): 224 sites, 67 modules left as they are, 4.16 bits per weight, model 3890 MB, peak ...
+        >>> print(plan(LlamaConfig(), GPTQ(bits=4, group_size=128)))   # Llama-2-7B; doctest: +ELLIPSIS
+        GPTQ(bits=4, ...): 224 sites, 67 modules left as they are, 4.16 bits per weight, model 3889 MB, peak ...
     """
     if isinstance(model, (str, Path)):
         model = read_config(model)
@@ -509,7 +536,8 @@ def plan(
     rows, bits, weights, saved = [], 0, 0, 0
     block_bytes: dict[int, int] = {}
     flops = 0.0
-    hidden = model.get_input_embeddings().weight.shape[1] if hasattr(model, "get_input_embeddings") else 0
+    embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    hidden = 0 if embedding is None else embedding.weight.shape[1]
     for site in sites:
         config = method.layer_config(site)
         current = site.module

@@ -57,5 +57,7 @@ def minmax_grid(w: Tensor, bits: int, symmetric: bool = False) -> Grid:
     else:
         scale = (high - low) / levels
     scale = torch.where(scale > 0, scale, torch.ones_like(scale)).to(SCALE_DTYPE).float()
-    zero = torch.full_like(scale, 2 ** (bits - 1)) if symmetric else torch.round(-low / scale).clamp(0, levels)
+    zero = (
+        torch.full_like(scale, 2 ** (bits - 1)) if symmetric else torch.round(-low / scale).clamp(0, levels)
+    )
     return Grid(scale, zero, bits)

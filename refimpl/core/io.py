@@ -115,7 +115,7 @@ def is_compressed(folder: str | Path) -> bool:
 
 
 def _write_config(model: nn.Module, folder: Path) -> None:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
         raise CheckpointError("model: it has no transformers configuration, so it could not be loaded again")
     value = config.to_diff_dict()
@@ -151,7 +151,9 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     """
     folder = Path(folder)
     if any(folder.glob("*.safetensors")) and not is_compressed(folder):
-        raise CheckpointError(f"folder={str(folder)!r} holds a checkpoint that is not ours; choose another folder")
+        raise CheckpointError(
+            f"folder={str(folder)!r} holds a checkpoint that is not ours; choose another folder"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     tensors = _own_tensors(model)
     prefix, blocks = find_blocks(model)
@@ -164,7 +166,13 @@ def save(model: nn.Module, folder: str | Path) -> Path:
             shards.setdefault(f"{file}.safetensors", {})[name] = tensor
     for file, content in shards.items():
         _write_tensors(folder / file, content)
-    _finish(model, folder, {name: file for file, content in shards.items() for name in content}, _layers(model), {})
+    _finish(
+        model,
+        folder,
+        {name: file for file, content in shards.items() for name in content},
+        _layers(model),
+        {},
+    )
     return folder
 
 
@@ -172,10 +180,12 @@ def _finish(
     model: nn.Module, folder: Path, weight_map: dict[str, str], layers: dict[str, Any], run: dict[str, Any]
 ) -> None:
     """Write what describes the tensors, the manifest last: it is what makes the folder a model."""
-    for stale in set(path.name for path in folder.glob("*.safetensors")) - set(weight_map.values()):
+    for stale in {path.name for path in folder.glob("*.safetensors")} - set(weight_map.values()):
         (folder / stale).unlink()
     total = sum((folder / file).stat().st_size for file in set(weight_map.values()))
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    _write_json(
+        folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+    )
     _write_config(model, folder)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     manifest = {"format": 1, "dtype": str(dtype).removeprefix("torch."), "layers": layers, **run}
@@ -194,18 +204,24 @@ def restore_layers(model: nn.Module, folder: str | Path, device: torch.device | 
     """
     manifest = _read_json(Path(folder) / MANIFEST)
     if manifest.get("format") != 1:
-        raise CheckpointError(f"{folder}: format {manifest.get('format')!r} is not 1; it needs a newer refimpl")
+        raise CheckpointError(
+            f"{folder}: format {manifest.get('format')!r} is not 1; it needs a newer refimpl"
+        )
     unfuse_experts(model)
     _place_layers(model, manifest["layers"], getattr(torch, manifest["dtype"]), device)
 
 
-def _place_layers(model: nn.Module, layers: dict[str, Any], dtype: torch.dtype, device: torch.device | str) -> None:
+def _place_layers(
+    model: nn.Module, layers: dict[str, Any], dtype: torch.dtype, device: torch.device | str
+) -> None:
     for name, config in layers.items():
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, empty_layer(config, dtype, device))
 
 
-def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> nn.Module:
+def load(
+    folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> nn.Module:
     """Read a model written by `save` or by `compress(..., out=)`.
 
     Args:
@@ -252,7 +268,9 @@ use transformers' from_pretrained for plain checkpoints
     missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if missing or left:
         what = f"lacks {missing[0]!r}" if missing else f"has a tensor of no use, {sorted(left)[0]!r}"
-        raise CheckpointError(f"{folder} {what}: it is damaged or was written by another version; save the model again")
+        raise CheckpointError(
+            f"{folder} {what}: it is damaged or was written by another version; save the model again"
+        )
     if dtype is not None:
         _cast(model, dtype)
     return model.to(device).eval()
@@ -284,7 +302,13 @@ class ShardWriter:
     def __init__(self, folder: Path, model: nn.Module, marks: list[str]) -> None:
         self.folder, self.marks = folder, marks
         self.prefix, _ = find_blocks(model)
-        self.state: dict[str, Any] = {"done": 0, "marks": marks, "reports": [], "layers": {}, "weight_map": {}}
+        self.state: dict[str, Any] = {
+            "done": 0,
+            "marks": marks,
+            "reports": [],
+            "layers": {},
+            "weight_map": {},
+        }
         finished, unfinished = folder / MANIFEST, folder / _PROGRESS
         if unfinished.exists():
             state = _read_json(unfinished)
@@ -297,12 +321,16 @@ class ShardWriter:
         elif finished.exists():
             manifest = _read_json(finished)
             if manifest.get("marks") != marks and not self._already(manifest, model):
-                raise CheckpointError(f"out={str(folder)!r} already holds another compressed model; choose another folder")
+                raise CheckpointError(
+                    f"out={str(folder)!r} holds another compressed model; choose another folder"
+                )
             index = _read_json(folder / "model.safetensors.index.json")
             self.state |= {"done": len(marks), "reports": manifest["reports"], "layers": manifest["layers"],
                            "weight_map": index["weight_map"]}  # fmt: skip
         elif folder.exists() and any(folder.iterdir()):
-            raise CheckpointError(f"out={str(folder)!r} is not empty and not one of our runs; choose another folder")
+            raise CheckpointError(
+                f"out={str(folder)!r} is not empty and not one of our runs; choose another folder"
+            )
 
     @staticmethod
     def _already(manifest: dict[str, Any], model: nn.Module) -> bool:
@@ -318,14 +346,18 @@ class ShardWriter:
         """Entries of the finished blocks, as `kind`."""
         return [kind(**entry) for entry in self.state["reports"]]
 
-    def add_block(self, index: int, block: nn.Module, hidden: list[Tensor], entries: list[dict[str, Any]]) -> None:
+    def add_block(
+        self, index: int, block: nn.Module, hidden: list[Tensor], entries: list[dict[str, Any]]
+    ) -> None:
         """Write one finished block and the activations behind it; the progress file last."""
         prefix = f"{self.prefix}.{index}."
         tensors = {prefix + name: tensor for name, tensor in block.state_dict().items()}
         file = f"block-{index:05d}.safetensors"
         _write_tensors(self.folder / file, tensors)
         if hidden:
-            _write_tensors(self.folder / f"hidden-{index:05d}.safetensors", {str(i): h for i, h in enumerate(hidden)})
+            _write_tensors(
+                self.folder / f"hidden-{index:05d}.safetensors", {str(i): h for i, h in enumerate(hidden)}
+            )
         self.state["layers"] |= _layers(block, prefix)
         self.state["weight_map"] |= dict.fromkeys(tensors, file)
         self.state["reports"] += entries

@@ -20,8 +20,8 @@ from refimpl.core.layers import CompressedLayer
 ROUTER_WIDTH = 16  # a map with fewer outputs is a router or a gate: no bytes to win, much to lose
 
 
-class UnfusedExperts(nn.ModuleList):
-    """The experts of a mixture, one pair of `nn.Linear` each, instead of two 3-D parameters.
+class UnfusedExperts(nn.Module):
+    """The experts of a mixture, one pair of `nn.Linear` each (child "0", "1", ...), instead of two 3-D parameters.
 
     The weights are views of the fused parameters, so building this costs no memory. With experts as ordinary
     linear maps every method, hook and file format works on them unchanged.
@@ -33,27 +33,32 @@ class UnfusedExperts(nn.ModuleList):
         >>> from transformers import MixtralConfig
         >>> from transformers.models.mixtral.modeling_mixtral import MixtralExperts
         >>> config = MixtralConfig(hidden_size=8, intermediate_size=4, num_local_experts=2)
-        >>> len(UnfusedExperts(MixtralExperts(config)))
-        2
+        >>> UnfusedExperts(MixtralExperts(config)).get_submodule("1.down_proj").weight.shape
+        torch.Size([8, 4])
     """
 
     def __init__(self, fused: nn.Module) -> None:
         super().__init__()
         self.gate = cast(Any, type(fused))._apply_gate
         self.act_fn = fused.act_fn
-        for gate_up, down in zip(cast(Tensor, fused.gate_up_proj), cast(Tensor, fused.down_proj)):
+        self.num_experts = cast(Tensor, fused.down_proj).shape[0]
+        for index in range(self.num_experts):
             expert = nn.Module()
+            gate_up, down = (
+                cast(Tensor, getattr(fused, name))[index] for name in ("gate_up_proj", "down_proj")
+            )
             for name, weight in (("gate_up_proj", gate_up), ("down_proj", down)):
                 linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
                 linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
                 expert.add_module(name, linear)
-            self.append(expert)
+            self.add_module(str(index), expert)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Same contract as the fused module: hidden_states [T, H], top_k_index and top_k_weights [T, k]."""
         output = torch.zeros_like(hidden_states)
         # every expert runs, with no tokens if none chose it: no value is read back from the device
-        for index, expert in enumerate(self):
+        for index in range(self.num_experts):
+            expert = self.get_submodule(str(index))
             token, choice = torch.where(top_k_index == index)
             hidden = self.gate(self, expert.gate_up_proj(hidden_states[token]))  # type: ignore[operator]
             hidden = expert.down_proj(hidden) * top_k_weights[token, choice, None]  # type: ignore[operator]
@@ -120,7 +125,9 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         'transformer.h'
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise OptionError(f"model={type(model).__name__}: encoder-decoder models are not supported; use a decoder")
+        raise OptionError(
+            f"model={type(model).__name__}: encoder-decoder models are not supported; use a decoder"
+        )
     best: tuple[int, str, nn.ModuleList] | None = None
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module):

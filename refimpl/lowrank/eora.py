@@ -1,8 +1,10 @@
-"""EoRA: repair a compressed layer with the low-rank path that is best for its *outputs* (Liu et al., 2024, arXiv 2410.21271).
+"""EoRA: repair a compressed layer with the low-rank path that is best for its *outputs*.
+
+Source: Liu et al., 2024, arXiv 2410.21271, section 3 and theorem 1.
 
 A layer y = x W^T was compressed to W_hat; dW = W - W_hat is what was lost. Plain SVD finds the rank-r matrix closest to
 dW. EoRA finds the one for which (dW - BA) X^T is smallest on calibration inputs X, in closed form: scale dW by a square
-root S of the inputs' second moment, truncate the SVD there, and scale back (section 3, theorem 1).
+root S of the inputs' second moment, truncate the SVD there, and scale back.
 
 Any square root of G gives the same BA; the same estimator is known as the exact solution of QERA and, applied to W
 itself, as the whitening of SVD-LLM.
@@ -44,7 +46,9 @@ def eigenspace(G: Tensor) -> tuple[Tensor, Tensor]:
         True
     """
     values, Q = torch.linalg.eigh(G)
-    floor = torch.where(values[-1] > 0, EPSILON * values[-1], torch.ones_like(values[-1]))  # no inputs at all: S = I
+    floor = torch.where(
+        values[-1] > 0, EPSILON * values[-1], torch.ones_like(values[-1])
+    )  # no inputs at all: S = I
     root = torch.maximum(values, floor).sqrt()
     return Q * root, (Q / root).T
 
@@ -104,7 +108,9 @@ class EoRA(LowRankRepair):
                 "bits": self.adapter_bits, "group_size": gcd(self.adapter_group, in_features), "symmetric": False,
                 "pattern": None, "nonzeros": in_features * out_features, "bias": False}  # fmt: skip
 
-    def compress_site(self, site: Site, stats: InputStats | None, original: Tensor | None) -> CompensatedLinear:
+    def compress_site(
+        self, site: Site, stats: InputStats | None, original: Tensor | None
+    ) -> CompensatedLinear:
         assert stats is not None and original is not None
         S, S_inv = (root.float() for root in eigenspace(stats.gram.double()))
         B, A = eora(self.error(site, original), S, S_inv, self.rank)

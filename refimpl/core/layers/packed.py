@@ -33,7 +33,9 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
         return None
     kept, _, of = pattern.partition(":")
     if not (kept.isdigit() and of.isdigit() and of in ("4", "8") and 0 < int(kept) < int(of)):
-        raise OptionError(f"pattern={pattern!r}: use 'n:4' or 'n:8' with 0 < n < m (as '2:4'), or 'unstructured'")
+        raise OptionError(
+            f"pattern={pattern!r}: use 'n:4' or 'n:8' with 0 < n < m (as '2:4'), or 'unstructured'"
+        )
     return int(kept), int(of)
 
 
@@ -56,6 +58,11 @@ class PackedLinear(CompressedLayer):
         >>> layer(torch.ones(1, 16)).item(), layer.parts()   # 8 floats, 8 positions of 2 bits
         (24.0, {'values': 32, 'mask': 2})
     """
+
+    values: Tensor
+    scale: Tensor
+    zero: Tensor
+    mask: Tensor
 
     def __init__(
         self,
@@ -86,7 +93,9 @@ class PackedLinear(CompressedLayer):
             else:
                 n, m = structure
                 # stable sort of "not kept" lists the kept positions of each group first, in order
-                position = (~mask).unflatten(1, (-1, m)).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :n]
+                position = (
+                    (~mask).unflatten(1, (-1, m)).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :n]
+                )
                 self.register_buffer("mask", pack_bits(position.flatten(1), 2 if m == 4 else 3))
                 kept = dense.unflatten(1, (-1, m)).gather(-1, position).flatten(1)
         self.nonzeros = kept.numel()
@@ -103,7 +112,7 @@ class PackedLinear(CompressedLayer):
     def _grid(self) -> tuple[Tensor, Tensor | int]:
         """Scale [out, groups] in fp32 and the zero point, [out, groups] or one integer."""
         assert self.bits is not None
-        scale: Tensor = self.scale.float()
+        scale = self.scale.float()
         if self.symmetric:
             return scale, 2 ** (self.bits - 1)
         return scale, unpack_bits(self.zero, self.bits, scale.numel()).view_as(scale)
@@ -115,7 +124,9 @@ class PackedLinear(CompressedLayer):
         assert structure is not None
         n, m = structure
         groups = self.in_features // m
-        inside = unpack_bits(self.mask, 2 if m == 4 else 3, groups * n).to(torch.int64).unflatten(1, (groups, n))
+        inside = (
+            unpack_bits(self.mask, 2 if m == 4 else 3, groups * n).to(torch.int64).unflatten(1, (groups, n))
+        )
         return (inside + m * torch.arange(groups, device=inside.device)[:, None]).flatten(1)
 
     def nonzero_mask(self) -> Tensor | None:
@@ -137,7 +148,7 @@ class PackedLinear(CompressedLayer):
     def to_dense(self) -> Tensor:
         shape = (self.out_features, self.in_features)
         if self.bits is None:
-            values: Tensor = self.values
+            values = self.values
         else:
             width = self.nonzeros if self.pattern == "unstructured" else self.nonzeros // self.out_features
             values = unpack_bits(self.values, self.bits, width)
@@ -146,7 +157,9 @@ class PackedLinear(CompressedLayer):
         elif self.pattern == "unstructured":
             mask = self.nonzero_mask()
             assert mask is not None
-            scattered = torch.zeros(shape, dtype=values.dtype, device=values.device).masked_scatter_(mask, values)
+            scattered = torch.zeros(shape, dtype=values.dtype, device=values.device).masked_scatter_(
+                mask, values
+            )
         else:
             scattered = torch.zeros(shape, dtype=values.dtype, device=values.device)
             scattered.scatter_(1, self._positions(), values)
