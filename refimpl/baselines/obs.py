@@ -18,7 +18,8 @@ from refimpl.core.device import read
 from refimpl.core.grid import Grid, minmax_grid
 from refimpl.core.layers import parse_pattern
 
-BLOCK = 128  # columns updated together; a matter of speed, not of the result
+BLOCK = 32  # columns updated one by one before the rest is updated by a matrix product: speed only
+MASK_BLOCK = 128  # unstructured pruning picks its zeros among this many columns at a time (SparseGPT's B_s)
 
 
 def inverse_root(gram: Tensor, damping: float, log: dict[str, Any]) -> Tensor:
@@ -44,14 +45,12 @@ def inverse_root(gram: Tensor, damping: float, log: dict[str, Any]) -> Tensor:
     mean = H.diagonal().mean()
     used = damping
     while True:
-        L, failed = torch.linalg.cholesky_ex(H + used * mean * eye)
+        # with rows and columns reversed, L L^T = H turns into H = R R^T with R upper, so U = inv(R)
+        L, failed = torch.linalg.cholesky_ex((H + used * mean * eye).flip(0, 1))
         if not read(failed):
-            U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
-            if not read(failed):
-                break
+            return torch.linalg.solve_triangular(L.flip(0, 1), eye, upper=True).float()
         used = max(10 * used, 1e-6)
         log["damping"] = used
-    return U.float()
 
 
 @dataclass
@@ -116,78 +115,81 @@ def solve(
         [[1.0, 0.0, 0.8999999761581421, 0.0]]
     """
     m, d = W.shape
-    W = W.float().clone()
     group = d if group_size is None else group_size
     structure = None if pattern is None else parse_pattern(pattern)
     fixed: Grid | None = None
-    if order is not None:
-        if bits is not None:
-            fixed = minmax_grid(W.unflatten(1, (-1, group)), bits, symmetric)
-        W = W[:, order]
-        mask = None if mask is None else mask[:, order]
+    if order is not None and bits is not None:
+        fixed = minmax_grid(W.float().unflatten(1, (-1, group)), bits, symmetric)
     column_of = torch.arange(d, device=W.device) if order is None else order
-    kept = torch.ones(m, d, dtype=torch.bool, device=W.device) if mask is None else mask
-    prunes = pattern is not None
-    if prunes:
-        kept = kept.clone()
-    codes = torch.zeros(m, d, dtype=torch.uint8, device=W.device) if bits else None
+    # columns are stored as rows, so that each is contiguous
+    C = W.float().T[column_of].contiguous()
+    kept = torch.ones_like(C, dtype=torch.bool) if mask is None else mask.T[column_of].contiguous()
+    codes = torch.zeros_like(C, dtype=torch.uint8) if bits is not None else None
+    errors = torch.zeros(BLOCK, m, device=W.device)
     grids: list[Grid] = []
     diagonal = U.diagonal()
 
     for start in range(0, d, BLOCK):
         end = min(start + BLOCK, d)
-        block, errors = W[:, start:end], torch.zeros(m, end - start, device=W.device)
-        if prunes and structure is None:
-            # the least salient of this block, over all rows: saliency w^2 / [inv(H)]_jj of the remaining problem
-            saliency = (block / diagonal[start:end]).square()
-            drop = lowest(saliency.flatten(), int(m * (end - start) * sparsity)).view_as(block)
-            kept[:, start:end] &= ~drop
         for j in range(start, end):
-            local = j - start
-            if prunes and structure is not None and j % structure[1] == 0:
-                ahead = slice(j, j + structure[1])
-                saliency = (W[:, ahead] / diagonal[ahead]).square()
-                kept[:, ahead] &= ~lowest(saliency, structure[1] - structure[0])
-            w = W[:, j].clone()
+            if pattern is not None:
+                width = MASK_BLOCK if structure is None else structure[1]
+                if j % width == 0:
+                    ahead = C[j : j + width]
+                    if ahead.shape[0] > end - j:  # columns of later blocks lack this block's updates so far
+                        ahead = _with_pending(ahead, errors[: j - start], U[start:j, j : j + width], end - j)
+                    saliency = (
+                        ahead / diagonal[j : j + width, None]
+                    ).square()  # w^2 / [inv(H)]_jj of what remains
+                    if structure is None:
+                        drop = lowest(saliency.flatten(), int(saliency.numel() * sparsity)).view_as(saliency)
+                    else:
+                        drop = lowest(saliency.T, structure[1] - structure[0]).T
+                    kept[j : j + width] &= ~drop
+            w = C[j].clone()
             q = w
             if bits is not None:
                 assert codes is not None
                 if fixed is not None:
-                    of = column_of[j] // group
-                    scale, zero = (
-                        part.index_select(1, of.view(1))[:, 0] for part in (fixed.scale, fixed.zero)
-                    )
+                    of = (column_of[j] // group).view(1)
+                    scale, zero = (part.index_select(1, of).flatten() for part in (fixed.scale, fixed.zero))
                     grid = Grid(scale, zero, bits)
                 else:
                     if j % group == 0:
-                        ahead = slice(j, j + group)
-                        # columns of a later block lack this block's updates so far: add them first
-                        pending = errors[:, :local] @ U[start:j, ahead] if end < j + group else None
-                        fresh = W[:, ahead].clone()
-                        if pending is not None and local:
-                            late = end - j
-                            fresh[:, late:] -= pending[:, late:]
-                        grids.append(minmax_grid(fresh * kept[:, ahead], bits, symmetric))
+                        ahead = C[j : j + group]
+                        if ahead.shape[0] > end - j:
+                            ahead = _with_pending(
+                                ahead, errors[: j - start], U[start:j, j : j + group], end - j
+                            )
+                        found = minmax_grid((ahead * kept[j : j + group]).T, bits, symmetric)
+                        grids.append(Grid(found.scale.flatten(), found.zero.flatten(), bits))
                     grid = grids[-1]
-                code = grid.encode(w[:, None])
-                codes[:, j : j + 1] = code
-                q = grid.decode(code)[:, 0]
-            q = torch.where(kept[:, j], q, 0.0)
+                codes[j] = grid.encode(w)
+                q = grid.decode(codes[j])
+            q = torch.where(kept[j], q, 0.0)
             error = (w - q) / diagonal[j]
-            W[:, j:end] -= error[:, None] * U[j, j:end]
-            W[:, j] = q
-            errors[:, local] = error
-        W[:, end:] -= errors @ U[start:end, end:]
+            C[j:end].addr_(U[j, j:end], error, alpha=-1)
+            C[j] = q
+            errors[j - start] = error
+        if end < d:
+            C[end:].addmm_(U[start:end, end:].T, errors[: end - start], alpha=-1)
 
-    if order is not None:
-        back = torch.argsort(order)
-        W, kept = W[:, back], kept[:, back]
-        codes = None if codes is None else codes[:, back]
-    solution = Solution(W, kept if prunes or mask is not None else None, codes)
-    if bits is not None:
+    def restored(columns: Tensor) -> Tensor:
+        return (columns if order is None else columns[torch.argsort(order)]).T.contiguous()
+
+    solution = Solution(restored(C), restored(kept) if pattern is not None or mask is not None else None)
+    if codes is not None:
+        solution.codes = restored(codes)
         if fixed is not None:
             solution.scale, solution.zero = fixed.scale[..., 0], fixed.zero[..., 0]
         else:
-            solution.scale = torch.cat([grid.scale for grid in grids], 1)
-            solution.zero = torch.cat([grid.zero for grid in grids], 1)
+            solution.scale = torch.stack([grid.scale for grid in grids], 1)
+            solution.zero = torch.stack([grid.zero for grid in grids], 1)
     return solution
+
+
+def _with_pending(columns: Tensor, errors: Tensor, U: Tensor, updated: int) -> Tensor:
+    """`columns` with the updates that the first `updated` of them already have applied to the others too."""
+    columns = columns.clone()
+    columns[updated:].addmm_(U[:, updated:].T, errors, alpha=-1)
+    return columns
