@@ -142,7 +142,9 @@ def solve(
                         ahead / diagonal[j : j + width, None]
                     ).square()  # w^2 / [inv(H)]_jj of what remains
                     if structure is None:
-                        drop = lowest(saliency.flatten(), int(saliency.numel() * sparsity)).view_as(saliency)
+                        # counted from the left edge, so that the blocks add up to int(m * d * sparsity)
+                        count = int(m * (j + len(saliency)) * sparsity) - int(m * j * sparsity)
+                        drop = lowest(saliency.flatten(), count).view_as(saliency)
                     else:
                         drop = lowest(saliency.T, structure[1] - structure[0]).T
                     kept[j : j + width] &= ~drop

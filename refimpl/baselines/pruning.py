@@ -67,7 +67,7 @@ class Pruner(Method):
             raise OptionError(f"{site.name!r} is already {site.module}; prune first, then quantise or repair")
         size = site.in_features * site.out_features
         structure = parse_pattern(self.pattern)
-        kept = size * structure[0] // structure[1] if structure else size - int(size * self.sparsity)
+        kept = size * structure[0] // structure[1] if structure else size - self.dropped(site)
         return {
             "type": "PackedLinear",
             "in_features": site.in_features,
@@ -79,6 +79,10 @@ class Pruner(Method):
             "nonzeros": kept,
             "bias": site.bias is not None,
         }
+
+    def dropped(self, site: Site) -> int:
+        """How many weights of `site` go, when unstructured."""
+        return int(site.in_features * site.out_features * self.sparsity)
 
     def _pack(self, site: Site, weight: Tensor, mask: Tensor) -> PackedLinear:
         return PackedLinear(values=weight, mask=mask, pattern=self.pattern, bias=site.bias)
@@ -117,9 +121,13 @@ class Wanda(Pruner):
     def compress_site(self, site: Site, stats: InputStats | None, original: Tensor | None) -> PackedLinear:
         assert stats is not None
         W = site.weight
+        norm = stats.norm + (stats.norm.sum() == 0)  # an expert no token chose: by magnitude
         return self._pack(
-            site, W, prune_mask(W.abs().float() * stats.norm, self.pattern, self.sparsity, per_row=True)
+            site, W, prune_mask(W.abs().float() * norm, self.pattern, self.sparsity, per_row=True)
         )
+
+    def dropped(self, site: Site) -> int:
+        return site.out_features * int(site.in_features * self.sparsity)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from refimpl.baselines.rtn import RTN, quantised_config
-from refimpl.core.layers import CompensatedLinear, LowRankLinear, PackedLinear
+from refimpl.core.errors import OptionError
+from refimpl.core.layers import CompensatedLinear, CompressedLayer, LowRankLinear, PackedLinear
 from refimpl.core.method import Method, check_rank
 from refimpl.core.repair import LowRankRepair, to_layer_dtype
 from refimpl.core.sites import Site
@@ -78,7 +79,8 @@ class ActSVD(LowRankRepair):
         self, site: Site, stats: InputStats | None, original: Tensor | None
     ) -> CompensatedLinear:
         assert stats is not None and original is not None
-        s = stats.mean_abs.clamp_min(0) ** self.alpha
+        s = stats.mean_abs**self.alpha
+        s = s + (s.max() == 0)  # an expert no token chose: plain SVD
         s = s.clamp_min(1e-6 * s.max())  # an input that never fires must not divide by zero
         B, A = balanced(*truncated_svd(self.error(site, original) * s, self.rank))
         return self.attach(site, *to_layer_dtype(site, A / s, B))
@@ -107,8 +109,17 @@ class LoftQ(Method):
     rank: int = 64
     iterations: int = 5
 
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise OptionError(f"iterations={self.iterations}: use 1 or more")
+
     def layer_config(self, site: Site) -> dict[str, Any]:
         check_rank(site, self.rank)
+        if isinstance(site.module, CompressedLayer):
+            raise OptionError(
+                f"{site.name!r} is already {site.module}; LoftQ starts from uncompressed weights: use RTN or GPTQ, "
+                "then PlainSVD or EoRA"
+            )
         shape = {"A": (site.in_features, self.rank), "B": (self.rank, site.out_features)}
         adapter = {
             name: {"type": "Factor", "in_features": i, "out_features": o} for name, (i, o) in shape.items()
