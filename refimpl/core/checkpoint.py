@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from refimpl.core.errors import CheckpointError
 from refimpl.core.sites import Site, UnfusedExperts, is_conv1d
 
+MANIFEST = "refimpl.json"  # what makes a folder one of ours: layers, files and the run that wrote them
 _EXPERT = re.compile(r"^(?P<experts>.*)\.(?P<index>\d+)\.(?P<map>gate_up_proj|down_proj)\.weight$")
 
 
@@ -46,7 +47,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"checkpoint={str(folder)!r} is not a folder; pass the path of a saved model"
             )
-        files = sorted(self.folder.glob("*.safetensors"))
+        files = self._listed() or sorted(self.folder.glob("*.safetensors"))
         if not files:
             pickled = sorted(path.name for path in self.folder.glob("*.bin"))
             raise CheckpointError(
@@ -54,24 +55,34 @@ class Checkpoint:
                 + (f"; {pickled[0]} is a pickle, which can run code when read and is refused: "
                    "convert it with save_pretrained in an environment you trust" if pickled else "")
             )  # fmt: skip
-        index = self.folder / "model.safetensors.index.json"
-        if index.exists():
-            listed = set(json.loads(index.read_text())["weight_map"].values())
-            missing = sorted(name for name in listed if not (self.folder / name).exists())
-            if missing:
-                raise CheckpointError(
-                    f"checkpoint={str(folder)!r} lacks {missing[0]}; copy or download it again"
-                )
-            files = [self.folder / name for name in sorted(listed)]
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, Path] = {}
         for path in files:
             try:
-                handle = safe_open(path, framework="pt")
+                with safe_open(path, framework="pt") as handle:
+                    self._files.update(dict.fromkeys(handle.keys(), path))
             except SafetensorError as error:
                 raise CheckpointError(
                     f"{path} is truncated or not safetensors ({error}); fetch it again"
                 ) from error
-            self._files.update(dict.fromkeys(handle.keys(), handle))
+
+    def _listed(self) -> list[Path]:
+        """The files an index names: that of transformers, or our own manifest; [] without one."""
+        for index in (self.folder / MANIFEST, self.folder / "model.safetensors.index.json"):
+            if not index.exists():
+                continue
+            try:
+                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError) as error:
+                raise CheckpointError(
+                    f"{index} cannot be read ({error!r}); copy or download it again"
+                ) from error
+            for name in names:
+                if not (self.folder / name).exists():
+                    raise CheckpointError(
+                        f"checkpoint={str(self.folder)!r} lacks {name}; copy or download it again"
+                    )
+            return [self.folder / name for name in names]
+        return []
 
     def __contains__(self, key: str) -> bool:
         return self._find(key) is not None
@@ -100,8 +111,9 @@ class Checkpoint:
                 "names of an older layout; load it with from_pretrained and save it again with "
                 "save_pretrained(..., save_original_format=False)"
             )
-        handle = self._files[found]
-        return handle.get_tensor(found) if index is None else handle.get_slice(found)[index]
+        # opened anew each time: an open file stays mapped as a whole, and the shards together may exceed memory
+        with safe_open(self._files[found], framework="pt") as handle:
+            return handle.get_tensor(found) if index is None else handle.get_slice(found)[index]
 
 
 def weight_key(name: str, model: nn.Module) -> tuple[str, int | None]:
@@ -226,7 +238,9 @@ def empty_model(config: Any, dtype: torch.dtype) -> nn.Module:
     for module in model.modules():
         computed = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         if computed and set(computed) <= module._non_persistent_buffers_set:
-            module.to_empty(device="cpu", recurse=False)
+            # the buffers only: a scaled embedding holds one beside its weight, which must stay on "meta"
+            for name in computed:
+                module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
             model._init_weights(module)
     return model.eval()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,8 +25,8 @@ from refimpl.core.checkpoint import Checkpoint, Reference, empty_model, read_con
 from refimpl.core.device import read
 from refimpl.core.errors import CalibrationError, CheckpointError, OptionError, nearest
 from refimpl.core.layers import CompressedLayer, empty_layer
-from refimpl.core.method import Method
-from refimpl.core.sites import Site, find_blocks, find_sites, skipped_modules
+from refimpl.core.method import Method, check_method
+from refimpl.core.sites import Site, experts_put_back, find_blocks, find_sites, skipped_modules
 from refimpl.core.stats import Collector, InputStats
 
 ORDERS = ("sequential", "parallel")
@@ -75,19 +75,22 @@ class Report:
         return f"{self.method}: {len(self.sites)} sites in {self.seconds:.0f} s{error}{remarks}"
 
 
-def calibration_batches(calibration: Any, batch_size: int, vocabulary: int | None) -> list[Tensor]:
+def calibration_batches(
+    calibration: Any, batch_size: int, vocabulary: int | None, longest: int | None = None
+) -> list[Tensor]:
     """Check calibration tokens and cut them into batches.
 
     Args:
         calibration: LongTensor [sequences, length], or an object with such a tensor as ``.ids``.
         batch_size: sequences per batch.
         vocabulary: number of token ids the model knows.
+        longest: number of positions the model knows.
 
     Returns:
         LongTensors [<= batch_size, length].
 
     Raises:
-        CalibrationError: no tokens, not integers, ids outside the vocabulary.
+        CalibrationError: no tokens, not integers, ids outside the vocabulary, too short or too long.
         OptionError: batch_size below 1.
 
     Example:
@@ -97,7 +100,8 @@ def calibration_batches(calibration: Any, batch_size: int, vocabulary: int | Non
     ids = getattr(calibration, "ids", calibration)
     if batch_size < 1:
         raise OptionError(f"batch_size={batch_size}: use 1 or more")
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
+    integers = isinstance(ids, Tensor) and ids.dtype in (torch.int32, torch.int64)
+    if not integers or ids.dim() != 2:
         got = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise CalibrationError(f"calibration: expected integer token ids [sequences, length], got {got}")
     if ids.numel() == 0:
@@ -108,7 +112,12 @@ def calibration_batches(calibration: Any, batch_size: int, vocabulary: int | Non
         raise CalibrationError(
             f"calibration: sequences of length {ids.shape[1]} are too short; use 2 tokens or more"
         )
-    low, high = int(ids.min()), int(ids.max())
+    if longest is not None and ids.shape[1] > longest:
+        raise CalibrationError(
+            f"calibration: sequences of length {ids.shape[1]} are longer than the {longest} positions of the model; "
+            "cut them into shorter ones"
+        )
+    low, high = int(read(ids.min())), int(read(ids.max()))
     if low < 0 or (vocabulary is not None and high >= vocabulary):
         raise CalibrationError(
             f"calibration: token id {low if low < 0 else high} is outside the vocabulary of {vocabulary}; "
@@ -120,8 +129,9 @@ def calibration_batches(calibration: Any, batch_size: int, vocabulary: int | Non
 class _Recorder(nn.Module):
     """Stands in for a block: remembers how it was called and passes the hidden states on unchanged."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, as_tuple: bool) -> None:
         super().__init__()
+        self.as_tuple = as_tuple
         self.block = [block]  # in a list: must not be registered, or its weights would count as ours
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.hidden: list[Tensor] = []
@@ -132,10 +142,24 @@ class _Recorder(nn.Module):
         except AttributeError:
             return getattr(self.block[0], name)  # models read e.g. block.attention_type
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.hidden.append(hidden_states)
-        self.calls.append((args, kwargs))
-        return hidden_states
+        # masks and tables are mostly the same for all batches: keep them once
+        self.calls.append(_shared((args, kwargs), self.calls[-1]) if self.calls else (args, kwargs))
+        return (hidden_states,) if self.as_tuple else hidden_states
+
+
+def _shared(new: Any, old: Any) -> Any:
+    """`new`, with every tensor that equals its counterpart in `old` replaced by that one."""
+    if type(new) is not type(old):
+        return new
+    if isinstance(new, Tensor) and new.shape == old.shape and new.dtype == old.dtype:
+        return new if read((new != old).any()) else old
+    if type(new) is tuple and len(new) == len(old):
+        return tuple(map(_shared, new, old))
+    if type(new) is dict and new.keys() == old.keys():
+        return {key: _shared(value, old[key]) for key, value in new.items()}
+    return new
 
 
 @dataclass
@@ -163,6 +187,9 @@ def block_inputs(model: nn.Module, batches: list[Tensor]) -> Activations:
         model: a decoder-only model; its blocks may be on "meta".
         batches: token ids [batch, length] each.
 
+    Raises:
+        OptionError: the model does more between its blocks than passing hidden states on.
+
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=1, vocab_size=9))
@@ -171,18 +198,37 @@ def block_inputs(model: nn.Module, batches: list[Tensor]) -> Activations:
     """
     _, blocks = find_blocks(model)
     originals = list(blocks)
-    recorders = [_Recorder(block) for block in originals]
-    body = model.base_model if hasattr(model, "base_model") else model
+    body: Any = model.base_model if hasattr(model, "base_model") else model
     device = next(p.device for p in model.parameters() if not p.is_meta)
-    try:
-        for index, recorder in enumerate(recorders):
-            blocks[index] = recorder
-        for batch in batches:
-            body(input_ids=batch.to(device), use_cache=False)  # type: ignore[operator]
-    finally:
-        for index, block in enumerate(originals):
-            blocks[index] = block
-    return Activations(recorders[0].hidden, [recorder.calls for recorder in recorders])
+
+    def record(batches: list[Tensor], as_tuple: bool) -> list[_Recorder]:
+        recorders = [_Recorder(block, as_tuple) for block in originals]
+        try:
+            for index, recorder in enumerate(recorders):
+                blocks[index] = recorder
+            for batch in batches:
+                body(input_ids=batch.to(device), use_cache=False)
+        finally:
+            for index, block in enumerate(originals):
+                blocks[index] = block
+        return recorders
+
+    # some models expect a tensor of their blocks, some a tuple: with the right one every block is handed what the
+    # block before it returned
+    failure: Exception | None = None
+    for as_tuple in (False, True):
+        try:
+            first = record(batches[:1], as_tuple)
+        except Exception as error:
+            failure = error
+            continue
+        if all(recorder.hidden and recorder.hidden[0] is first[0].hidden[0] for recorder in first):
+            recorders = record(batches, as_tuple)
+            return Activations(recorders[0].hidden, [recorder.calls for recorder in recorders])
+    raise OptionError(
+        f"model={type(model).__name__}: its blocks cannot be run one by one, because it changes the hidden states "
+        "between them or does not run them all"
+    ) from failure
 
 
 @contextmanager
@@ -219,21 +265,54 @@ def _relative_error(target: Tensor, weight: Tensor, gram: Tensor) -> float:
 
 
 def _fingerprints(
-    model: nn.Module, method: Method, batches: list[Tensor], order: str, by_block: dict[int, list[Site]]
+    model: nn.Module,
+    method: Method,
+    batches: list[Tensor],
+    order: str,
+    by_block: dict[int, list[Site]],
+    source: Checkpoint | None,
+    original: Reference | None,
 ) -> list[str]:
-    """Identify a run for resuming, one digest per block: options, tokens, and the state of that block's sites."""
-    digest = hashlib.sha256(f"{method!r} {order} {getattr(model, 'config', None)}".encode())
+    """Identify a run for resuming, per block: digests of options and tokens, and of the block's sites as they are."""
+    run = hashlib.sha256(f"{method!r} {order} {getattr(model, 'config', None)}".encode())
+    run.update(repr([[site.name for site in sites] for sites in by_block.values()]).encode())
     for batch in batches:
-        digest.update(batch.cpu().numpy().tobytes())
+        run.update(f"{tuple(batch.shape)}".encode() + batch.cpu().numpy().tobytes())
     marks = []
     for sites in by_block.values():
-        mark = digest.copy()
+        state = hashlib.sha256()
         for site in sites:
             module = site.module
-            state = module.config() if isinstance(module, CompressedLayer) else type(module).__name__
-            mark.update(f"{site.name} {state}".encode())
-        marks.append(mark.hexdigest())
+            kind = module.config() if isinstance(module, CompressedLayer) else type(module).__name__
+            state.update(f"{kind}".encode())
+            name, tensor = next(iter(module.state_dict().items()))
+            if source is not None:
+                tensor = source.tensor(*_stored(f"{site.name}.{name}", model, source))
+            state.update(_sample(tensor))
+            if original is not None:
+                state.update(_sample(original.weight(site)))
+        marks.append(f"{run.hexdigest()}:{state.hexdigest()}")
     return marks
+
+
+def _sample(tensor: Tensor) -> bytes:
+    """A few values, enough to tell one model's weights from another's without reading them all."""
+    row = tensor[0] if tensor.dim() > 1 else tensor
+    return row[:64].contiguous().view(torch.uint8).cpu().numpy().tobytes()
+
+
+def _stored(name: str, model: nn.Module, source: Checkpoint) -> tuple[str, int | None]:
+    """Key and index of a tensor in a checkpoint, which holds experts fused or (once compressed) apart."""
+    return (name, None) if name in source else weight_key(name, model)
+
+
+def _check_finite(tensors: Iterable[tuple[str, Tensor]], argument: str = "model") -> None:
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and not tensor.is_meta and read((~torch.isfinite(tensor)).any()):
+            raise CalibrationError(
+                f"{argument}: {name!r} contains NaN or infinity, so no statistics can be gathered with it; "
+                "fetch or save the checkpoint again"
+            )
 
 
 @torch.no_grad()
@@ -288,8 +367,7 @@ def compress(
         (7, PackedLinear(32 -> 64, 4 bits, groups of 32))
     """
     start = time.perf_counter()
-    if not isinstance(method, Method):
-        raise OptionError(f"method={method!r}: expected an instance of a method such as GPTQ(bits=4)")
+    check_method(method)
     if order not in ORDERS:
         raise OptionError(f"order={order!r}: use {nearest(order, ORDERS)}")
     source: Checkpoint | None = None
@@ -302,40 +380,29 @@ def compress(
         model = empty_model(read_config(folder), _stored_dtype(source))
         if io.is_compressed(folder):
             io.restore_layers(model, folder, device="meta")
-    sites = find_sites(model, targets)
-    for site in sites:
-        method.layer_config(site)  # refuses before any work
-    if method.uses_reference and reference is None:
-        raise OptionError(
-            f"reference=None: {type(method).__name__} repairs towards the original weights; "
-            "pass the original model or the folder of its checkpoint"
-        )
-    if reference is model:
-        raise OptionError(
-            "reference is the model that is being compressed; pass an untouched copy or its folder"
-        )
-    original = Reference(reference, model) if method.uses_reference and reference is not None else None
-
-    batches: list[Tensor] = []
-    if method.statistics:
-        if calibration is None:
-            raise CalibrationError(
-                f"calibration=None: {type(method).__name__} needs tokens [sequences, length]"
-            )
-        batches = calibration_batches(calibration, batch_size, _vocabulary(model))
-    _, blocks = find_blocks(model)
-    by_block = {index: [site for site in sites if site.block == index] for index in range(len(blocks))}
-
-    writer = None
-    if out is not None:
-        if dist.is_available() and dist.is_initialized():
-            raise OptionError(
-                f"out={str(out)!r} does not work under torchrun; save(model, ...) on rank 0 afterwards"
-            )
-        writer = io.ShardWriter(Path(out), model, _fingerprints(model, method, batches, order, by_block))
-    if source is not None:
-        _load_outside_blocks(model, source)
-    done = writer.done if writer else 0
+    elif not isinstance(model, nn.Module):
+        raise OptionError(f"model={model!r}: pass a transformers model, or the folder of its checkpoint")
+    with experts_put_back(model, always=False):  # whatever is refused below leaves the model as it was
+        sites = find_sites(model, targets)
+        original = _reference(model, method, reference, sites)
+        batches = _batches(model, method, calibration, batch_size)
+        _, blocks = find_blocks(model)
+        by_block = {index: [site for site in sites if site.block == index] for index in range(len(blocks))}
+        writer = None
+        if out is not None:
+            if dist.is_available() and dist.is_initialized():
+                raise OptionError(
+                    f"out={str(out)!r} does not work under torchrun; save(model, ...) on rank 0 afterwards"
+                )
+            marks = _fingerprints(model, method, batches, order, by_block, source, original)
+            writer = io.ShardWriter(Path(out), model, marks)
+        done = writer.done if writer else 0
+        for site in sites:
+            if site.block >= done:
+                method.layer_config(site)
+        if source is not None:
+            _load_outside_blocks(model, source)
+        _check_finite(model.state_dict().items())
     was_training = model.training
     model.eval()
     activations = None
@@ -388,6 +455,36 @@ def compress(
     return Report(None if source else model, repr(method), reports, elapsed, Path(out) if out else None)
 
 
+def _reference(
+    model: nn.Module, method: Method, reference: nn.Module | str | Path | None, sites: list[Site]
+) -> Reference | None:
+    """The reference of a method that needs one, after a look at every weight it will be asked for."""
+    if reference is model:
+        raise OptionError(
+            "reference is the model that is being compressed; pass an untouched copy or its folder"
+        )
+    if not method.uses_reference:
+        return None
+    if reference is None:
+        raise OptionError(
+            f"reference=None: {type(method).__name__} repairs towards the original weights; "
+            "pass the original model or the folder of its checkpoint"
+        )
+    original = Reference(reference, model)
+    for site in sites:
+        original.weight(site)
+    return original
+
+
+def _batches(model: nn.Module, method: Method, calibration: Any, batch_size: int) -> list[Tensor]:
+    if not method.statistics:
+        return []
+    if calibration is None:
+        raise CalibrationError(f"calibration=None: {type(method).__name__} needs tokens [sequences, length]")
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return calibration_batches(calibration, batch_size, _vocabulary(model), longest)
+
+
 def _compress_block(
     block: nn.Module,
     index: int,
@@ -399,6 +496,7 @@ def _compress_block(
     propagate: bool,
 ) -> list[SiteReport]:
     originals = {site.name: reference.weight(site).to(site.weight) for site in sites} if reference else {}
+    _check_finite(originals.items(), "reference")
     stats: dict[str, InputStats] = {}
     if activations:
         # one pass with every site's uncompressed weights gives the inputs of all sites of the block
@@ -462,10 +560,9 @@ def _materialised(block: nn.Module, index: int, model: nn.Module, source: Checkp
     prefix = f"{find_blocks(model)[0]}.{index}"
     for name, tensor in list(block.state_dict().items()):
         if tensor.is_meta:
-            stored = f"{prefix}.{name}"
-            key, expert = (stored, None) if stored in source else weight_key(stored, model)
-            set_tensor(block, name, source.tensor(key, expert))
+            set_tensor(block, name, source.tensor(*_stored(f"{prefix}.{name}", model, source)))
     try:
+        _check_finite((f"{prefix}.{name}", tensor) for name, tensor in block.state_dict().items())
         yield
     finally:
         for name in list(block.state_dict()):
@@ -481,7 +578,7 @@ class Plan:
         skipped: modules left as they are, with the reason.
         bits_per_weight: of all sites together, everything included (scales, masks, adapters; not biases).
         bytes: of the whole model after the step.
-        peak_bytes: an upper bound, above the resident weights: the largest block's statistics, work space and activations.
+        peak_bytes: above the resident weights, an upper bound: one block's statistics, work space and activations.
         flops: forward passes, statistics and the method itself.
     """
 
@@ -519,7 +616,7 @@ def plan(
         method: the method to plan for.
         sequences, length: size of the calibration set.
         order, batch_size, targets: as for `compress`.
-        dtype: dtype of the weights when `model` is a configuration.
+        dtype: dtype of the weights when `model` is a configuration; else they have their own.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -527,11 +624,31 @@ def plan(
         >>> print(plan(LlamaConfig(), GPTQ(bits=4, group_size=128)))   # Llama-2-7B; doctest: +ELLIPSIS
         GPTQ(bits=4, ...): 224 sites, 67 modules left as they are, 4.16 bits per weight, model 3889 MB, peak ...
     """
+    check_method(method)
+    if order not in ORDERS:
+        raise OptionError(f"order={order!r}: use {nearest(order, ORDERS)}")
     if isinstance(model, (str, Path)):
-        model = read_config(model)
+        folder = Path(model)
+        model = empty_model(read_config(folder), _stored_dtype(Checkpoint(folder)))
+        if io.is_compressed(folder):
+            io.restore_layers(model, folder, device="meta")
     if not isinstance(model, nn.Module):
         model = empty_model(model, dtype)
+    with experts_put_back(model, always=True):
+        return _plan(model, method, sequences, length, order, batch_size, targets)
+
+
+def _plan(
+    model: nn.Module,
+    method: Method,
+    sequences: int,
+    length: int,
+    order: str,
+    batch_size: int,
+    targets: str | None,
+) -> Plan:
     sites = find_sites(model, targets)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     tokens = sequences * length if method.statistics else 0
     rows, bits, weights, saved = [], 0, 0, 0
     block_bytes: dict[int, int] = {}
@@ -544,7 +661,7 @@ def plan(
         layer = empty_layer(config, dtype, "meta")
         size = layer.nbytes - layer.parts().get("bias", 0)
         count = site.in_features * site.out_features
-        before = sum(t.nbytes for t in [*current.parameters(), *current.buffers()])
+        before = sum(tensor.nbytes for tensor in current.state_dict().values())
         rows.append({"site": site.name, "shape": [site.out_features, site.in_features], "layer": config,
                      "bits": 8 * size / count})  # fmt: skip
         bits, weights, saved = bits + 8 * size, weights + count, saved + before - layer.nbytes
@@ -560,7 +677,7 @@ def plan(
     work = 4 * 8 * widest**2 + 6 * 4 * widest * tallest  # fp64 factorisations and fp32 copies of one site
     streams = tokens * hidden * dtype.itemsize
     inside = batch_size * length * (4 * widest + 2 * tallest) * 4 if tokens else 0
-    total = sum(t.nbytes for t in {id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
+    total = sum({id(t): t.nbytes for t in model.state_dict(keep_vars=True).values()}.values())
     return Plan(
         repr(method), rows, skipped_modules(model, sites), bits / weights, total - saved,
         max(block_bytes.values(), default=0) + work + streams + inside, flops,

@@ -66,6 +66,7 @@ def nearest(value: str, choices: Iterable[str]) -> str:
         "one of 'sequential', 'parallel' (did you mean 'sequential'?)"
     """
     names = list(choices)
-    close = difflib.get_close_matches(value, names, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    folded = {name.lower(): name for name in names}
+    close = difflib.get_close_matches(value.lower(), folded, n=1)
+    hint = f" (did you mean {folded[close[0]]!r}?)" if close else ""
     return "one of " + ", ".join(repr(name) for name in names) + hint

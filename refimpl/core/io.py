@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from refimpl.core.checkpoint import Checkpoint, empty_model, read_config, set_tensor
+from refimpl.core.checkpoint import MANIFEST, Checkpoint, empty_model, read_config, set_tensor
 from refimpl.core.errors import CheckpointError
 from refimpl.core.layers import CompressedLayer, PackedLinear, empty_layer
 from refimpl.core.sites import find_blocks, unfuse_experts
@@ -59,7 +59,6 @@ def data_path(*parts: str) -> Path:
     return (inside if inside.is_dir() else package.parent / "data").joinpath(*parts)
 
 
-MANIFEST = "refimpl.json"
 _PROGRESS = "refimpl-progress.json"
 _SINGLE_FILE_LIMIT = 5_000_000_000  # bytes; above it one file per block, as hubs and small memories prefer
 
@@ -120,7 +119,8 @@ def _write_config(model: nn.Module, folder: Path) -> None:
         raise CheckpointError("model: it has no transformers configuration, so it could not be loaded again")
     value = config.to_diff_dict()
     value["architectures"] = [type(model).__name__]
-    # makes transformers' own from_pretrained stop with this name instead of filling in random weights
+    # transformers warns of a format it does not know, then finds no file of a name it knows and stops; under its own
+    # names it would take what fits and fill in random weights for the rest
     value["quantization_config"] = {"quant_method": "refimpl"}
     _write_json(folder / "config.json", value)
 
@@ -155,9 +155,10 @@ def save(model: nn.Module, folder: str | Path) -> Path:
             f"folder={str(folder)!r} holds a checkpoint that is not ours; choose another folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)  # half replaced, the old model must not load
     tensors = _own_tensors(model)
     prefix, blocks = find_blocks(model)
-    shards: dict[str, dict[str, Tensor]] = {"model.safetensors": tensors}
+    shards: dict[str, dict[str, Tensor]] = {"weights.safetensors": tensors}
     if sum(tensor.nbytes for tensor in tensors.values()) > _SINGLE_FILE_LIMIT:
         shards = {}
         for name, tensor in tensors.items():
@@ -182,13 +183,10 @@ def _finish(
     """Write what describes the tensors, the manifest last: it is what makes the folder a model."""
     for stale in {path.name for path in folder.glob("*.safetensors")} - set(weight_map.values()):
         (folder / stale).unlink()
-    total = sum((folder / file).stat().st_size for file in set(weight_map.values()))
-    _write_json(
-        folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-    )
     _write_config(model, folder)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    manifest = {"format": 1, "dtype": str(dtype).removeprefix("torch."), "layers": layers, **run}
+    manifest = {"format": 1, "dtype": str(dtype).removeprefix("torch."), "layers": layers,
+                "weight_map": weight_map, **run}  # fmt: skip
     _write_json(folder / MANIFEST, manifest)
 
 
@@ -293,7 +291,7 @@ class ShardWriter:
     Args:
         folder: target; made if missing.
         model: the model being compressed.
-        marks: one digest per block that identifies the run (options, tokens, state of the block before it).
+        marks: one text per block, ``run:state``: digests of the options and tokens, and of the block as it was before.
 
     Raises:
         CheckpointError: the folder holds another run, or something that is not ours.
@@ -324,18 +322,18 @@ class ShardWriter:
                 raise CheckpointError(
                     f"out={str(folder)!r} holds another compressed model; choose another folder"
                 )
-            index = _read_json(folder / "model.safetensors.index.json")
             self.state |= {"done": len(marks), "reports": manifest["reports"], "layers": manifest["layers"],
-                           "weight_map": index["weight_map"]}  # fmt: skip
+                           "weight_map": manifest["weight_map"]}  # fmt: skip
         elif folder.exists() and any(folder.iterdir()):
             raise CheckpointError(
                 f"out={str(folder)!r} is not empty and not one of our runs; choose another folder"
             )
 
-    @staticmethod
-    def _already(manifest: dict[str, Any], model: nn.Module) -> bool:
-        # the same call made again on the very model it has already compressed
-        return bool(manifest["layers"]) and manifest["layers"] == _layers(model)
+    def _already(self, manifest: dict[str, Any], model: nn.Module) -> bool:
+        # the same call made again on the very model it has already compressed; a next step has another run digest
+        run = [mark.partition(":")[0] for mark in self.marks]
+        same = run == [mark.partition(":")[0] for mark in manifest.get("marks", [])]
+        return same and manifest["layers"] == _layers(model)
 
     @property
     def done(self) -> int:

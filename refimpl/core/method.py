@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import abc
+import inspect
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from refimpl.core.errors import OptionError
+from refimpl.core.errors import OptionError, nearest
 from refimpl.core.layers import CompressedLayer, parse_pattern
 from refimpl.core.sites import Site
 from refimpl.core.stats import InputStats
@@ -47,6 +49,32 @@ class Method(abc.ABC):
     @abc.abstractmethod
     def flops(self, site: Site) -> float:
         """Floating-point operations of `compress_site`, to leading order."""
+
+
+def check_method(method: object) -> None:
+    """Raise `OptionError` unless `method` is an instance of a method; says which one was probably meant.
+
+    Example:
+        >>> check_method("gtpq")
+        Traceback (most recent call last):
+        ...
+        refimpl.core.errors.OptionError: method='gtpq': pass an instance, as GPTQ(), of one of 'ActSVD', 'EoRA', \
+'GPTQ', 'LoftQ', 'Magnitude', 'PlainSVD', 'RTN', 'SparseGPT', 'Wanda' (did you mean 'GPTQ'?)
+    """
+    if isinstance(method, Method):
+        return
+
+    def concrete(base: type) -> Iterator[str]:
+        kind: type
+        for kind in base.__subclasses__():
+            if not inspect.isabstract(kind):
+                yield kind.__name__
+            yield from concrete(kind)
+
+    given = method.__name__ if isinstance(method, type) else str(method)
+    raise OptionError(
+        f"method={given!r}: pass an instance, as GPTQ(), of {nearest(given, sorted(concrete(Method)))}"
+    )
 
 
 def check_group(site: Site, group_size: int | None) -> int:

@@ -8,6 +8,8 @@ sites, so they stay as they are, tied or not.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -95,10 +97,7 @@ def unfuse_experts(model: nn.Module) -> list[str]:
         []
     """
     names = []
-    for name, module in list(model.named_modules()):
-        fused = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
-        if not (fused and type(module).__name__.endswith("Experts")):
-            continue
+    for name, module in _fused_experts(model).items():
         reason = _why_not_unfusable(module)
         if reason is not None:
             raise OptionError(
@@ -109,6 +108,35 @@ def unfuse_experts(model: nn.Module) -> list[str]:
         setattr(model.get_submodule(parent), attribute, UnfusedExperts(module))
         names.append(name)
     return names
+
+
+def _fused_experts(model: nn.Module) -> dict[str, nn.Module]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module).__name__.endswith("Experts")
+        and any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+    }
+
+
+@contextmanager
+def experts_put_back(model: nn.Module, always: bool) -> Iterator[None]:
+    """Leave a model's fused experts as they were if the body fails, or in any case (`always`).
+
+    Example:
+        >>> with experts_put_back(nn.Linear(2, 2), always=True):
+        ...     pass
+    """
+    fused = _fused_experts(model)
+    done = False
+    try:
+        yield
+        done = not always
+    finally:
+        if not done:
+            for name, module in fused.items():
+                parent, _, attribute = name.rpartition(".")
+                setattr(model.get_submodule(parent), attribute, module)
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
