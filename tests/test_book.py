@@ -79,3 +79,15 @@ def test_charts_carry_their_description_and_cannot_end_the_script(script) -> Non
     html = script("refimpl_book").chart({"data": "</script>"}, 'a "quoted" text')
     assert html.count("</script>") == 1
     assert 'aria-label="a &quot;quoted&quot; text"' in html
+
+
+def test_a_notebook_is_executed_again_when_its_code_changes(script, tmp_path: Path) -> None:
+    execute = script("execute")
+    path = tmp_path / "n.ipynb"
+
+    def key(source: str, outputs: str) -> str:
+        path.write_text(f'{{"cells": [{{"source": "{source}", "outputs": ["{outputs}"]}}]}}')
+        return execute.key(path)
+
+    assert key("1 + 1", "2") == key("1 + 1", "")
+    assert key("1 + 1", "2") != key("1 + 2", "2")
