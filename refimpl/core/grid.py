@@ -56,7 +56,8 @@ def minmax_grid(w: Tensor, bits: int, symmetric: bool = False) -> Grid:
         scale = torch.maximum(high / (2 ** (bits - 1) - 1), -low / 2 ** (bits - 1))
     else:
         scale = (high - low) / levels
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale)).to(SCALE_DTYPE).float()
+    scale = scale.to(SCALE_DTYPE).float()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     zero = (
         torch.full_like(scale, 2 ** (bits - 1)) if symmetric else torch.round(-low / scale).clamp(0, levels)
     )
