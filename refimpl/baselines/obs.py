@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from refimpl.core.device import read
+from refimpl.core.errors import CalibrationError
 from refimpl.core.grid import Grid, minmax_grid
 from refimpl.core.layers import parse_pattern
 
@@ -50,6 +51,8 @@ def inverse_root(gram: Tensor, damping: float, log: dict[str, Any]) -> Tensor:
         if not read(failed):
             return torch.linalg.solve_triangular(L.flip(0, 1), eye, upper=True).float()
         used = max(10 * used, 1e-6)
+        if used > 1e3:  # no positive semidefinite matrix needs this much
+            raise CalibrationError("calibration: the second moment of the inputs cannot be factorised; it holds NaN")
         log["damping"] = used
 
 

@@ -34,8 +34,11 @@ _CHUNK_BYTES = (
 class Tokens(Protocol):
     """What `perplexity` reads of a token set: ids [n, T] and the document each row came from."""
 
-    ids: Tensor
-    units: list[str]
+    @property
+    def ids(self) -> Tensor: ...
+
+    @property
+    def units(self) -> list[str]: ...
 
 
 @dataclass(frozen=True)

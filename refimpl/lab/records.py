@@ -7,6 +7,7 @@ and an added arm is one added line.
 
 from __future__ import annotations
 
+import difflib
 import importlib.metadata
 import importlib.util
 import json
@@ -254,9 +255,17 @@ class Results:
 
     def _get(self, *key: Any) -> tuple[float | None, dict[str, float]]:
         if key not in self._series:
+            arm, condition, seed, metric = key
+            there = dict.fromkeys(other[0] for other in self._series)
+            if arm in there:
+                there = dict.fromkeys(f"{other[1:]}" for other in self._series if other[0] == arm)
+                raise OptionError(
+                    f"{self.path.name} has no rows for condition, seed, metric = {(condition, seed, metric)} of arm "
+                    f"{arm!r}; it has {', '.join(there)}"
+                )
+            close = difflib.get_close_matches(arm, there, n=3, cutoff=0.4)
             raise OptionError(
-                f"no rows for arm, condition, seed, metric = {key} in {self.path.name}; it has "
-                + (", ".join(str(other) for other in self._series) or "none")
+                f"{self.path.name} has no arm {arm!r}; it has {', '.join(close or there) or 'none'}"
             )
         return self._series[key]
 

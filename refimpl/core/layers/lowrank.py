@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from refimpl.core.errors import OptionError
 from refimpl.core.layers.base import CompressedLayer, empty_layer
 from refimpl.core.layers.packed import PackedLinear
 
@@ -78,6 +79,26 @@ class LowRankLinear(CompressedLayer):
     def empty(cls, config: dict[str, Any], dtype: torch.dtype, device: torch.device | str) -> LowRankLinear:
         factors = (empty_layer(config[name], dtype, device) for name in "AB")
         return cls(*factors)  # type: ignore[arg-type]
+
+    def truncated(self, rank: int) -> LowRankLinear:
+        """The first `rank` directions of this path.
+
+        Methods that order their directions by how much they repair (the SVD family does) give, for these inputs, the
+        same path as a fit at the lower rank: fit once, serve at any rank.
+
+        Raises:
+            OptionError: `rank` is above this path's rank or below 1, or the factors are packed.
+
+        Example:
+            >>> layer = LowRankLinear(Factor(torch.ones(4, 3)), Factor(torch.ones(2, 4)))
+            >>> layer.truncated(1).rank
+            1
+        """
+        if not 1 <= rank <= self.rank:
+            raise OptionError(f"rank={rank}: this path has rank {self.rank}, so use 1 to {self.rank}")
+        if not (isinstance(self.A, Factor) and isinstance(self.B, Factor)):
+            raise OptionError("the factors are packed; truncate before they are quantised")
+        return LowRankLinear(Factor(self.A.weight[:rank]), Factor(self.B.weight[:, :rank]))
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.rank} -> {self.out_features}"
