@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from refimpl.core.checkpoint import MANIFEST, Checkpoint, empty_model, read_config, set_tensor
 from refimpl.core.errors import CheckpointError
 from refimpl.core.layers import CompressedLayer, PackedLinear, empty_layer
-from refimpl.core.sites import find_blocks, unfuse_experts
+from refimpl.core.sites import experts_put_back, find_blocks, unfuse_experts
 
 
 @contextmanager
@@ -154,6 +154,13 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         raise CheckpointError(
             f"folder={str(folder)!r} holds a checkpoint that is not ours; choose another folder"
         )
+    with experts_put_back(model, always=True):
+        unfuse_experts(model)  # one format, whether any expert was compressed or not
+        _save(model, folder)
+    return folder
+
+
+def _save(model: nn.Module, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)  # half replaced, the old model must not load
     tensors = _own_tensors(model)
@@ -174,7 +181,6 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         _layers(model),
         {},
     )
-    return folder
 
 
 def _finish(
