@@ -7,6 +7,7 @@ other draws, as the paper does, of Wikipedia or of Python source. Perplexity is 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 from collections.abc import Iterable
@@ -82,7 +83,7 @@ class Size:
 
 SIZES = {
     "study": Size(
-        None, 32, 16, 512, {"wikipedia": (32, 512), "python": (24, 512), "news": (48, 256)}, RANK, 3
+        None, 32, 16, 512, {"wikipedia": (24, 512), "python": (16, 512), "news": (32, 256)}, RANK, 3
     ),
     "live": Size(None, 8, 8, 512, {"wikipedia": (12, 512), "python": (12, 512), "news": (24, 256)}, RANK, 1),
     "quick": Size(1, 2, 2, 64, {"wikipedia": (2, 64), "python": (2, 64)}, 16, 1),
@@ -344,7 +345,8 @@ class _Run:
         bits = footprint(model).bits_per_weight
         for corpus in corpora:
             if not self.results.has(arm, corpus, seed):
-                found = perplexity(model, self.tokens[corpus], progress=False)
+                # a packed layer is unpacked once per batch, so large batches pay for that less often
+                found = perplexity(model, self.tokens[corpus], batch_size=8, progress=False)
                 self.results.add_perplexity(arm, corpus, seed, found, cost=bits)
         self.results.save()
 
@@ -360,13 +362,13 @@ class _Run:
             self.apply(arm, model, method, self.calibration(corpus, draw), reference, seed)
             self.measure(arm, model, corpora, seed)
 
-    def nested(self, base: str, by: str, method: Method) -> None:
+    def nested(self, base: str) -> None:
         """One fit at the highest rank, measured at every rank."""
-        arms = {rank: repaired(base, by, f"nested r{rank}" if by == "EoRA" else f"r{rank}") for rank in RANKS}
+        arms = {rank: repaired(base, "EoRA", f"nested r{rank}") for rank in RANKS}
         if not any(self.missing(arm, ["wikipedia"]) for arm in arms.values()):
             return
-        model = self.base(base)
-        self.apply(arms[RANKS[-1]], model, method, self.calibration("wikipedia", 1), models.smollm2_path())
+        model, tokens = self.base(base), self.calibration("wikipedia", 1)
+        self.apply(arms[RANKS[-1]], model, EoRA(RANKS[-1]), tokens, models.smollm2_path())
         sites = find_sites(model)
         full = {site.name: site.module for site in sites}
         for rank, arm in arms.items():
@@ -456,36 +458,26 @@ def run(out: Path, profile: str = "study") -> Results:
     main = MAIN if profile != "quick" else MAIN[-1:]
     steps += [
         ("dense", dense),
-        *((arm, lambda arm=arm: base(arm)) for arm in (BASES if profile == "study" else main)),
+        *((arm, functools.partial(base, arm)) for arm in (BASES if profile == "study" else main)),
     ]
     if profile != "quick":
         steps.append(("LoftQ", loftq))
-    for arm in main:
-        steps += [
-            (arm, lambda arm=arm: this.repair(arm, "EoRA", f"r{RANK}", EoRA(rank), every)),
-            (
-                arm,
-                lambda arm=arm: this.repair(
-                    arm, "EoRA", f"r{RANK} 4-bit adapter", EoRA(rank, adapter_bits=4), wiki
-                ),
-            ),
-            (arm, lambda arm=arm: this.repair(arm, "Act-S", f"r{RANK}", ActSVD(rank), wiki)),
-            (
-                arm,
-                lambda arm=arm: this.repair(arm, "Act-S", f"r{RANK} alpha 1", ActSVD(rank, alpha=1.0), wiki),
-            ),
-        ]
-        if profile == "study":
-            steps.append((arm, lambda arm=arm: this.nested(arm, "SVD", PlainSVD(RANKS[-1]))))
-        else:
-            steps.append((arm, lambda arm=arm: this.repair(arm, "SVD", f"r{RANK}", PlainSVD(rank), wiki)))
+    repairs: list[tuple[str, str, Method, list[str]]] = [
+        ("EoRA", f"r{RANK}", EoRA(rank), every),
+        ("EoRA", f"r{RANK} 4-bit adapter", EoRA(rank, adapter_bits=4), wiki),
+        ("Act-S", f"r{RANK}", ActSVD(rank), wiki),
+        ("SVD", f"r{RANK}", PlainSVD(rank), wiki),
+    ]
+    todo = [(arm, *repair) for arm in main for repair in repairs]
+    if profile == "study":
+        todo.append((MAIN[0], "Act-S", f"r{RANK} alpha 1", ActSVD(rank, alpha=1.0), wiki))
+        todo += [(arm, *repairs[0][:3], wiki) for arm in BASES if arm.startswith(("GPTQ", "SparseGPT 50%"))]
+    for arm, by, detail, method, corpora in todo:
+        name = repaired(arm, by, detail)
+        steps.append((name, functools.partial(this.repair, arm, by, detail, method, corpora)))
     steps.append(("layers", lambda: this.layer_errors("SparseGPT 2:4")))
     if profile == "study":
-        others = ["SparseGPT 50%", *(f"GPTQ {bits}-bit g{group}" for bits in (4, 3, 2) for group in (64, 32))]
-        for arm in others:
-            steps.append((arm, lambda arm=arm: this.repair(arm, "EoRA", f"r{RANK}", EoRA(rank), wiki)))
-        for arm in MAIN[:2]:
-            steps.append((arm, lambda arm=arm: this.nested(arm, "EoRA", EoRA(RANKS[-1]))))
+        steps.append(("ranks", lambda: this.nested("SparseGPT 2:4")))
 
     def task(corpus: str, draw: int) -> None:
         detail = f"r{RANK} calibrated on {corpus}"
@@ -493,7 +485,7 @@ def run(out: Path, profile: str = "study") -> Results:
 
     for draw in range(1, this.size.draws + 1):
         for corpus in ("wikipedia", "python") if profile != "quick" else ("python",):
-            steps.append((f"{corpus} draw {draw}", lambda corpus=corpus, draw=draw: task(corpus, draw)))
+            steps.append((f"{corpus} draw {draw}", functools.partial(task, corpus, draw)))
 
     bar = tqdm(steps, desc=f"eora ({profile})", unit="step")
     for name, step in bar:
