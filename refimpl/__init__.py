@@ -9,13 +9,9 @@ from refimpl.baselines import GPTQ, RTN, ActSVD, LoftQ, Magnitude, PlainSVD, Spa
 from refimpl.core.compress import Plan, Report, compress, plan
 from refimpl.core.io import load, save
 from refimpl.lowrank import EoRA
+from refimpl.methods import METHODS
 
 __version__ = "0.1.0"
-
-METHODS = {
-    method.__name__: method
-    for method in (RTN, GPTQ, Magnitude, Wanda, SparseGPT, PlainSVD, ActSVD, LoftQ, EoRA)
-}
 
 __all__ = [
     "GPTQ", "METHODS", "RTN", "ActSVD", "EoRA", "LoftQ", "Magnitude", "Plan", "PlainSVD", "Report", "SparseGPT",

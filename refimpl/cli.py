@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import shutil
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Optional
@@ -58,6 +59,116 @@ def fetch(
 
     for name in names or fetching.NAMES:
         typer.echo(f"{name}: {fetching.fetch(name)}")
+
+
+@app.command(epilog="Example: refimpl compress smollm2 GPTQ --set bits=4 --set group_size=64 --out smaller")
+def compress(
+    model: Annotated[
+        str, typer.Argument(help="smollm2, a local checkpoint folder, or a model id of the Hugging Face Hub.")
+    ],
+    method: Annotated[str, typer.Argument(help="RTN, GPTQ, SparseGPT, EoRA, ...")],
+    options: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--set", help="An option of the method, as name=value; may be repeated."),
+    ] = None,
+    calibration: Annotated[
+        str, typer.Option(help="wikipedia, python or prose, or a text file or folder of text files.")
+    ] = "wikipedia",
+    sequences: Annotated[int, typer.Option(help="Calibration sequences.")] = 32,
+    length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+    reference: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The uncompressed model, for methods that repair; the same kinds as MODEL."),
+    ] = None,
+    order: Annotated[str, typer.Option(help="sequential or parallel.")] = "sequential",
+    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 4,
+    targets: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Regular expression; only matching linear maps are compressed."),
+    ] = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder for the result. The same call resumes after an interruption."),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(help="Only say what would be done: sites, bits, peak memory, FLOPs. Reads no weights."),
+    ] = False,
+) -> None:
+    """Compress a checkpoint block by block; the whole model is never in memory."""
+    import refimpl
+    from refimpl.core.checkpoint import read_config
+    from refimpl.methods import method_by_name
+
+    settings = {}
+    for option in options or []:
+        name, equals, value = option.partition("=")
+        if not equals:
+            raise OptionError(f"--set {option}: write it as name=value")
+        settings[name] = value
+    chosen = method_by_name(method, settings)
+    if dry_run:
+        path = Path(model).expanduser()
+        source = path.parent if path.name == "config.json" else path if path.is_dir() else _checkpoint(model)
+        has_weights = any(source.glob("*.safetensors"))  # a configuration is enough to plan with
+        plan = refimpl.plan(
+            source if has_weights else read_config(source),
+            chosen,
+            sequences=sequences,
+            length=length,
+            order=order,
+            batch_size=batch_size,
+            targets=targets,
+        )
+        for row in plan.sites:
+            typer.echo(
+                f"{row['site']:50} {row['shape'][0]:6} x {row['shape'][1]:<6} {row['bits']:6.2f} bits per weight"
+            )
+        for name, reason in plan.skipped.items():
+            typer.echo(f"{name:50} left as it is ({reason})")
+        typer.echo(plan)
+        return
+    if out is None:
+        raise OptionError("--out: name the folder for the result (or ask for a --dry-run)")
+    folder = _checkpoint(model)
+    tokens = None
+    if chosen.statistics:
+        tokens = _calibration(calibration, folder, sequences, length)
+    typer.echo(
+        refimpl.compress(
+            folder, chosen, tokens, reference=_checkpoint(reference) if reference else None, order=order,
+            batch_size=batch_size, targets=targets, out=out,
+        )
+    )  # fmt: skip
+    for pattern in ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab.*", "merges.txt"):
+        for file in folder.glob(pattern):
+            shutil.copy(file, out)
+    typer.echo(f"Saved: {out}")
+
+
+def _checkpoint(model: str) -> Path:
+    """The local folder of a model, fetched if need be."""
+    from refimpl.lab import models
+
+    return models.smollm2_path() if model == "smollm2" else models.folder(model)
+
+
+def _calibration(source: str, folder: Path, sequences: int, length: int) -> object:
+    from transformers import AutoTokenizer
+
+    from refimpl.lab import text
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if source in text.CORPORA:
+        return text.calibration(source, tokenizer, sequences, length)
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise OptionError(
+            f"--calibration {source} is neither a file or folder nor {nearest(source, text.CORPORA)}"
+        )
+    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    tokens = text.from_texts([file.read_text(encoding="utf-8") for file in files], tokenizer, length)
+    return tokens.ids[:sequences]
 
 
 @app.command(epilog="Example: refimpl study eora --profile quick --out /tmp/eora.json")

@@ -158,18 +158,33 @@ def load(
     """
     if name_or_path == "smollm2":
         return smollm2(dtype), tokenizer()
-    folder = Path(name_or_path).expanduser()
-    if not folder.is_dir():
-        folder = _from_hub(str(name_or_path))
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json: give the folder that `save_pretrained` wrote")
-    Checkpoint(folder)  # opens every weight file: refuses pickles, finds truncated and missing ones
-    if io.is_compressed(folder):
-        model = cast(PreTrainedModel, io.load(folder, dtype=dtype or compute_dtype()))
+    path = folder(name_or_path)
+    Checkpoint(path)  # opens every weight file: refuses pickles, finds truncated and missing ones
+    if io.is_compressed(path):
+        model = cast(PreTrainedModel, io.load(path, dtype=dtype or compute_dtype()))
     else:
-        model = _from_folder(folder, dtype or compute_dtype())
-    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    return model.eval(), AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
+        model = _from_folder(path, dtype or compute_dtype())
+    has_tokenizer = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    return model.eval(), AutoTokenizer.from_pretrained(path) if has_tokenizer else None
+
+
+def folder(name_or_path: str | Path) -> Path:
+    """The local folder of a checkpoint; a Hub id is downloaded first.
+
+    Raises:
+        FetchError: a Hub id that cannot be downloaded.
+        CheckpointError: the folder has no config.json.
+
+    Example:
+        >>> folder(smollm2_path()) == smollm2_path()
+        True
+    """
+    path = Path(name_or_path).expanduser()
+    if not path.is_dir():
+        path = _from_hub(str(name_or_path))
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} has no config.json: give the folder that `save_pretrained` wrote")
+    return path
 
 
 @functools.cache
