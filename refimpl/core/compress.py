@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from refimpl.core import io
 from refimpl.core.checkpoint import Checkpoint, Reference, empty_model, read_config, set_tensor, weight_key
-from refimpl.core.device import read
+from refimpl.core.device import give_back, read
 from refimpl.core.errors import CalibrationError, CheckpointError, OptionError, nearest
 from refimpl.core.layers import CompressedLayer, empty_layer
 from refimpl.core.method import Method, check_method
@@ -436,6 +436,7 @@ def compress(
                 if writer:
                     hidden = activations.hidden if activations else []
                     writer.add_block(index, block, hidden, [asdict(entry) for entry in entries])
+            give_back()
             reports.extend(entries)
             bar.update()
     except KeyboardInterrupt:
