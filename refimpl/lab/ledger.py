@@ -89,8 +89,8 @@ class Claim:
         rule: the rule in words, complete enough to be applied by hand.
         outcome: the same rule as code.
         paper_effect: the paper's effect as a distance from "no effect", in the unit of `Outcome.mde` (0.1 for a ratio
-            of 0.9). If the study could not have seen an effect of that size, the verdict is "cannot be tested",
-            whatever the rule says. None where the paper gives no size.
+            of 0.9). If the rule finds nothing and the study could not have seen an effect of that size, the verdict is
+            "cannot be tested" instead of "does not hold". None where the paper gives no size.
     """
 
     id: str
@@ -109,7 +109,7 @@ def judge(results: Results, claims: Iterable[Claim]) -> list[dict[str, Any]]:
 
     Example:
         >>> results = Results("demo.json", header={})
-        >>> outcome = Outcome(Verdict.HOLDS, 0.97, 0.95, 0.99, 0.03, "135M; the paper: 8B", "SVD", "ratio")
+        >>> outcome = Outcome(Verdict.DOES_NOT_HOLD, 0.99, 0.96, 1.02, 0.03, "135M; the paper: 8B", "SVD", "ratio")
         >>> claim = Claim("demo", "It helps.", "0.9 at 8B", "holds if high < 1", lambda results: outcome, 0.02)
         >>> judge(results, [claim])[0]["verdict"]
         'cannot be tested at this scale'
@@ -124,7 +124,8 @@ def judge(results: Results, claims: Iterable[Claim]) -> list[dict[str, Any]]:
                 f"claim {claim.id!r}: estimate {outcome.estimate} is outside [{outcome.low}, {outcome.high}]"
             )
         verdict = Verdict(outcome.verdict)
-        if claim.paper_effect is not None and outcome.mde > abs(claim.paper_effect):
+        blind = claim.paper_effect is not None and outcome.mde > abs(claim.paper_effect)
+        if blind and verdict is Verdict.DOES_NOT_HOLD:  # an effect that was found could be seen
             verdict = Verdict.CANNOT_BE_TESTED
         numbers = {
             name: float(f"{getattr(outcome, name):.4g}") for name in ("estimate", "low", "high", "mde")
