@@ -30,6 +30,7 @@ from refimpl.lab.sources import module_hashes
 
 _FORMAT = 1
 _PACKAGES = ("torch", "transformers", "refimpl")
+_SMALLER = "a smaller size with `--profile live` (the ledger does not take such results)"
 
 
 class ResultsError(RefimplError):
@@ -52,7 +53,7 @@ class Record:
         unit: document, item or image the number belongs to; "" for the arm as a whole (seconds, bytes).
         metric: e.g. "nll" (nats, summed over the unit's tokens), "tokens", "seconds", "bytes".
         value: kept to six significant digits.
-        cost: what the arm spends, in the unit the file's header names (bits per weight by default); the x axis.
+        cost: what the arm spends, in bits per weight; the x axis.
     """
 
     paper: str
@@ -70,8 +71,8 @@ class Results:
 
     Attributes:
         path: where `save` writes.
-        header: paper, study, profile, unit of cost, rule commit, hashes of sources and data, and one entry for
-            each run that added to the file (start, versions, CPU, threads, dtype).
+        header: paper, study, profile, rule commit, hashes of sources and data, and one entry for each run that
+            added to the file (start, git HEAD and whether the package was modified, versions, CPU, threads, dtype).
         claims: judged claims, filled from `refimpl.lab.ledger.judge`.
 
     Example:
@@ -102,9 +103,7 @@ class Results:
         data: Mapping[str, str] | None = None,
         profile: str = "study",
         dtype: str = "float32",
-        cost_unit: str = "bits per weight",
         provisional: bool = False,
-        restart: bool = False,
     ) -> Results:
         """Begin a results file, or go on with the one that is there.
 
@@ -116,13 +115,12 @@ class Results:
             data: hashes of data and models by name.
             profile: "quick", "live" or "study".
             dtype: dtype of the computation.
-            cost_unit: unit of `Record.cost`.
             provisional: go on although the rule is not committed. The file says so and the ledger refuses it.
-            restart: drop what the file holds.
 
         Raises:
             RuleNotCommitted: the study's file has changes that are not committed (unless provisional).
-            ResultsError: the file was made from other sources, data or rules, or for another profile.
+            ResultsError: the file was made from other sources, data or rules, for another profile, or its last run
+                computed in another dtype.
 
         Example:
             >>> results = Results.start("demo.json", paper="demo", study="refimpl.lab.records", provisional=True)
@@ -138,31 +136,31 @@ class Results:
             "paper": paper,
             "study": study,
             "profile": profile,
-            "cost_unit": cost_unit,
             "rule": None if provisional else rule_commit(origin),
             "sources": module_hashes([study, *depends]),
             "data": dict(data or {}),
             "runs": [],
         }
         results = cls(path, header)
-        if path.exists() and not restart:
+        if path.exists():
             results = cls.load(path)
-            results._must_match(header)
+            results._must_match(header, dtype)
         results.header["runs"].append(_environment(dtype))
         return results
 
-    def _must_match(self, header: dict[str, Any]) -> None:
+    def _must_match(self, header: dict[str, Any], dtype: str) -> None:
         changed = differences(self.header["sources"], header["sources"])
         changed += differences(self.header["data"], header["data"])
-        changed += [
-            key for key in ("paper", "study", "profile", "cost_unit") if self.header[key] != header[key]
-        ]
+        changed += [key for key in ("paper", "study", "profile") if self.header[key] != header[key]]
         if (self.header["rule"] is None) != (header["rule"] is None):
             changed.append("whether the rule is committed")
+        recorded = self.header["runs"][-1]["dtype"]
+        if recorded != dtype:  # rounding differs by more than some of the effects that are looked for
+            changed.append(f"dtype: {recorded} then, {dtype} now")
         if changed:
             raise ResultsError(
                 f"{self.path} was recorded with something else than now ({', '.join(changed)}), and rows of both must "
-                "not be mixed; restart the study, or write to another file"
+                "not be mixed; delete the file to start again, or write to another one (`--out`)"
             )
 
     @classmethod
@@ -241,7 +239,7 @@ class Results:
         return self._get(arm, condition, seed, metric)[1]
 
     def cost(self, arm: str, condition: str = "", seed: int = 0, *, metric: str) -> float | None:
-        """What the arm spends, in `header["cost_unit"]`."""
+        """What the arm spends, in bits per weight."""
         return self._get(arm, condition, seed, metric)[0]
 
     def perplexity(self, arm: str, condition: str = "", seed: int = 0) -> Perplexity:
@@ -348,6 +346,7 @@ def _environment(dtype: str) -> dict[str, Any]:
             versions[package] = "not installed"  # refimpl imported from a checkout
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **_checkout(),
         "python": platform.python_version(),
         **versions,
         "cpu": _cpu_name(),
@@ -355,6 +354,17 @@ def _environment(dtype: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "dtype": dtype,
     }
+
+
+def _checkout() -> dict[str, Any]:
+    """The commit that ran, and whether any file of the package differed from it; None outside a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    try:
+        git(package, "ls-files", "--error-unmatch", "--", __file__)  # not some repository around a wheel
+        head, changes = git(package, "rev-parse", "HEAD"), git(package, "status", "--porcelain", "--", ".")
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "modified": None}
+    return {"commit": head, "modified": bool(changes)}
 
 
 def _cpu_name() -> str:
@@ -386,12 +396,12 @@ def rule_commit(path: str | Path) -> dict[str, str]:
         reason = (getattr(error, "stderr", "") or str(error)).strip()
         raise RuleNotCommitted(
             f"{path.name} holds the rule and is in no git checkout ({reason}); clone the repository, or run "
-            "provisionally (the ledger does not take such results)"
+            f"{_SMALLER}"
         ) from error
     if changes or not last:
         raise RuleNotCommitted(
             f"{path.name} holds the rule and has changes that are not committed; commit it before the run, or run "
-            "provisionally (the ledger does not take such results)"
+            f"{_SMALLER}"
         )
     commit, seconds = last.split()
     return {"file": inside, "commit": commit, "committed": utc(int(seconds)).isoformat()}

@@ -6,11 +6,13 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from refimpl.core.errors import OptionError
+from refimpl.lab import records
 from refimpl.lab.metrics import Perplexity
 from refimpl.lab.records import Record, Results, ResultsError, RuleNotCommitted, rule_commit
 
@@ -83,9 +85,27 @@ def test_header_says_what_ran_where(study, tmp_path):
     head = subprocess.run(["git", "-C", study.parent, "rev-parse", "HEAD"], capture_output=True, text=True)
     assert header["rule"]["commit"] == head.stdout.strip() and header["rule"]["file"] == "recordstudy.py"
     run = header["runs"][0]
+    root = Path(__file__).resolve().parents[2]
+    if (root / ".git").exists():
+        here = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True)
+        assert run["commit"] == here.stdout.strip() and isinstance(run["modified"], bool)
     assert {"started", "python", "torch", "transformers", "refimpl", "cpu", "threads"} < set(run)
     assert run["dtype"] == "bfloat16" and run["cpu"]
     assert set(header["sources"]) == {"recordstudy"} and header["data"] == {"text": "12ab"}
+
+
+def test_header_says_whether_the_package_was_modified(tmp_path, monkeypatch):
+    file = tmp_path / "repository" / "package" / "lab" / "records.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("")
+    monkeypatch.setattr(records, "__file__", str(file))
+    assert records._checkout() == {"commit": None, "modified": None}
+    commit(tmp_path / "repository")
+    assert len(records._checkout()["commit"]) == 40 and records._checkout()["modified"] is False
+    (tmp_path / "repository" / "notes.md").write_text("outside the package")
+    assert records._checkout()["modified"] is False
+    (file.parent / "new.py").write_text("")
+    assert records._checkout()["modified"] is True
 
 
 def test_twenty_thousand_rows_stay_below_a_megabyte(study, tmp_path):
@@ -134,6 +154,7 @@ def test_a_resumed_study_skips_what_is_there(study, tmp_path):
         ({"profile": "quick"}, "profile"),
         ({"provisional": True}, "whether the rule is committed"),
         ({"paper": "other"}, "paper"),
+        ({"dtype": "bfloat16"}, "dtype: float32 then, bfloat16 now"),
     ],
 )
 def test_rows_of_other_sources_are_not_mixed_in(study, tmp_path, options, message):
@@ -142,10 +163,11 @@ def test_rows_of_other_sources_are_not_mixed_in(study, tmp_path, options, messag
     results.save()
     before = results.path.read_bytes()
     options = {"data": {"text": "12ab"}, **options}
-    with pytest.raises(ResultsError, match=message):
+    with pytest.raises(ResultsError, match=f"{message}.*delete the file"):
         start(tmp_path / "r.json", **options)
     assert results.path.read_bytes() == before
-    assert not start(tmp_path / "r.json", restart=True, **options).has("dense")
+    results.path.unlink()  # the remedy
+    assert not start(tmp_path / "r.json", **options).has("dense")
 
 
 def test_changed_code_is_refused_even_when_committed(study, tmp_path):
@@ -158,7 +180,7 @@ def test_changed_code_is_refused_even_when_committed(study, tmp_path):
 
 def test_the_rule_must_be_committed(study, tmp_path):
     study.write_text("LIMIT = 0.95\n")
-    with pytest.raises(RuleNotCommitted, match="not committed"):
+    with pytest.raises(RuleNotCommitted, match="not committed.*--profile live"):
         start(tmp_path / "r.json")
     assert start(tmp_path / "r.json", provisional=True).header["rule"] is None
 
