@@ -158,17 +158,24 @@ def _calibration(source: str, folder: Path, sequences: int, length: int) -> obje
 
     from refimpl.lab import text
 
+    if not any(folder.glob("tokenizer*")):
+        raise OptionError(
+            f"--calibration {source} needs the model's tokenizer, and {folder} holds none; save it there"
+        )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if source in text.CORPORA:
         return text.calibration(source, tokenizer, sequences, length)
-    path = Path(source).expanduser()
-    if not path.exists():
+    if not Path(source).expanduser().exists():
         raise OptionError(
             f"--calibration {source} is neither a file or folder nor {nearest(source, text.CORPORA)}"
         )
-    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-    tokens = text.from_texts([file.read_text(encoding="utf-8") for file in files], tokenizer, length)
-    return tokens.ids[:sequences]
+    ids = text.from_texts(Path(source), tokenizer, length).ids
+    if len(ids) < sequences:
+        raise OptionError(
+            f"--sequences {sequences}: {source} holds {len(ids)} windows of {length} tokens; "
+            "ask for fewer, or for shorter ones"
+        )
+    return ids[:sequences]
 
 
 @app.command(epilog="Example: refimpl study eora --profile quick --out /tmp/eora.json")

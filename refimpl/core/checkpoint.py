@@ -217,12 +217,16 @@ def read_config(folder: str | Path) -> Any:
     return config
 
 
-def empty_model(config: Any, dtype: torch.dtype) -> nn.Module:
+def empty_model(config: Any, dtype: torch.dtype, folder: str | Path | None = None) -> nn.Module:
     """A causal LM of this configuration with its weights on "meta" and its computed buffers (rotary tables) real.
 
     Args:
         config: a transformers configuration.
         dtype: dtype of the weights.
+        folder: where to look for a generation_config.json (end-of-text ids, sampling defaults).
+
+    Raises:
+        CheckpointError: transformers knows no causal language model of this configuration.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -231,10 +235,17 @@ def empty_model(config: Any, dtype: torch.dtype) -> nn.Module:
         >>> model.lm_head.weight.device.type, model.model.rotary_emb.inv_freq.device.type
         ('meta', 'cpu')
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except ValueError as error:
+        raise CheckpointError(
+            f"config={type(config).__name__}: no causal language model ({error})"
+        ) from error
+    if folder is not None and (Path(folder) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     for module in model.modules():
         computed = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         if computed and set(computed) <= module._non_persistent_buffers_set:

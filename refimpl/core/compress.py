@@ -377,7 +377,7 @@ def compress(
                 f"out=None: compressing the folder {str(model)!r} block by block needs a folder to write to"
             )
         source, folder = Checkpoint(model), Path(model)
-        model = empty_model(read_config(folder), _stored_dtype(source))
+        model = empty_model(read_config(folder), _stored_dtype(source), folder)
         if io.is_compressed(folder):
             io.restore_layers(model, folder, device="meta")
     elif not isinstance(model, nn.Module):
@@ -423,6 +423,7 @@ def compress(
         disable=not progress,
         delay=1,
     )
+    finished = done
     try:
         for index in range(done, len(blocks)):
             block, chosen = blocks[index], by_block[index]
@@ -438,6 +439,7 @@ def compress(
                     writer.add_block(index, block, hidden, [asdict(entry) for entry in entries])
             give_back()
             reports.extend(entries)
+            finished = index + 1
             bar.update()
     except KeyboardInterrupt:
         where = (
@@ -445,7 +447,7 @@ def compress(
             if writer
             else " (pass out= to make a run resumable)"
         )
-        tqdm.write(f"interrupted after {bar.n} of {len(blocks)} blocks{where}")
+        tqdm.write(f"interrupted after {finished} of {len(blocks)} blocks{where}")
         raise
     finally:
         bar.close()
@@ -515,15 +517,14 @@ def _compress_block(
             raise CalibrationError(f"calibration: {site.name!r} was never run; leave it out with targets=")
         site.log.clear()
         layer = method.compress_site(site, input_stats, target)
+        seconds = time.perf_counter() - begin
         error = error_before = None
         if input_stats is not None and "gram" in method.statistics:
             goal = before if target is None else target
             error = _relative_error(goal, layer.to_dense(), input_stats.gram)
             error_before = None if target is None else _relative_error(goal, before, input_stats.gram)
         site.replace(layer)
-        entries.append(
-            SiteReport(site.name, error, error_before, time.perf_counter() - begin, dict(site.log))
-        )
+        entries.append(SiteReport(site.name, error, error_before, seconds, dict(site.log)))
     if activations and order == "sequential" and propagate:
         activations.run(block, index, keep=True)
     return entries
@@ -535,7 +536,7 @@ def _vocabulary(model: nn.Module) -> int | None:
 
 
 def _stored_dtype(source: Checkpoint) -> torch.dtype:
-    """The dtype of most of a checkpoint's floating-point tensors."""
+    """The dtype of a checkpoint's weights, read off the first."""
     for key in source.keys():
         if key.endswith("weight"):
             return source.tensor(key).dtype
@@ -561,7 +562,13 @@ def _materialised(block: nn.Module, index: int, model: nn.Module, source: Checkp
     prefix = f"{find_blocks(model)[0]}.{index}"
     for name, tensor in list(block.state_dict().items()):
         if tensor.is_meta:
-            set_tensor(block, name, source.tensor(*_stored(f"{prefix}.{name}", model, source)))
+            value = source.tensor(*_stored(f"{prefix}.{name}", model, source))
+            if value.shape != tensor.shape:
+                raise CheckpointError(
+                    f"checkpoint={str(source.folder)!r}: {prefix}.{name} is {tuple(value.shape)}, its configuration "
+                    f"says {tuple(tensor.shape)}; fetch or save it again"
+                )
+            set_tensor(block, name, value)
     try:
         _check_finite((f"{prefix}.{name}", tensor) for name, tensor in block.state_dict().items())
         yield

@@ -60,6 +60,7 @@ def data_path(*parts: str) -> Path:
 
 
 _PROGRESS = "refimpl-progress.json"
+_SAVING = "refimpl-saving"  # stands in a folder while `save` is at work there
 _SINGLE_FILE_LIMIT = 5_000_000_000  # bytes; above it one file per block, as hubs and small memories prefer
 
 
@@ -123,6 +124,9 @@ def _write_config(model: nn.Module, folder: Path) -> None:
     # names it would take what fits and fill in random weights for the rest
     value["quantization_config"] = {"quant_method": "refimpl"}
     _write_json(folder / "config.json", value)
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None:
+        _write_json(folder / "generation_config.json", generation.to_diff_dict())
 
 
 def save(model: nn.Module, folder: str | Path) -> Path:
@@ -150,7 +154,8 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         True
     """
     folder = Path(folder)
-    if any(folder.glob("*.safetensors")) and not is_compressed(folder):
+    ours = is_compressed(folder) or (folder / _SAVING).exists()
+    if any(folder.glob("*.safetensors")) and not ours:
         raise CheckpointError(
             f"folder={str(folder)!r} holds a checkpoint that is not ours; choose another folder"
         )
@@ -162,6 +167,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
 
 def _save(model: nn.Module, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / _SAVING).touch()
     (folder / MANIFEST).unlink(missing_ok=True)  # half replaced, the old model must not load
     tensors = _own_tensors(model)
     prefix, blocks = find_blocks(model)
@@ -181,6 +187,7 @@ def _save(model: nn.Module, folder: Path) -> None:
         _layers(model),
         {},
     )
+    (folder / _SAVING).unlink()
 
 
 def _finish(
@@ -251,12 +258,14 @@ use transformers' from_pretrained for plain checkpoints
         raise CheckpointError(
             f"folder={str(folder)!r} holds an unfinished run; call compress again with out= to finish it"
             if (folder / _PROGRESS).exists()
+            else f"folder={str(folder)!r} holds half a model, its saving was interrupted; save it again"
+            if (folder / _SAVING).exists()
             else f"folder={str(folder)!r} was not written by refimpl (no {MANIFEST}); "
             "use transformers' from_pretrained for plain checkpoints"
         )
     source = Checkpoint(folder)
     stored = getattr(torch, _read_json(folder / MANIFEST)["dtype"])
-    model = empty_model(read_config(folder), stored)
+    model = empty_model(read_config(folder), stored, folder)
     restore_layers(model, folder)
     left = set(source.keys())
     for name, tensor in list(model.state_dict().items()):
@@ -291,6 +300,11 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
                 module.values = module.values.to(dtype)
 
 
+def _runs(marks: list[str]) -> list[str]:
+    """The part of each mark that stands for options and tokens."""
+    return [mark.partition(":")[0] for mark in marks]
+
+
 class ShardWriter:
     """Writes a model block by block, and picks up where an interrupted run stopped.
 
@@ -316,7 +330,8 @@ class ShardWriter:
         finished, unfinished = folder / MANIFEST, folder / _PROGRESS
         if unfinished.exists():
             state = _read_json(unfinished)
-            if state["marks"][state["done"] :] != marks[state["done"] :]:
+            done = state["done"]
+            if _runs(state["marks"]) != _runs(marks) or state["marks"][done:] != marks[done:]:
                 raise CheckpointError(
                     f"out={str(folder)!r} holds an unfinished run with other options, tokens or weights; "
                     "repeat that call to finish it, or choose another folder"
@@ -337,9 +352,7 @@ class ShardWriter:
 
     def _already(self, manifest: dict[str, Any], model: nn.Module) -> bool:
         # the same call made again on the very model it has already compressed; a next step has another run digest
-        run = [mark.partition(":")[0] for mark in self.marks]
-        same = run == [mark.partition(":")[0] for mark in manifest.get("marks", [])]
-        return same and manifest["layers"] == _layers(model)
+        return _runs(self.marks) == _runs(manifest.get("marks", [])) and manifest["layers"] == _layers(model)
 
     @property
     def done(self) -> int:

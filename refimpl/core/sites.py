@@ -20,6 +20,7 @@ from refimpl.core.errors import OptionError
 from refimpl.core.layers import CompressedLayer
 
 ROUTER_WIDTH = 16  # a map with fewer outputs is a router or a gate: no bytes to win, much to lose
+_ROUTER = re.compile(r"(Router|Gate|Gating)$")  # class names of modules whose linear map chooses experts
 
 
 class UnfusedExperts(nn.Module):
@@ -114,8 +115,9 @@ def _fused_experts(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module).__name__.endswith("Experts")
-        and any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+        if "Expert" in type(module).__name__
+        and not is_linear(module)
+        and any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False))
     }
 
 
@@ -290,8 +292,9 @@ def find_sites(model: nn.Module, targets: str | None = None) -> list[Site]:
             if is_linear(module):
                 found.append(name)
                 parent, _, attribute = name.rpartition(".")
-                site = Site(f"{prefix}.{index}.{name}", index, block.get_submodule(parent), attribute)
-                if site.out_features >= ROUTER_WIDTH:
+                owner = block.get_submodule(parent)
+                site = Site(f"{prefix}.{index}.{name}", index, owner, attribute)
+                if site.out_features >= ROUTER_WIDTH and not _ROUTER.search(type(owner).__name__):
                     sites.append(site)
     if targets is None:
         return sites
@@ -324,7 +327,9 @@ def skipped_modules(model: nn.Module, sites: list[Site]) -> dict[str, str]:
             reason = "embedding"
         elif is_linear(module):
             rows = module.out_features if isinstance(module, (nn.Linear, CompressedLayer)) else module.nf
-            reason = "router or gate" if cast(int, rows) < ROUTER_WIDTH else "head, or not among the targets"
+            owner = model.get_submodule(name.rpartition(".")[0])
+            router = cast(int, rows) < ROUTER_WIDTH or _ROUTER.search(type(owner).__name__)
+            reason = "router or gate" if router else "head, or not among the targets"
         else:
             reason = "not a linear map"
         left[name] = f"{kind}: {reason}"

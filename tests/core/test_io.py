@@ -361,3 +361,49 @@ def test_repeated_call_is_quick_and_another_step_is_refused(
     with pytest.raises(CheckpointError, match="another compressed model"):
         compress(dense, Wanda("2:4"), tokens(), out=tmp_path, progress=False)
     assert same(state(model), finished)
+
+
+def test_interrupted_save_can_be_repeated(tiny_llama: Factory, tmp_path, state, same, monkeypatch) -> None:
+    from refimpl.core import io
+
+    model = tiny_llama()
+    compress(model, RTN(4, 32), progress=False)
+    save(model, tmp_path)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(io, "_finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            save(model, tmp_path)
+    with pytest.raises(CheckpointError, match="saving was interrupted"):
+        load(tmp_path)
+    save(model, tmp_path)
+    same(state(load(tmp_path)), state(model))
+
+
+def test_all_blocks_done_but_not_finished_takes_no_other_run(
+    tiny_llama: Factory, tmp_path, monkeypatch
+) -> None:
+    from refimpl.core import io
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(io, "_finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compress(tiny_llama(), RTN(4, 32), out=tmp_path / "out", progress=False)
+    with pytest.raises(CheckpointError, match="other options, tokens or weights"):
+        compress(tiny_llama(), RTN(3, 32), out=tmp_path / "out", progress=False)
+    compress(tiny_llama(), RTN(4, 32), out=tmp_path / "out", progress=False)
+    assert load(tmp_path / "out").model.layers[0].mlp.up_proj.bits == 4
+
+
+def test_end_of_text_ids_and_sampling_defaults_survive(tiny_llama: Factory, tmp_path) -> None:
+    model = tiny_llama()
+    model.generation_config.eos_token_id = [2, 7]
+    model.generation_config.temperature = 0.5
+    again = load(save(model, tmp_path)).generation_config
+    assert again.eos_token_id == [2, 7] and again.temperature == 0.5

@@ -188,6 +188,34 @@ def test_experts_of_another_layout_are_refused_by_name() -> None:
         compress(model, RTN(4, 32), progress=False)
 
 
+def test_experts_held_as_matrices_are_refused_by_name() -> None:
+    config = transformers.DbrxConfig(
+        d_model=32, n_heads=2, n_layers=1, vocab_size=20, max_seq_len=16, attn_config={"rope_theta": 1e4},
+        ffn_config={"ffn_hidden_size": 16, "moe_num_experts": 4},
+    )
+    with torch.device("meta"):
+        model = transformers.DbrxForCausalLM(config)
+    with pytest.raises(OptionError, match=r"Dbrx.*not supported"):
+        find_sites(model)
+
+
+def test_wide_router_is_no_site() -> None:
+    class TokenRouter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(32, 64)
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router, self.proj = TokenRouter(), nn.Linear(32, 32)
+
+    model = nn.Module()
+    model.layers = nn.ModuleList([Block(), Block()])
+    assert [site.name for site in find_sites(model)] == ["layers.0.proj", "layers.1.proj"]
+    assert skipped_modules(model, find_sites(model))["layers.0.router.gate"] == "Linear: router or gate"
+
+
 def test_encoder_decoder_and_modules_without_blocks_are_refused() -> None:
     t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2,
                                                                        d_kv=8, vocab_size=20))  # fmt: skip
