@@ -52,7 +52,9 @@ def inverse_root(gram: Tensor, damping: float, log: dict[str, Any]) -> Tensor:
             return torch.linalg.solve_triangular(L.flip(0, 1), eye, upper=True).float()
         used = max(10 * used, 1e-6)
         if used > 1e3:  # no positive semidefinite matrix needs this much
-            raise CalibrationError("calibration: the second moment of the inputs cannot be factorised; it holds NaN")
+            raise CalibrationError(
+                "calibration: the second moment of the inputs cannot be factorised; it holds NaN"
+            )
         log["damping"] = used
 
 
