@@ -26,6 +26,14 @@ app = typer.Typer(
 )
 
 
+class DType(str, Enum):
+    """The dtype of unpacked weights."""
+
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
 class Profile(str, Enum):
     """The size of an experiment."""
 
@@ -90,6 +98,10 @@ def compress(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Folder for the result. The same call resumes after an interruption."),
     ] = None,
+    dtype: Annotated[
+        DType,
+        typer.Option(help="What to compute and store in; auto: bfloat16 where this processor is fast at it."),
+    ] = DType.auto,
     dry_run: Annotated[
         bool,
         typer.Option(help="Only say what would be done: sites, bits, peak memory, FLOPs. Reads no weights."),
@@ -134,12 +146,22 @@ def compress(
     tokens = None
     if chosen.statistics:
         tokens = _calibration(calibration, folder, sequences, length)
-    typer.echo(
-        refimpl.compress(
-            folder, chosen, tokens, reference=_checkpoint(reference) if reference else None, order=order,
-            batch_size=batch_size, targets=targets, out=out,
-        )
-    )  # fmt: skip
+    from refimpl.lab.models import compute_dtype
+
+    report = refimpl.compress(
+        folder,
+        chosen,
+        tokens,
+        reference=_checkpoint(reference) if reference else None,
+        order=order,
+        batch_size=batch_size,
+        targets=targets,
+        out=out,
+        dtype=compute_dtype()
+        if dtype is DType.auto
+        else getattr(importlib.import_module("torch"), dtype.value),
+    )
+    typer.echo(report)
     for pattern in ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab.*", "merges.txt"):
         for file in folder.glob(pattern):
             shutil.copy(file, out)

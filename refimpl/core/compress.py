@@ -326,6 +326,7 @@ def compress(
     batch_size: int = 4,
     targets: str | None = None,
     out: str | Path | None = None,
+    dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> Report:
     """Compress the linear maps inside a language model's blocks, in place.
@@ -347,6 +348,8 @@ def compress(
         targets: regular expression; only sites whose name matches are touched.
         out: folder for the result, in `save` format. Every finished block is written at once; the same call
             resumes after an interruption.
+        dtype: when `model` is a folder: what to compute and store unpacked weights in; default: as stored. Many CPUs
+            are slow at bfloat16, and float32 is the better choice there.
         progress: show a progress bar.
 
     Returns:
@@ -377,9 +380,14 @@ def compress(
                 f"out=None: compressing the folder {str(model)!r} block by block needs a folder to write to"
             )
         source, folder = Checkpoint(model), Path(model)
-        model = empty_model(read_config(folder), _stored_dtype(source), folder)
+        dtype = dtype or _stored_dtype(source)
+        model = empty_model(read_config(folder), dtype, folder)
         if io.is_compressed(folder):
-            io.restore_layers(model, folder, device="meta")
+            io.restore_layers(model, folder, device="meta", dtype=dtype)
+    elif dtype is not None:
+        raise OptionError(
+            f"dtype={dtype} is for models read from a folder; change this one with model.to(dtype)"
+        )
     elif not isinstance(model, nn.Module):
         raise OptionError(f"model={model!r}: pass a transformers model, or the folder of its checkpoint")
     with experts_put_back(model, always=False):  # whatever is refused below leaves the model as it was
@@ -549,7 +557,7 @@ def _load_outside_blocks(model: nn.Module, source: Checkpoint) -> None:
     for name, tensor in list(model.state_dict().items()):
         if tensor.is_meta and not name.startswith(prefix + "."):
             if name in source:
-                set_tensor(model, name, source.tensor(name))
+                set_tensor(model, name, source.tensor(name).to(tensor.dtype))
     model.tie_weights()  # type: ignore[operator]
     left = [n for n, t in model.state_dict().items() if t.is_meta and not n.startswith(prefix + ".")]
     if left:
@@ -568,7 +576,7 @@ def _materialised(block: nn.Module, index: int, model: nn.Module, source: Checkp
                     f"checkpoint={str(source.folder)!r}: {prefix}.{name} is {tuple(value.shape)}, its configuration "
                     f"says {tuple(tensor.shape)}; fetch or save it again"
                 )
-            set_tensor(block, name, value)
+            set_tensor(block, name, value.to(tensor.dtype))
     try:
         _check_finite((f"{prefix}.{name}", tensor) for name, tensor in block.state_dict().items())
         yield

@@ -203,8 +203,13 @@ def _finish(
     _write_json(folder / MANIFEST, manifest)
 
 
-def restore_layers(model: nn.Module, folder: str | Path, device: torch.device | str = "meta") -> None:
-    """Give `model` the compressed layers recorded in `folder`, with uninitialised tensors.
+def restore_layers(
+    model: nn.Module,
+    folder: str | Path,
+    device: torch.device | str = "meta",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Give `model` the compressed layers recorded in `folder`, with uninitialised tensors (of `dtype`, or as stored).
 
     Example:
         >>> import tempfile
@@ -219,7 +224,7 @@ def restore_layers(model: nn.Module, folder: str | Path, device: torch.device | 
             f"{folder}: format {manifest.get('format')!r} is not 1; it needs a newer refimpl"
         )
     unfuse_experts(model)
-    _place_layers(model, manifest["layers"], getattr(torch, manifest["dtype"]), device)
+    _place_layers(model, manifest["layers"], dtype or getattr(torch, manifest["dtype"]), device)
 
 
 def _place_layers(

@@ -407,3 +407,16 @@ def test_end_of_text_ids_and_sampling_defaults_survive(tiny_llama: Factory, tmp_
     model.generation_config.temperature = 0.5
     again = load(save(model, tmp_path)).generation_config
     assert again.eos_token_id == [2, 7] and again.temperature == 0.5
+
+
+def test_folder_in_another_dtype_equals_the_converted_model(
+    tiny_llama: Factory, tokens, state, same, tmp_path
+) -> None:
+    tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    model = tiny_llama().to(torch.bfloat16).to(torch.float32)
+    compress(model, GPTQ(4, 32), tokens(), progress=False)
+    out = tmp_path / "out"
+    compress(tmp_path / "source", GPTQ(4, 32), tokens(), out=out, dtype=torch.float32, progress=False)
+    same(state(load(out)), state(model))
+    with pytest.raises(OptionError, match="model.to"):
+        compress(model, GPTQ(4, 32), tokens(), dtype=torch.float32, progress=False)
