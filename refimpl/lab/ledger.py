@@ -14,8 +14,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from refimpl.core.errors import OptionError
+from refimpl.core.errors import FetchError, MissingExtra, OptionError
 from refimpl.core.io import data_path
+from refimpl.lab import fetch
 from refimpl.lab.records import Results, differences, git, rule_commit, utc
 from refimpl.lab.sources import module_hash, source_hash
 from refimpl.lab.statistics import Interval
@@ -24,6 +25,7 @@ __all__ = [
     "Claim",
     "Outcome",
     "Verdict",
+    "current_data",
     "judge",
     "markdown",
     "rule_commit",
@@ -169,6 +171,39 @@ def stale(results: Results, data: Mapping[str, str] | None = None) -> list[str]:
     return changed if data is None else changed + differences(results.header["data"], data)
 
 
+def current_data(recorded: Mapping[str, str]) -> dict[str, str]:
+    """Hashes, as they are now, of those data and models in `recorded` that can be compared; the others as recorded.
+
+    Compared is what the cache holds: nothing is fetched or parsed for this. The corpora ``python`` and ``prose``
+    are the standard library of the interpreter that runs, so a difference would say nothing about the result.
+
+    Args:
+        recorded: hashes by name, from the header of a results file.
+
+    Example:
+        >>> current_data({"python": "another interpreter's", "my own text": "12"})
+        {'python': "another interpreter's", 'my own text': '12'}
+    """
+    now = dict(recorded)
+    for name in {"smollm2", "wikipedia", "news"} & set(recorded):
+        try:
+            with fetch.cached_only():
+                now[name] = _data_hash(name)
+        except (FetchError, MissingExtra):
+            continue
+    return now
+
+
+def _data_hash(name: str) -> str:
+    if name == "smollm2":
+        from refimpl.lab.models import smollm2_hash  # transformers: seconds that a ledger without it saves
+
+        return smollm2_hash()
+    from refimpl.lab.text import corpus_hash
+
+    return corpus_hash(name)
+
+
 def rule_problems(results: Results, repository: str | Path | None = None) -> list[str]:
     """Why the rule of these results cannot be trusted to have come first; empty if it can.
 
@@ -220,7 +255,8 @@ def table(folder: str | Path | None = None) -> list[dict[str, Any]]:
     """One row for each judged claim of each results file, in the order of file names.
 
     Each row has the keys of a claim (`judge`) and "paper" (slug), "study", "started", "rule_commit", "stale" (names of
-    what changed since) and "problems" (of the rule; and a profile other than "study").
+    what changed since: modules, and data and models as far as the cache holds them) and "problems" (of the rule; and a
+    profile other than "study").
 
     Args:
         folder: where the results files are; data/results by default.
@@ -241,7 +277,7 @@ def table(folder: str | Path | None = None) -> list[dict[str, Any]]:
             "study": header["study"],
             "started": header["runs"][0]["started"],
             "rule_commit": (header["rule"] or {}).get("commit"),
-            "stale": stale(results),
+            "stale": stale(results, current_data(header["data"])),
             "problems": problems,
         }
         rows += [{**claim, **shared} for claim in results.claims]

@@ -151,3 +151,12 @@ def test_two_processes_build_once(cache, tmp_path):
 def test_unknown_name_suggests(cache):
     with pytest.raises(OptionError, match="did you mean 'smollm2'"):
         fetch.fetch("smolm2")
+
+
+def test_cached_only_builds_nothing(cache):
+    with fetch.cached_only(), pytest.raises(FetchError, match="refimpl fetch"):
+        fetch.build_folder("thing", lambda staging: pytest.fail("built"))
+    assert not (cache / "thing").exists()
+    built = fetch.build_folder("thing", lambda staging: None)
+    with fetch.cached_only():
+        assert fetch.build_folder("thing", lambda staging: pytest.fail("built")) == built

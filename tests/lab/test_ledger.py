@@ -9,9 +9,12 @@ import subprocess
 import pytest
 
 from refimpl.core.errors import OptionError
+from refimpl.core.io import data_path
+from refimpl.lab import fetch, models, text
 from refimpl.lab.ledger import Claim, Outcome, Verdict, judge, markdown, rule_problems, stale, table
 from refimpl.lab.records import Record, Results
 from refimpl.lab.statistics import difference, paired_bootstrap
+from refimpl.papers import papers
 
 STUDY = "LIMIT = 0.0\n"
 
@@ -116,7 +119,7 @@ def test_mistakes_in_claims_are_refused(results):
         judge(results, [claim(), claim()])
     with pytest.raises(OptionError, match="outside"):
         judge(results, [claim(outcome=lambda r: Outcome(Verdict.HOLDS, 2.0, 0.0, 1.0, 0.1, "", "", ""))])
-    with pytest.raises(OptionError, match="no rows for arm"):
+    with pytest.raises(OptionError, match="no arm 'missing'"):
         judge(results, [claim(outcome=lambda r: r.values("missing", metric="accuracy"))])
 
 
@@ -130,6 +133,27 @@ def test_staleness_ignores_prose_and_names_code_and_data(checkout, results):
     results.header["sources"]["no_such_module_any_more"] = "0"
     assert stale(results) == ["ledgerstudy", "no_such_module_any_more"]
     assert table(results.path.parent)[0]["stale"] == ["ledgerstudy"]
+
+
+def test_data_and_models_are_compared_where_the_cache_has_them(results, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("REFIMPL_CACHE", str(cache))
+    article = text.Document("news/0", "", "some words")
+    monkeypatch.setitem(text._PARSERS, "news", lambda: [(article.text, article)])
+    recorded = {"news": "0", "wikipedia": "0", "smollm2": "0", "python": "0"}
+    results.header["data"] = recorded
+    record(results)
+    assert table(results.path.parent)[0]["stale"] == []
+    assert list(cache.iterdir()) == []  # nothing was fetched or parsed to find that out
+
+    text.prepare("news")
+    fetch.build_folder(
+        models.SMOLLM2_FOLDER, lambda folder: (folder / "source.json").write_text('{"sha256": "1"}')
+    )
+    assert table(results.path.parent)[0]["stale"] == ["news", "smollm2"]
+    results.header["data"] = {**recorded, "news": text.corpus_hash("news"), "smollm2": "1"}
+    record(results)
+    assert table(results.path.parent)[0]["stale"] == []
 
 
 def test_a_rule_that_came_first_is_accepted_and_later_prose_does_not_hurt(checkout, results):
@@ -199,13 +223,18 @@ def test_provisional_and_small_runs_are_marked(checkout, tmp_path):
 def test_markdown_shows_verdicts_and_their_flaws(checkout, results):
     record(results)
     (checkout / "ledgerstudy.py").write_text("LIMIT = 1.0\n")
-    text = markdown(table(results.path.parent))
-    lines = text.splitlines()
+    shown = markdown(table(results.path.parent))
+    lines = shown.splitlines()
     assert len(lines) == 3 and len({line.replace("\\|", "").count("|") for line in lines}) == 1
-    assert "**holds** (stale: ledgerstudy changed since)" in text and "+12 points" in text
+    assert "**holds** (stale: ledgerstudy changed since)" in shown and "+12 points" in shown
 
 
 def test_the_books_own_results_are_sound():
-    for row in table():
+    rows = table()
+    for row in rows:
         assert row["stale"] == [], f"{row['study']}: run the study again, {row['stale']} changed"
         assert row["problems"] == []
+    judged = {row["paper"] for row in rows}
+    unfinished = {path.stem for path in data_path("results").glob("*.json")} - judged
+    assert not unfinished, "results without verdicts: `refimpl study` goes on where it stopped"
+    assert {paper.slug for paper in papers() if paper.status == "chapter"} <= judged
