@@ -230,7 +230,25 @@ def test_neither_folder_nor_hub_id():
         models.load("/no/such/folder")
 
 
-def test_compute_dtype():
-    assert models.compute_dtype() in (torch.bfloat16, torch.float32)
-    assert models.compute_dtype() is models.compute_dtype("cpu")
+@pytest.mark.parametrize(
+    ("slowdown", "dtype"), [(0.05, torch.float32), (1.0, torch.float32), (20.0, torch.bfloat16)]
+)
+def test_compute_dtype_is_bf16_only_where_that_clearly_wins(monkeypatch, slowdown, dtype):
+    """`slowdown`: of fp32 against bf16, on a clock that products of matrices move."""
+    now = 0.0
+
+    class Matrix:
+        def __init__(self, *size, dtype):
+            self.seconds = slowdown if dtype is torch.float32 else 1.0
+
+        def __matmul__(self, other):
+            nonlocal now
+            now += self.seconds
+
+    monkeypatch.setattr(models.torch, "ones", Matrix)
+    monkeypatch.setattr(models.time, "perf_counter", lambda: now)
+    assert models.compute_dtype.__wrapped__("cpu") is dtype
+
+
+def test_compute_dtype_elsewhere():
     assert models.compute_dtype("meta") is torch.float32
