@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,8 +66,13 @@ def test_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
     assert data.startswith("True") and str(target) in data
 
 
-@pytest.mark.parametrize("newer", [False, True], ids=["current", "newer"])
-def test_installing_changes_neither_torch_nor_numpy(wheel: Path, tmp_path: Path, newer: bool) -> None:
+# No stand-ins with the extra: its packages (scipy) have upper bounds of their own on numpy.
+@pytest.mark.parametrize(
+    ("extra", "newer"), [("", False), ("", True), ("[lab]", False)], ids=["current", "newer", "lab"]
+)
+def test_installing_changes_neither_torch_nor_numpy(
+    wheel: Path, tmp_path: Path, extra: str, newer: bool
+) -> None:
     # the answer must not depend on this machine's pip settings (constraints, indexes)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
     environment["PIP_CONFIG_FILE"] = os.devnull
@@ -87,7 +94,7 @@ def test_installing_changes_neither_torch_nor_numpy(wheel: Path, tmp_path: Path,
         "-q",
         "--report",
         report,
-        wheel,
+        f"refimpl{extra} @ {wheel.as_uri()}",
     ]
     subprocess.run(command, env=environment, check=True, capture_output=True, cwd=tmp_path)
     changed = {entry["metadata"]["name"].lower() for entry in json.loads(report.read_text())["install"]}
@@ -104,6 +111,13 @@ def test_dependencies_have_lower_bounds_only(wheel: Path) -> None:
         "safetensors",
         "tomli",
         "torch",
+        "tqdm",
         "transformers",
     }
     assert not any("<" in line.split(";")[0] or "==" in line.split(";")[0] for line in hard)
+
+
+def test_conda_and_make_install_the_same_torch() -> None:
+    (made,) = re.findall(r"^TORCH := (\S+)", (ROOT / "Makefile").read_text(encoding="utf8"), flags=re.M)
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf8"))
+    assert made in conda["dependencies"][-1]["pip"]
