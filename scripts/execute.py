@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -38,6 +39,8 @@ def main(notebook: Path) -> int:
 
     from refimpl.core.io import atomic_write
 
+    # Inherited by the kernel: threads that spin starve each other on a shared machine (numbers in the Makefile).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     target, now = executed_path(notebook), key(notebook)
     if target.exists() and nbformat.read(target, as_version=4).metadata.get("executed_key") == now:
         print(f"{notebook}: unchanged since it was executed")
