@@ -16,7 +16,9 @@ def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     calibration = text.calibration
     monkeypatch.setattr(models, "load", lambda name: (models.smollm2(layers=1), models.tokenizer()))
-    monkeypatch.setattr(text, "calibration", lambda *args: calibration(*args, sequences=4, length=256))
+    monkeypatch.setattr(
+        text, "calibration", lambda *args, **options: calibration(*args, **options, sequences=4, length=256)
+    )
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(code, names)
