@@ -690,7 +690,9 @@ def _plan(
             )
     widest = max(site.in_features for site in sites)
     tallest = max(site.out_features for site in sites)
-    work = 4 * 8 * widest**2 + 6 * 4 * widest * tallest  # fp64 factorisations and fp32 copies of one site
+    work = 6 * 4 * widest * tallest  # fp32 copies of one site
+    if "gram" in method.statistics:
+        work += 9 * 8 * widest**2  # fp64 factorisation of its second moment
     streams = tokens * hidden * dtype.itemsize
     inside = batch_size * length * (4 * widest + 2 * tallest) * 4 if tokens else 0
     total = sum({id(t): t.nbytes for t in model.state_dict(keep_vars=True).values()}.values())
