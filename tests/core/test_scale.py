@@ -18,6 +18,8 @@ from refimpl.core.sites import find_sites
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and sets limits as Linux knows them")
 BLOCKS = 40
+# every tensor in pages of its own: holes that the allocator keeps or has given back would blur what is measured
+EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 def run(
@@ -96,16 +98,14 @@ print("FINISHED", int(peak.above_start), flush=True)
 
 @linux
 def test_checkpoint_larger_than_memory(large: Path) -> None:
-    # the limit counts addresses: without this, holes that the allocator has given back would count, too
-    exact = {"MALLOC_MMAP_THRESHOLD_": "65536"}
     size = sum(path.stat().st_size for path in large.glob("*.safetensors"))
     assert size > 250e6
     limit = 100  # MiB above an idle process
     out = large.parent / "out"
-    whole = run(LIMITED, large, out, "whole", limit, **exact)
+    whole = run(LIMITED, large, out, "whole", limit, **EXACT)
     assert "LIMITED" in whole.stdout and "FINISHED" not in whole.stdout, "the limit would not have mattered"
     assert "memory" in whole.stderr.lower() or "alloc" in whole.stderr.lower(), whole.stderr[-2000:]
-    streamed = run(LIMITED, large, out, "streamed", limit, **exact)
+    streamed = run(LIMITED, large, out, "streamed", limit, **EXACT)
     assert "FINISHED" in streamed.stdout, streamed.stderr[-2000:]
     sites = find_sites(load(out))
     assert len(sites) == 7 * BLOCKS and all(type(site.module).__name__ == "PackedLinear" for site in sites)
@@ -141,9 +141,9 @@ open(sys.argv[1], "w").write(json.dumps(found))
 
 @linux
 def test_peak_memory_is_one_block_and_stays_below_the_plan(tmp_path: Path) -> None:
-    result = run(PEAK, tmp_path / "peak.json")
+    result = run(PEAK, tmp_path / "peak.json", **EXACT)
     assert result.returncode == 0, result.stderr[-2000:]
-    slack = 48 * 2**20  # code loaded on first use and pages the allocator has not returned
+    slack = 16 * 2**20  # code loaded on first use; three blocks are 38 MB
     peaks = {}
     for name, blocks, measured, planned in json.loads((tmp_path / "peak.json").read_text()):
         print(f"{name}, {blocks} blocks: measured {measured / 1e6:.0f} MB, planned {planned / 1e6:.0f} MB")
