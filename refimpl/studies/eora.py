@@ -1,8 +1,9 @@
 """The experiment behind the EoRA chapter: does a closed-form repair restore what compression took?
 
 SmolLM2-135M is pruned and quantised in the ways of the paper's tables, then repaired at rank 64 by EoRA and by the
-SVD family. Every arm sees the same number of tokens. Compression is calibrated on Wikipedia (draw 0); repairs use
-other draws, as the paper does, of Wikipedia or of Python source. Perplexity is measured on documents that no step saw.
+SVD family. Every repair that looks at text sees the same number of tokens. Compression is calibrated on Wikipedia
+(draw 0); repairs use other draws, as the paper does, of Wikipedia or of Python source. Perplexity is measured on test
+documents that no step saw; the layer errors on held-out text use the validation split.
 """
 
 from __future__ import annotations
