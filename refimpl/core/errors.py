@@ -28,6 +28,10 @@ class CheckpointError(RefimplError):
     """A checkpoint is truncated, foreign, pickled, or does not belong to the model."""
 
 
+class TrainingError(RefimplError):
+    """Training cannot go on; says at which step, and from where to take it up."""
+
+
 class FetchError(RefimplError):
     """A download failed or its hash is wrong."""
 
