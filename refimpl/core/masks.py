@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from refimpl.core.device import read
 from refimpl.core.errors import OptionError
 from refimpl.core.layers import PackedLinear, parse_pattern
 from refimpl.core.layers.conv import Geometry, PackedConv2d
@@ -63,8 +64,8 @@ class MaskedWeight(nn.Module):
         return weight.transpose(-1, -2) if self.transposed else weight
 
 
-def _maskable(module: nn.Module) -> dict[str, tuple[bool, bool]]:
-    """Names of the weight matrices a module owns, and for each whether it is stored input first, and fused."""
+def _layouts(module: nn.Module) -> dict[str, tuple[bool, bool]]:
+    """The weight matrices a module owns: name, and whether it is stored input first, and fused."""
     if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)):
         return {"weight": (False, False)}
     if is_conv1d(module):
@@ -76,6 +77,57 @@ def _maskable(module: nn.Module) -> dict[str, tuple[bool, bool]]:
         first = bool(getattr(module, "is_transposed", False))
         return {name: (first, True) for name, weight in own.items() if weight.dim() == 3}
     return {}
+
+
+def weight_matrices(model: nn.Module, targets: str | None = None) -> dict[str, nn.Parameter]:
+    """The weights that `mask_weights` would mask, by name; tied weights are listed once.
+
+    Args:
+        model, targets: as in `mask_weights`.
+
+    Raises:
+        OptionError: as `mask_weights`.
+
+    Example:
+        >>> {name: list(W.shape) for name, W in weight_matrices(nn.Sequential(nn.Linear(4, 3), nn.LSTM(3, 2))).items()}
+        {'0.weight': [3, 4], '1.weight_ih_l0': [8, 3], '1.weight_hh_l0': [8, 2]}
+    """
+    if find_masks(model):
+        raise OptionError("model: its weights are masked already; call refimpl.core.masks.bake(model) first")
+    found = _named_matrices(model)
+    chosen = found
+    if targets is not None:
+        try:
+            chosen = {name: weight for name, weight in found.items() if re.search(targets, name)}
+        except re.error as error:
+            raise OptionError(f"targets={targets!r} is not a regular expression: {error}") from error
+    if not chosen:
+        raise OptionError(
+            f"targets={targets!r} matches no weight matrix; names look like {next(iter(found))!r}" if found
+            else f"model={type(model).__name__}: found no weight matrix to mask (packed layers cannot be masked)"
+        )  # fmt: skip
+    once: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, weight in chosen.items():
+        owner, _, attribute = name.rpartition(".")
+        if parametrize.is_parametrized(model.get_submodule(owner), attribute):
+            raise OptionError(
+                f"model: {name!r} is parametrised (weight norm or the like); remove that with "
+                "torch.nn.utils.parametrize.remove_parametrizations, or leave it out with targets="
+            )
+        if hasattr(weight, "full_tensor"):
+            raise OptionError(
+                f"model: {name!r} is sharded, and its mask needs the whole tensor; train with DistributedDataParallel"
+            )
+        once.setdefault(id(weight), (name, weight))
+    return dict(once.values())
+
+
+def _named_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {
+        f"{name}.{attribute}" if name else attribute: getattr(module, attribute)
+        for name, module in model.named_modules()
+        for attribute in _layouts(module)
+    }
 
 
 def mask_weights(model: nn.Module, targets: str | None = None) -> dict[str, MaskedWeight]:
@@ -104,54 +156,21 @@ def mask_weights(model: nn.Module, targets: str | None = None) -> dict[str, Mask
         >>> list(mask_weights(model))
         ['0.weight', '2.weight_ih_l0', '2.weight_hh_l0']
     """
-    found = _matrices(model)
-    names = list(found)
-    if targets is not None:
-        try:
-            names = [name for name in found if re.search(targets, name)]
-        except re.error as error:
-            raise OptionError(f"targets={targets!r} is not a regular expression: {error}") from error
-    if not names:
-        raise OptionError(
-            f"targets={targets!r} matches no weight matrix; names look like {next(iter(found))!r}" if found
-            else f"model={type(model).__name__}: found no weight matrix to mask (packed layers cannot be masked)"
-        )  # fmt: skip
-    chosen = {id(found[name][0]) for name in names}
-    masks: dict[int, MaskedWeight] = {}
-    named: dict[str, MaskedWeight] = {}
-    for name, (weight, first, fused) in found.items():
-        if id(weight) not in chosen:
+    names = {id(weight): name for name, weight in weight_matrices(model, targets).items()}
+    masks: dict[str, MaskedWeight] = {}
+    for place, weight in _named_matrices(model).items():
+        if id(weight) not in names:
             continue
-        if id(weight) not in masks:
-            masks[id(weight)] = named[name] = MaskedWeight(weight, first, fused)
-        owner, _, attribute = name.rpartition(".")
+        owner, _, attribute = place.rpartition(".")
         module = model.get_submodule(owner)
+        name = names[id(weight)]
+        if name not in masks:
+            masks[name] = MaskedWeight(weight, *_layouts(module)[attribute])
         # unsafe only skips a trial run of the product, which keeps dtype and shape
-        parametrize.register_parametrization(module, attribute, masks[id(weight)], unsafe=True)
+        parametrize.register_parametrization(module, attribute, masks[name], unsafe=True)
         if isinstance(module, nn.RNNBase):
             _read_weights_afresh(module)
-    return named
-
-
-def _matrices(model: nn.Module) -> dict[str, tuple[nn.Parameter, bool, bool]]:
-    if find_masks(model):
-        raise OptionError("model: its weights are masked already; call bake(model) first")
-    found = {}
-    for name, module in model.named_modules():
-        for attribute, (first, fused) in _maskable(module).items():
-            full = f"{name}.{attribute}" if name else attribute
-            if parametrize.is_parametrized(module, attribute):
-                raise OptionError(
-                    f"model: {full!r} is parametrised (weight norm or the like); remove that with "
-                    "torch.nn.utils.parametrize.remove_parametrizations, or mask another part of the model"
-                )
-            weight = cast(nn.Parameter, getattr(module, attribute))
-            if hasattr(weight, "full_tensor"):
-                raise OptionError(
-                    f"model: {full!r} is sharded; a mask needs the whole tensor: train with DistributedDataParallel"
-                )
-            found[full] = (weight, first, fused)
-    return found
+    return masks
 
 
 def _read_weights_afresh(module: nn.RNNBase) -> None:
@@ -273,7 +292,7 @@ def pack(model: nn.Module, pattern: str = "unstructured") -> list[str]:
     for name, mask in masks.items():
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
-        if bool(mask.all()) or owners[id(getattr(module, attribute))] > 1:
+        if read(mask.all()) or owners[id(getattr(module, attribute))] > 1:
             continue
         if "Expert" in type(module).__name__ and mask.dim() == 3:
             packed += [(f"{owner}.{index}.{attribute}", mask[index]) for index in range(len(mask))]
@@ -283,6 +302,8 @@ def pack(model: nn.Module, pattern: str = "unstructured") -> list[str]:
         unfuse_experts(model)
     done = []
     for name, mask in packed:
+        if not name:
+            continue  # the model itself: there is nowhere to put another layer
         layer = _packed(model.get_submodule(name), mask, pattern)
         if layer is not None:
             parent, _, attribute = name.rpartition(".")
@@ -292,9 +313,9 @@ def pack(model: nn.Module, pattern: str = "unstructured") -> list[str]:
 
 
 def _check_structure(name: str, mask: Tensor, n: int, m: int) -> None:
-    if bool(mask.all()):
+    if read(mask.all()):
         return
-    if mask.shape[1] % m or bool((mask.unflatten(1, (-1, m)).sum(-1) != n).any()):
+    if mask.shape[1] % m or read((mask.unflatten(1, (-1, m)).sum(-1) != n).any()):
         raise OptionError(
             f"pattern='{n}:{m}': the mask of {name!r} does not keep {n} of every {m} inputs; "
             "use pattern='unstructured', or prune to that structure"
