@@ -176,7 +176,7 @@ class Reference:
             ) from error
         if self.checkpoint is None and index is not None:
             weight = weight[index]
-        weight = weight.T if transposed else weight
+        weight = weight.T if transposed else weight.flatten(1)
         shape = (site.out_features, site.in_features)
         if tuple(weight.shape) != shape:
             raise CheckpointError(

@@ -1,5 +1,7 @@
 """The driver: walk the decoder blocks, gather statistics, let a method replace each site.
 
+Models without decoder blocks go to `refimpl.core.whole`.
+
 Only one block's statistics exist at a time, and only the hidden states between two blocks are kept from the
 calibration tokens, so memory above the weights does not grow with depth. With a folder instead of a model, the
 blocks themselves are read from the checkpoint one by one and the whole model is never in memory.
@@ -9,9 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,55 +26,26 @@ from refimpl.core import io
 from refimpl.core.checkpoint import Checkpoint, Reference, empty_model, read_config, set_tensor, weight_key
 from refimpl.core.device import give_back, read
 from refimpl.core.errors import CalibrationError, CheckpointError, OptionError, nearest
+from refimpl.core.inputs import collect
 from refimpl.core.layers import CompressedLayer, empty_layer
 from refimpl.core.method import Method, check_method
-from refimpl.core.sites import Site, experts_put_back, find_blocks, find_sites, skipped_modules
-from refimpl.core.stats import Collector, InputStats
+from refimpl.core.sites import Site, experts_put_back, find_blocks, find_sites, has_blocks, skipped_modules
+from refimpl.core.stats import InputStats
+from refimpl.core.steps import (
+    Report,
+    SiteReport,
+    all_or_nothing,
+    check_finite,
+    check_samples,
+    compress_one,
+    original_weights,
+    reference_of,
+)
+from refimpl.core.whole import BATCH as WHOLE_BATCH
+from refimpl.core.whole import compress_whole
 
 ORDERS = ("sequential", "parallel")
-
-
-@dataclass
-class SiteReport:
-    """What happened at one site.
-
-    Attributes:
-        name: the site.
-        error: squared output error relative to the squared output, on the calibration inputs as the method saw them;
-            None without input statistics. The target is the reference weight if there is one.
-        error_before: the same before this step (methods with a reference), else None.
-        seconds: time of the method at this site, statistics excluded.
-        log: remarks of the method (a raised damping, ...).
-    """
-
-    name: str
-    error: float | None
-    error_before: float | None
-    seconds: float
-    log: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Report:
-    """Result of `compress`: the model (None when it was streamed to a folder) and one entry per site."""
-
-    model: nn.Module | None
-    method: str
-    sites: list[SiteReport]
-    seconds: float
-    folder: Path | None = None
-
-    @property
-    def mean_error(self) -> float | None:
-        """Mean over sites of the relative squared output error."""
-        errors = [site.error for site in self.sites if site.error is not None]
-        return sum(errors) / len(errors) if errors else None
-
-    def __str__(self) -> str:
-        error = "" if self.mean_error is None else f", mean relative output error {self.mean_error:.4f}"
-        noted = sum(bool(site.log) for site in self.sites)
-        remarks = f", {noted} sites with remarks" if noted else ""
-        return f"{self.method}: {len(self.sites)} sites in {self.seconds:.0f} s{error}{remarks}"
+BATCH = 4  # sequences per forward pass unless told otherwise
 
 
 def calibration_batches(
@@ -231,39 +204,6 @@ def block_inputs(model: nn.Module, batches: list[Tensor]) -> Activations:
     ) from failure
 
 
-@contextmanager
-def _original_weights(sites: list[Site], originals: dict[str, Tensor]) -> Iterator[None]:
-    """Let the sites of one block apply their original weights for the duration of the block."""
-    compressed = {site.name: site.module for site in sites}
-    try:
-        for site in sites:
-            site.replace(site.dense_module(originals[site.name]))
-        yield
-    finally:
-        for site in sites:
-            site.replace(compressed[site.name])
-
-
-@contextmanager
-def _all_or_nothing(sites: list[Site]) -> Iterator[None]:
-    """Put a block's modules back if its compression does not run to the end."""
-    before = {site.name: site.module for site in sites}
-    try:
-        yield
-    except BaseException:
-        for site in sites:
-            site.replace(before[site.name])
-        raise
-
-
-def _relative_error(target: Tensor, weight: Tensor, gram: Tensor) -> float:
-    """||(W - V) X||^2 / ||W X||^2 from the second moment of X."""
-    target, difference = target.float(), target.float() - weight.float()
-    energy = ((target @ gram) * target).sum()
-    error = ((difference @ gram) * difference).sum()
-    return read(error / energy.clamp_min(torch.finfo(torch.float32).tiny))
-
-
 def _fingerprints(
     model: nn.Module,
     method: Method,
@@ -306,15 +246,9 @@ def _stored(name: str, model: nn.Module, source: Checkpoint) -> tuple[str, int |
     return (name, None) if name in source else weight_key(name, model)
 
 
-def _check_finite(tensors: Iterable[tuple[str, Tensor]], argument: str = "model") -> None:
-    for name, tensor in tensors:
-        if tensor.is_floating_point() and not tensor.is_meta and read((~torch.isfinite(tensor)).any()):
-            raise CalibrationError(
-                f"{argument}: {name!r} contains NaN or infinity, so no statistics can be gathered with it; "
-                "fetch or save the checkpoint again"
-            )
-
-
+@torch.inference_mode(
+    False
+)  # in which tensors do not count their changes in place, which the statistics rely on
 @torch.no_grad()
 def compress(
     model: nn.Module | str | Path,
@@ -323,13 +257,13 @@ def compress(
     *,
     reference: nn.Module | str | Path | None = None,
     order: str = "sequential",
-    batch_size: int = 4,
+    batch_size: int | None = None,
     targets: str | None = None,
     out: str | Path | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> Report:
-    """Compress the linear maps inside a language model's blocks, in place.
+    """Compress the linear maps inside a language model's blocks, or all maps of another model, in place.
 
     Call it again on the result to add a step (prune, then quantise, then repair); each call has its own calibration.
     Under ``torchrun`` each process passes its own share of the calibration sequences; the statistics are summed over
@@ -337,17 +271,21 @@ def compress(
 
     Args:
         model: a decoder-only transformers model, which is changed in place, or a folder with its checkpoint,
-            which is read block by block and never held in memory as a whole (needs `out`).
+            which is read block by block and never held in memory as a whole (needs `out`). Or a model without decoder
+            blocks, such as an image classifier, of transformers or not: then all its `nn.Linear` and `nn.Conv2d` are
+            sites, and "block" below reads "site" (sites fed by the same tensor count as one).
         method: what to do, for example ``SparseGPT("2:4")`` or ``EoRA(rank=64)``.
-        calibration: token ids [sequences, length] (or an object with them as ``.ids``). Methods that look at weights
+        calibration: token ids [sequences, length] (or an object with them as ``.ids``). For a model without blocks:
+            floats [n, channels, height, width] (or an object with them as ``.pixels``). Methods that look at weights
             only need none.
         reference: for methods that repair: the original model, or (no second model in memory) its folder.
         order: "sequential": each block sees the outputs of the compressed blocks before it; "parallel": all blocks
             see the inputs they had in the original model (cheaper: one forward pass instead of two).
-        batch_size: sequences per forward pass; activations inside a block scale with it.
+        batch_size: sequences (4 unless given) or images (64) per forward pass; activations inside a block scale
+            with it.
         targets: regular expression; only sites whose name matches are touched.
         out: folder for the result, in `save` format. Every finished block is written at once; the same call
-            resumes after an interruption.
+            resumes after an interruption. For models with blocks only; `save` the others.
         dtype: when `model` is a folder: what to compute and store unpacked weights in; default: as stored. Many CPUs
             are slow at bfloat16, and float32 is the better choice there.
         progress: show a progress bar.
@@ -382,6 +320,11 @@ def compress(
         source, folder = Checkpoint(model), Path(model)
         dtype = dtype or _stored_dtype(source)
         model = empty_model(read_config(folder), dtype, folder)
+        if not has_blocks(model):
+            raise OptionError(
+                f"model={str(folder)!r}: {type(model).__name__} has no decoder blocks to read one by one; "
+                "load it with from_pretrained and pass the model"
+            )
         if io.is_compressed(folder):
             io.restore_layers(model, folder, device="meta", dtype=dtype)
     elif dtype is not None:
@@ -392,8 +335,19 @@ def compress(
         raise OptionError(f"model={model!r}: pass a transformers model, or the folder of its checkpoint")
     with experts_put_back(model, always=False):  # whatever is refused below leaves the model as it was
         sites = find_sites(model, targets)
-        original = _reference(model, method, reference, sites)
-        batches = _batches(model, method, calibration, batch_size)
+        if not has_blocks(model):
+            if out is not None:
+                raise OptionError(
+                    f"out={str(out)!r} writes block by block, and {type(model).__name__} has no decoder blocks; "
+                    "save(model, ...) afterwards"
+                )
+            batch_size = WHOLE_BATCH if batch_size is None else batch_size
+            entries = compress_whole(
+                model, method, sites, calibration, reference, order, batch_size, progress
+            )
+            return Report(model, repr(method), entries, time.perf_counter() - start)
+        original = reference_of(model, method, reference, sites)
+        batches = _batches(model, method, calibration, BATCH if batch_size is None else batch_size)
         _, blocks = find_blocks(model)
         by_block = {index: [site for site in sites if site.block == index] for index in range(len(blocks))}
         writer = None
@@ -410,7 +364,7 @@ def compress(
                 method.layer_config(site)
         if source is not None:
             _load_outside_blocks(model, source)
-        _check_finite(model.state_dict().items())
+        check_finite(model.state_dict().items())
     was_training = model.training
     model.eval()
     activations = None
@@ -437,7 +391,7 @@ def compress(
             block, chosen = blocks[index], by_block[index]
             with (
                 _materialised(block, index, model, source) if source else nullcontext(),
-                _all_or_nothing(chosen),
+                all_or_nothing(chosen),
             ):
                 entries = _compress_block(
                     block, index, chosen, method, original, activations, order, propagate=index < last
@@ -466,34 +420,15 @@ def compress(
     return Report(None if source else model, repr(method), reports, elapsed, Path(out) if out else None)
 
 
-def _reference(
-    model: nn.Module, method: Method, reference: nn.Module | str | Path | None, sites: list[Site]
-) -> Reference | None:
-    """The reference of a method that needs one, after a look at every weight it will be asked for."""
-    if reference is model:
-        raise OptionError(
-            "reference is the model that is being compressed; pass an untouched copy or its folder"
-        )
-    if not method.uses_reference:
-        return None
-    if reference is None:
-        raise OptionError(
-            f"reference=None: {type(method).__name__} repairs towards the original weights; "
-            "pass the original model or the folder of its checkpoint"
-        )
-    original = Reference(reference, model)
-    for site in sites:
-        original.weight(site)
-    return original
-
-
 def _batches(model: nn.Module, method: Method, calibration: Any, batch_size: int) -> list[Tensor]:
     if not method.statistics:
         return []
     if calibration is None:
         raise CalibrationError(f"calibration=None: {type(method).__name__} needs tokens [sequences, length]")
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return calibration_batches(calibration, batch_size, _vocabulary(model), longest)
+    batches = calibration_batches(calibration, batch_size, _vocabulary(model), longest)
+    check_samples(method, sum(len(batch) for batch in batches))
+    return batches
 
 
 def _compress_block(
@@ -507,32 +442,20 @@ def _compress_block(
     propagate: bool,
 ) -> list[SiteReport]:
     originals = {site.name: reference.weight(site).to(site.weight) for site in sites} if reference else {}
-    _check_finite(originals.items(), "reference")
+    check_finite(originals.items(), "reference")
     stats: dict[str, InputStats] = {}
     if activations:
         # one pass with every site's uncompressed weights gives the inputs of all sites of the block
-        with _original_weights(sites, originals) if reference else nullcontext():
+        with original_weights(sites, originals):
             if sites or order == "parallel":
-                with Collector(sites, method.statistics) as collector:
+                with collect(sites, method.statistics) as stats:
                     activations.run(block, index, keep=order == "parallel")
-                stats = collector.stats
     entries = []
     for site in sites:
-        begin = time.perf_counter()
-        before, target = site.weight, originals.get(site.name)
         input_stats = stats.get(site.name)
         if activations and input_stats is None:
             raise CalibrationError(f"calibration: {site.name!r} was never run; leave it out with targets=")
-        site.log.clear()
-        layer = method.compress_site(site, input_stats, target)
-        seconds = time.perf_counter() - begin
-        error = error_before = None
-        if input_stats is not None and "gram" in method.statistics:
-            goal = before if target is None else target
-            error = _relative_error(goal, layer.to_dense(), input_stats.gram)
-            error_before = None if target is None else _relative_error(goal, before, input_stats.gram)
-        site.replace(layer)
-        entries.append(SiteReport(site.name, error, error_before, seconds, dict(site.log)))
+        entries.append(compress_one(site, method, input_stats, originals.get(site.name)))
     if activations and order == "sequential" and propagate:
         activations.run(block, index, keep=True)
     return entries
@@ -578,7 +501,7 @@ def _materialised(block: nn.Module, index: int, model: nn.Module, source: Checkp
                 )
             set_tensor(block, name, value.to(tensor.dtype))
     try:
-        _check_finite((f"{prefix}.{name}", tensor) for name, tensor in block.state_dict().items())
+        check_finite((f"{prefix}.{name}", tensor) for name, tensor in block.state_dict().items())
         yield
     finally:
         for name in list(block.state_dict()):

@@ -14,19 +14,34 @@ from refimpl.core.layers import CompressedLayer, parse_pattern
 from refimpl.core.sites import Site
 from refimpl.core.stats import InputStats
 
+STATISTICS = (frozenset({"gram", "abs"}), frozenset({"range"}), frozenset({"inputs"}))
+
 
 class Method(abc.ABC):
     """Base of all methods `refimpl.compress` can run.
 
+    A subclass sets these as class variables, or as properties where they depend on its options.
+
     Attributes:
-        statistics: what the driver must collect about the inputs of each site (see `InputStats`); empty for methods
-            that look at the weights alone, which then need no calibration tokens.
+        statistics: what the driver must collect about the inputs of each site. "gram" and "abs", alone or together,
+            are sums over the inputs (`InputStats`); "range" is their range, and "inputs" the inputs themselves with
+            the outputs to reproduce (`refimpl.core.inputs.InputSamples`). Empty for methods that look at the weights
+            alone, which then need no calibration.
         uses_reference: whether the original weights are needed. The statistics are then those of the original
             block, fed by the already repaired blocks before it.
+        least_samples: calibration samples (sequences, images) the method needs, for example because it draws that many
+            at once; fewer are refused before any work.
     """
 
-    statistics: ClassVar[frozenset[str]] = frozenset()
     uses_reference: ClassVar[bool] = False
+
+    @property
+    def statistics(self) -> frozenset[str]:
+        return frozenset()
+
+    @property
+    def least_samples(self) -> int:
+        return 1
 
     @abc.abstractmethod
     def layer_config(self, site: Site) -> dict[str, Any]:
@@ -42,7 +57,7 @@ class Method(abc.ABC):
 
         Args:
             site: the site; `site.weight` is what it applies now, `site.log` takes remarks for the report.
-            stats: statistics of its inputs, if `statistics` asked for any.
+            stats: statistics of its inputs, if `statistics` asked for any: `InputSamples` for "range" and "inputs".
             original: weight of the reference [out, in], if `uses_reference`.
         """
 
@@ -62,6 +77,11 @@ def check_method(method: object) -> None:
 'GPTQ', 'LoftQ', 'Magnitude', 'PlainSVD', 'RTN', 'SparseGPT', 'Wanda' (did you mean 'GPTQ'?)
     """
     if isinstance(method, Method):
+        if not any(method.statistics <= allowed for allowed in STATISTICS):
+            raise OptionError(
+                f"method={method!r} asks for the statistics {sorted(method.statistics)}; "
+                f"what is gathered together is {' or '.join(str(sorted(allowed)) for allowed in STATISTICS)}"
+            )
         return
 
     def concrete(base: type) -> Iterator[str]:

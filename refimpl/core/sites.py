@@ -1,8 +1,9 @@
-"""Where a language model can be compressed: its decoder blocks and the linear maps inside them.
+"""Where a model can be compressed: the linear maps inside a language model's blocks, or all maps of other models.
 
-A `Site` hides the three ways transformers stores a linear map: `nn.Linear` ([out, in]), `Conv1D` of
-GPT-2 ([in, out]), and experts fused into one 3-D parameter. Embeddings, the head, norms and routers are not
-sites, so they stay as they are, tied or not.
+A `Site` hides the ways a linear map is stored: `nn.Linear` ([out, in]), `Conv1D` of GPT-2 ([in, out]), experts fused
+into one 3-D parameter, and `nn.Conv2d`, whose kernel is a matrix that is applied to patches. In a language model
+embeddings, the head, norms and routers are not sites, so they stay as they are, tied or not. A model without decoder
+blocks (an image classifier, say) is taken as a whole: all its linear maps and convolutions are sites.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from refimpl.core.errors import OptionError
-from refimpl.core.layers import CompressedLayer
+from refimpl.core.layers import CompressedLayer, Geometry, PackedConv2d
 
 ROUTER_WIDTH = 16  # a map with fewer outputs is a router or a gate: no bytes to win, much to lose
 _ROUTER = re.compile(r"(Router|Gate|Gating)$")  # class names of modules whose linear map chooses experts
@@ -191,11 +193,11 @@ def is_conv1d(module: nn.Module) -> bool:
 
 @dataclass
 class Site:
-    """One compressible linear map of a model.
+    """One compressible linear map of a model; a convolution is one whose weight is its flattened kernel.
 
     Attributes:
         name: dotted path of the module in the model.
-        block: index of the decoder block it belongs to.
+        block: index of the decoder block it belongs to; in a model without blocks, its own number.
         parent, attribute: where the module hangs, so that it can be replaced.
         log: what a method had to do here beyond the plain algorithm (raised damping, ...).
 
@@ -213,18 +215,35 @@ class Site:
     log: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def module(self) -> nn.Module:
-        """The module that is there now."""
+    def placed(self) -> nn.Module:
+        """The module that is there now and is called by the model."""
         return self.parent.get_submodule(self.attribute)
 
     @property
+    def module(self) -> nn.Module:
+        """What holds the weight now: `placed`, or inside a compressed convolution the layer of its kernel."""
+        placed = self.placed
+        return placed.base if isinstance(placed, PackedConv2d) else placed
+
+    @property
+    def geometry(self) -> Geometry | None:
+        """Stride, padding and the rest of a convolution; None for a linear layer."""
+        placed = self.placed
+        if isinstance(placed, PackedConv2d):
+            return placed.geometry
+        return Geometry.of(placed) if isinstance(placed, nn.Conv2d) else None
+
+    @property
     def weight(self) -> Tensor:
-        """The weight in use now, [out, in] whatever the module; a view where that is possible."""
+        """The weight in use now, [out, in] whatever the module; a view where that is possible.
+
+        Of a convolution: the kernel flattened to [out, in_channels / groups * kernel height * kernel width].
+        """
         module = self.module
         if isinstance(module, CompressedLayer):
             return module.to_dense()
         weight = cast(Tensor, module.weight).detach()
-        return weight.T if is_conv1d(module) else weight
+        return weight.T if is_conv1d(module) else weight.flatten(1)
 
     @property
     def bias(self) -> Tensor | None:
@@ -238,7 +257,7 @@ class Site:
 
     @property
     def in_features(self) -> int:
-        """Number of inputs."""
+        """Number of inputs, per patch for a convolution."""
         return self._shape[1]
 
     @property
@@ -246,29 +265,98 @@ class Site:
         module = self.module
         if isinstance(module, CompressedLayer):
             return module.out_features, module.in_features
-        rows, columns = cast(Tensor, module.weight).shape
+        rows, columns = cast(Tensor, module.weight).flatten(1).shape
         return (columns, rows) if is_conv1d(module) else (rows, columns)
 
     def replace(self, module: nn.Module) -> None:
-        """Put `module` in the place of the one that is there."""
+        """Put `module` in the place of the one that is there; a compressed kernel gets the convolution's geometry."""
+        geometry = self.geometry
+        if geometry is not None and isinstance(module, CompressedLayer):
+            module = module if isinstance(module, PackedConv2d) else PackedConv2d(module, geometry)
         setattr(self.parent, self.attribute, module)
 
-    def dense_module(self, weight: Tensor) -> nn.Linear:
-        """An `nn.Linear` that applies `weight` [out, in] with this site's bias (no copy is made)."""
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
+    def dense_module(self, weight: Tensor) -> nn.Module:
+        """An `nn.Linear` or `nn.Conv2d` that applies `weight` [out, in] with this site's bias (no copy is made)."""
+        geometry = self.geometry
+        dense: nn.Module
+        if geometry is None:
+            dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        else:
+            dense = geometry.module(weight.shape[0])
+            weight = geometry.kernel_of(weight)
+        dense.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach(), requires_grad=False)
-        return linear
+            dense.bias = nn.Parameter(self.bias.detach(), requires_grad=False)
+        return dense
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """What this site computes from x with another weight [out, in] and bias [out]; differentiable in all three.
+
+        Args:
+            x: as the model calls the site: [..., in], or [n, channels, height, width] for a convolution.
+
+        Example:
+            >>> site = Site("0", 0, nn.Sequential(nn.Conv2d(3, 8, 3)), "0")
+            >>> site.apply(torch.ones(1, 3, 5, 5), torch.ones(8, 27)).unique().item()
+            27.0
+        """
+        geometry = self.geometry
+        return F.linear(x, weight, bias) if geometry is None else geometry.convolve(x, weight, bias)
+
+
+def has_blocks(model: nn.Module) -> bool:
+    """Whether `model` is walked block by block, as a language model of transformers; else it is taken as a whole.
+
+    Example:
+        >>> has_blocks(nn.Sequential(nn.Conv2d(3, 8, 3)))
+        False
+    """
+    return getattr(model, "main_input_name", None) == "input_ids"
+
+
+# modules that read the weights of their children themselves instead of calling them
+_READ_DIRECTLY = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+def _why_no_site(module: nn.Module, owner: nn.Module) -> str | None:
+    """Why a module of a model without blocks is not compressed, or None if it is a site."""
+    if not (is_linear(module) or isinstance(module, nn.Conv2d)):
+        return "not a linear map"
+    for kind in (nn.Linear, nn.Conv2d):
+        if isinstance(module, kind) and type(module).forward is not kind.forward:
+            return "it has a forward of its own"
+    if isinstance(owner, _READ_DIRECTLY):
+        return f"{type(owner).__name__} reads its weight directly"
+    return "router or gate" if _ROUTER.search(type(owner).__name__) else None
+
+
+def _sites_of_whole(model: nn.Module) -> list[Site]:
+    """Every linear map and convolution, in the order of the modules."""
+    sites: list[Site] = []
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if not name or any(name.startswith(outer + ".") for outer in found):
+            continue  # the inside of an already compressed layer
+        if isinstance(module, CompressedLayer):
+            found.append(name)
+        parent, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        if _why_no_site(module, owner) is None:
+            sites.append(Site(name, len(sites), owner, attribute))
+    if not sites:
+        find_blocks(model)  # an encoder-decoder is refused by name
+        raise OptionError(f"model={type(model).__name__}: found no nn.Linear or nn.Conv2d to compress in it")
+    return sites
 
 
 def find_sites(model: nn.Module, targets: str | None = None) -> list[Site]:
-    """All sites of a model in the order of its blocks.
+    """All sites of a model in the order of its blocks, or of its modules if it is taken as a whole.
 
     Fused experts are unfused in place first (views, no copy), so that each expert's maps are sites.
 
     Args:
-        model: a decoder-only model from transformers, compressed or not, possibly on "meta".
+        model: a decoder-only model from transformers, or any other model (see `has_blocks`), compressed or not,
+            possibly on "meta".
         targets: a regular expression searched in the site's name; None takes all.
 
     Raises:
@@ -282,6 +370,21 @@ def find_sites(model: nn.Module, targets: str | None = None) -> list[Site]:
         ['transformer.h.0.mlp.c_fc', 'transformer.h.0.mlp.c_proj']
     """
     unfuse_experts(model)
+    sites = _sites_of_blocks(model) if has_blocks(model) else _sites_of_whole(model)
+    if targets is None:
+        return sites
+    try:
+        chosen = [site for site in sites if re.search(targets, site.name)]
+    except re.error as error:
+        raise OptionError(f"targets={targets!r} is not a regular expression: {error}") from error
+    if not chosen:
+        raise OptionError(f"targets={targets!r} matches no site; names look like {sites[0].name!r}" if sites
+                          else "model: it has no linear maps inside its blocks")  # fmt: skip
+    return chosen
+
+
+def _sites_of_blocks(model: nn.Module) -> list[Site]:
+    """The linear maps inside the decoder blocks, in the order of the blocks."""
     prefix, blocks = find_blocks(model)
     sites: list[Site] = []
     for index, block in enumerate(blocks):
@@ -296,16 +399,7 @@ def find_sites(model: nn.Module, targets: str | None = None) -> list[Site]:
                 site = Site(f"{prefix}.{index}.{name}", index, owner, attribute)
                 if site.out_features >= ROUTER_WIDTH and not _ROUTER.search(type(owner).__name__):
                     sites.append(site)
-    if targets is None:
-        return sites
-    try:
-        chosen = [site for site in sites if re.search(targets, site.name)]
-    except re.error as error:
-        raise OptionError(f"targets={targets!r} is not a regular expression: {error}") from error
-    if not chosen:
-        raise OptionError(f"targets={targets!r} matches no site; names look like {sites[0].name!r}" if sites
-                          else "model: it has no linear maps inside its blocks")  # fmt: skip
-    return chosen
+    return sites
 
 
 def skipped_modules(model: nn.Module, sites: list[Site]) -> dict[str, str]:
@@ -323,11 +417,13 @@ def skipped_modules(model: nn.Module, sites: list[Site]) -> dict[str, str]:
         if any(name == site or name.startswith(site + ".") for site in chosen):
             continue
         kind = type(module).__name__
+        owner = model.get_submodule(name.rpartition(".")[0])
         if isinstance(module, nn.Embedding):
             reason = "embedding"
+        elif not has_blocks(model):
+            reason = _why_no_site(module, owner) or "not among the targets"
         elif is_linear(module):
             rows = module.out_features if isinstance(module, (nn.Linear, CompressedLayer)) else module.nf
-            owner = model.get_submodule(name.rpartition(".")[0])
             router = cast(int, rows) < ROUTER_WIDTH or _ROUTER.search(type(owner).__name__)
             reason = "router or gate" if router else "head, or not among the targets"
         else:

@@ -1,0 +1,104 @@
+"""Quantised inputs: a uniform quantiser for one tensor, and a layer that sees its inputs through it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from refimpl.core.errors import OptionError
+from refimpl.core.layers.base import CompressedLayer, empty_layer
+
+
+class ActivationQuantizer(nn.Module):
+    """``Q(x) = D * clip(round(x / D), -z, L - z)``, one grid for the whole tensor, with 0.0 on it exactly.
+
+    ``L = 2**bits - 1`` steps of size ``D = clip(R, 1e-6, 1e5) / L``; ``z = clip(round(-Z / D), 0, L)`` is the code of
+    0.0. Source: Hubara et al., 2020, arXiv 2006.10518, and the authors' code.
+
+    Args:
+        bits: 2 to 8.
+        range: R, width of the grid in units of x; a number or a one-element tensor.
+        zero: Z, the value of the lowest level; at most 0.
+
+    Raises:
+        OptionError: bits outside 2..8.
+
+    Example:
+        >>> quantizer = ActivationQuantizer(2, range=3.0, zero=-1.0)
+        >>> quantizer(torch.tensor([-2.0, 0.0, 0.4, 5.0])).tolist()
+        [-1.0, 0.0, 0.0, 2.0]
+    """
+
+    range: Tensor
+    zero: Tensor
+
+    def __init__(self, bits: int, range: Tensor | float, zero: Tensor | float) -> None:
+        super().__init__()
+        if not 2 <= bits <= 8:
+            raise OptionError(f"bits={bits}: activations are quantised to 2 to 8 bits")
+        self.bits = bits
+        for name, value in (("range", range), ("zero", zero)):
+            tensor = value.detach() if isinstance(value, Tensor) else torch.tensor(value)
+            self.register_buffer(name, tensor.to(torch.float32).reshape(()).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        levels = 2**self.bits - 1
+        step = self.range.float().clamp(1e-6, 1e5) / levels
+        zero = torch.round(-self.zero.float() / step).clamp(0, levels)
+        # clipped before it is rounded: the limits are integers, so the order does not matter
+        codes = torch.clamp(x.float() / step, -zero, levels - zero).round()
+        return (step * codes).to(x.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of range and zero."""
+        return self.range.nbytes + self.zero.nbytes
+
+    def extra_repr(self) -> str:
+        return f"{self.bits} bits"
+
+
+class QuantizedInput(CompressedLayer):
+    """``y = base(Q(x))``.
+
+    Args:
+        base: the map, compressed or dense (a `PackedLinear` of plain values).
+        quantizer: Q.
+
+    Example:
+        >>> from refimpl.core.layers import PackedLinear
+        >>> layer = QuantizedInput(PackedLinear(values=torch.eye(2)), ActivationQuantizer(2, 3.0, -1.0))
+        >>> layer(torch.tensor([0.4, 5.0])).tolist(), layer.parts()
+        ([0.0, 2.0], {'values': 16, 'activations': 8})
+    """
+
+    def __init__(self, base: CompressedLayer, quantizer: ActivationQuantizer) -> None:
+        super().__init__()
+        self.base, self.quantizer = base, quantizer
+        self.in_features, self.out_features = base.in_features, base.out_features
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias, [out] or None."""
+        return getattr(self.base, "bias", None)
+
+    def to_dense(self) -> Tensor:
+        """The weight that is applied to the quantised inputs."""
+        return self.base.to_dense()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(self.quantizer(x))
+
+    def parts(self) -> dict[str, int]:
+        return self.base.parts() | {"activations": self.quantizer.nbytes}
+
+    def config(self) -> dict[str, Any]:
+        return {"type": "QuantizedInput", "base": self.base.config(), "bits": self.quantizer.bits}
+
+    @classmethod
+    def empty(cls, config: dict[str, Any], dtype: torch.dtype, device: torch.device | str) -> QuantizedInput:
+        unknown = torch.empty((), device=device)
+        quantizer = ActivationQuantizer(config["bits"], unknown, unknown)
+        return cls(empty_layer(config["base"], dtype, device), quantizer)
