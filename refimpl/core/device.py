@@ -1,7 +1,7 @@
 """What depends on where tensors live: reading a value, and giving memory back.
 
-`read` is the only place where a tensor's value crosses from the device to Python. Every other line stays on the
-tensor's device, which is what the fake-CUDA test checks; it replaces `read` by a constant, since a fake tensor has no
+`read` and `read_all` are the only places where values cross from the device to Python. Every other line stays on the
+tensor's device, which is what the fake-CUDA test checks; it replaces them by constants, since a fake tensor has no
 value to read.
 """
 
@@ -22,6 +22,17 @@ def read(value: Tensor) -> float:
         2.5
     """
     return value.item()
+
+
+def read_all(values: Tensor) -> list[float]:
+    """The values of a vector, with one wait for the device.
+
+    Example:
+        >>> import torch
+        >>> read_all(torch.tensor([2.5, 1.0]))
+        [2.5, 1.0]
+    """
+    return values.tolist()
 
 
 def give_back() -> None:

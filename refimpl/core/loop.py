@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 from tqdm.auto import tqdm
 
-from refimpl.core.device import read
+from refimpl.core.device import read, read_all
 from refimpl.core.errors import CheckpointError, OptionError, TrainingError, nearest
 from refimpl.core.io import atomic_write
 
@@ -424,9 +424,8 @@ class _Run:
         total = torch.zeros((), device=self.device)
         for micro in range(recipe.accumulate):
             batch = _to(next(stream), self.device)
-            _seed_step(
-                self.device, recipe.seed, step, micro, self.rank
-            )  # after the loader, which draws as well
+            # only now: a loader that starts an epoch draws a number as well
+            _seed_step(self.device, recipe.seed, step, micro, self.rank)
             with self._synchronised(micro == recipe.accumulate - 1):
                 mixed = torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
                 with mixed:
@@ -458,7 +457,7 @@ class _Run:
         if self.world > 1:
             dist.all_reduce(losses)
             losses /= self.world
-        for value, (_, norm) in zip(losses.tolist(), self._pending, strict=True):
+        for value, (_, norm) in zip(read_all(losses), self._pending, strict=True):
             step = len(self.history.steps) + 1
             if not math.isfinite(value):
                 raise self._diverged(f"the loss is {value} at step {step}")
@@ -539,8 +538,8 @@ class _Run:
                     tensors[f"{part}/{name}"] = value.clone() if value.data_ptr() in seen else value
                     seen.add(value.data_ptr())
             for name, tensor in tensors.items():
-                if name.startswith("model.") and tensor.is_floating_point() and not tensor.isfinite().all():
-                    raise self._diverged(f"{name.removeprefix('model.')!r} is not finite after step {step}")
+                if name.startswith("model/") and not tensor.isfinite().all():
+                    raise self._diverged(f"{name.removeprefix('model/')!r} is not finite after step {step}")
             about = {
                 "step": step,
                 "run": self._fingerprint,
@@ -586,9 +585,9 @@ class _Run:
                 state.setdefault(name, {})[part.removeprefix("optimizer.")] = tensor
         spread = StateDictOptions(full_state_dict=True)
         set_model_state_dict(self.model, model, options=spread)
-        set_optimizer_state_dict(
-            self.model, self.optimizer, {"state": state, "param_groups": about["groups"]}, options=spread
-        )
+        if state:  # plain SGD remembers nothing
+            groups = {"state": state, "param_groups": about["groups"]}
+            set_optimizer_state_dict(self.model, self.optimizer, groups, options=spread)
         if best:
             now = get_model_state_dict(self.model)
             self.best = {name: _like(value, now[name]) for name, value in best.items()}
