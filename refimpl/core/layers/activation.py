@@ -48,7 +48,8 @@ class ActivationQuantizer(nn.Module):
         step = self.range.float().clamp(1e-6, 1e5) / levels
         zero = torch.round(-self.zero.float() / step).clamp(0, levels)
         # clipped before it is rounded: the limits are integers, so the order does not matter
-        codes = torch.clamp(x.float() / step, -zero, levels - zero).round()
+        codes = torch.clamp(x.float() / step, -zero, levels - zero)
+        codes = codes + (codes.round() - codes).detach()  # straight through, for whoever tunes what lies before it
         return (step * codes).to(x.dtype)
 
     @property
