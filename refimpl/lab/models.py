@@ -34,8 +34,8 @@ from transformers.utils import logging as transformers_logging
 
 from refimpl.core import io
 from refimpl.core.checkpoint import Checkpoint
-from refimpl.core.errors import CheckpointError, FetchError, OptionError, require
-from refimpl.lab import fetch
+from refimpl.core.errors import CheckpointError, FetchError, OptionError, nearest, require
+from refimpl.lab import fetch, small
 
 # Raise the number when the conversion changes: the folder in the cache carries it in its name.
 SMOLLM2_FOLDER = "smollm2-135m-instruct-0.1.2-r1"
@@ -139,14 +139,16 @@ def load(
     """A causal language model in eval mode, and its tokenizer.
 
     Args:
-        name_or_path: ``"smollm2"``; a local folder (a Hugging Face checkpoint or one saved by refimpl); or the
-            id of a model on the Hugging Face Hub.
+        name_or_path: ``"smollm2"``; a language model shipped with the book (``"llama-small"``, see
+            `refimpl.lab.small`); a local folder (a Hugging Face checkpoint or one saved by refimpl); or the id of a
+            model on the Hugging Face Hub.
         dtype: of the weights; `compute_dtype()` if None.
 
     Returns:
         The model, and the tokenizer, which is None for a local folder that holds none.
 
     Raises:
+        OptionError: a shipped model of another kind (a classifier, the LSTM).
         FetchError: a Hub id that cannot be downloaded (no network, no such id, no access).
         CheckpointError: no weights in safetensors (pickle files are refused: loading one runs the code in it),
             a truncated file, or weights that do not belong to the configuration.
@@ -159,6 +161,11 @@ def load(
     if name_or_path == "smollm2":
         return smollm2(dtype), tokenizer()
     path = folder(name_or_path)
+    if str(name_or_path) in small.names() and not _is_causal(str(name_or_path)):
+        raise OptionError(
+            f"name_or_path={str(name_or_path)!r} is no causal language model of transformers; "
+            f"use refimpl.lab.small.load({str(name_or_path)!r})"
+        )
     Checkpoint(path)  # opens every weight file: refuses pickles, finds truncated and missing ones
     if io.is_compressed(path):
         model = cast(PreTrainedModel, io.load(path, dtype=dtype or compute_dtype()))
@@ -171,6 +178,8 @@ def load(
 def folder(name_or_path: str | Path) -> Path:
     """The local folder of a checkpoint; a Hub id is downloaded first.
 
+    A folder of that name comes before a shipped model (`refimpl.lab.small`) of that name.
+
     Raises:
         FetchError: a Hub id that cannot be downloaded.
         CheckpointError: the folder has no config.json.
@@ -181,7 +190,8 @@ def folder(name_or_path: str | Path) -> Path:
     """
     path = Path(name_or_path).expanduser()
     if not path.is_dir():
-        path = _from_hub(str(name_or_path))
+        shipped = str(name_or_path) in small.names()
+        path = small.path(str(name_or_path)) if shipped else _from_hub(str(name_or_path))
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} has no config.json: give the folder that `save_pretrained` wrote")
     return path
@@ -414,14 +424,25 @@ def _from_hub(name: str) -> Path:
         )
     except HFValidationError as error:
         raise FetchError(
-            f"name_or_path={name!r} is no local folder and no Hub id ('owner/model'): check the spelling"
+            f"name_or_path={name!r} is no local folder, no Hub id ('owner/model') and not {_known(name)}: "
+            "check the spelling"
         ) from error
     except OSError as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FetchError(
             f"name_or_path={name!r} is no local folder and could not be downloaded from the Hub: {reason}. "
-            "Check the spelling and the network (and access, for a gated model), or give a local folder"
+            "Check the spelling and the network (and access, for a gated model), or give a local folder or "
+            + _known(name)
         ) from error
+
+
+def _known(name: str) -> str:
+    return nearest(name, ["smollm2", *filter(_is_causal, small.names())])
+
+
+def _is_causal(shipped: str) -> bool:
+    architectures = json.loads((small.path(shipped) / "config.json").read_text())["architectures"]
+    return any(name.endswith("ForCausalLM") for name in architectures)
 
 
 @contextmanager
