@@ -119,7 +119,7 @@ GENERATED: dict[str, Callable[[Chart], str]] = {
     "state": lambda chart: state(),
     "chapters": lambda chart: chapter_table("../"),
     "planned": lambda chart: planned_list(),
-    "lowrank": lambda chart: part_table("lowrank"),
+    **{part: (lambda chart, part=part: part_table(part)) for part in PARTS},
     "ledger": lambda chart: ledger_table(),
     "language_models": bench,
 }
