@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from refimpl.core.errors import OptionError, RefimplError
 from refimpl.core.io import atomic_write
 from refimpl.lab.metrics import Perplexity
 from refimpl.lab.sources import module_hashes
+
+if TYPE_CHECKING:
+    from refimpl.core.loop import History
 
 _FORMAT = 1
 _PACKAGES = ("torch", "transformers", "refimpl")
@@ -225,6 +228,35 @@ class Results:
                     for unit, value in zip(result.units, values, strict=True)
                 )
             )
+
+    def add_history(self, arm: str, condition: str, seed: int, history: History, every: int = 1) -> None:
+        """Add the curves of a training: each unit is a step, each metric a curve.
+
+        Args:
+            arm, condition, seed: as for a record; a condition of its own (such as "training") keeps curves apart from
+                what was measured afterwards.
+            history: what `refimpl.core.loop.train` returned.
+            every: means over this many steps are kept, under the last of them ("train loss", and "lr" at that step);
+                the evaluations are kept all, under their own names.
+
+        Example:
+            >>> from refimpl.core.loop import History
+            >>> steps = [{"step": s, "loss": 1.0 / s, "lr": 0.1} for s in (1, 2, 3, 4)]
+            >>> results = Results("demo.json", {"paper": "demo"})
+            >>> results.add_history("dense", "training", 0, History(steps), every=2)
+            >>> results.values("dense", "training", metric="train loss")
+            {'2': 0.75, '4': 0.291667}
+        """
+        rows: list[tuple[int, str, float]] = []
+        for start in range(0, len(history.steps) - every + 1, every):
+            chunk = history.steps[start : start + every]
+            step = int(chunk[-1]["step"])
+            rows.append((step, "train loss", sum(entry["loss"] for entry in chunk) / every))
+            rows.append((step, "lr", chunk[-1]["lr"]))
+        for entry in history.evaluations:
+            rows += [(int(entry["step"]), name, value) for name, value in entry.items() if name != "step"]
+        paper = self.header["paper"]
+        self.add(*(Record(paper, arm, condition, seed, str(step), name, value) for step, name, value in rows))
 
     def has(self, arm: str, condition: str = "", seed: int = 0) -> bool:
         """Whether an arm has been recorded, so that a resumed study can skip it."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from refimpl.core.errors import OptionError
 from refimpl.lab import records
@@ -244,3 +245,21 @@ def test_an_interrupted_save_leaves_the_old_file(study, tmp_path):
         results.save()
     assert results.path.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["r.json"]
+
+
+def test_curves_of_a_real_training(study, tmp_path):
+    from torch import nn
+
+    from refimpl.core.loop import Recipe, batches, train
+
+    x = torch.linspace(-1, 1, 32)[:, None]
+    loss = lambda model, batch: (model(batch[0]) - 3 * batch[0]).square().mean()  # noqa: E731
+    history = train(nn.Linear(1, 1), batches(x, batch_size=8), loss, Recipe(10, lr=0.1), evaluate_every=5, progress=False,
+                    evaluate=lambda model: {"error": float(loss(model, (x,)))})  # fmt: skip
+    results = start(tmp_path / "r.json")
+    results.add_history("dense", "training", 0, history, every=4)
+    curve = results.values("dense", "training", metric="train loss")
+    assert list(curve) == ["4", "8"]  # steps 9 and 10 are no full mean
+    assert curve["8"] == pytest.approx(sum(history.losses[4:8]) / 4, rel=1e-5)
+    assert list(results.values("dense", "training", metric="error")) == ["0", "5", "10"]
+    assert not results.has("dense")
