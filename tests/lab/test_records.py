@@ -254,8 +254,15 @@ def test_curves_of_a_real_training(study, tmp_path):
 
     x = torch.linspace(-1, 1, 32)[:, None]
     loss = lambda model, batch: (model(batch[0]) - 3 * batch[0]).square().mean()  # noqa: E731
-    history = train(nn.Linear(1, 1), batches(x, batch_size=8), loss, Recipe(10, lr=0.1), evaluate_every=5, progress=False,
-                    evaluate=lambda model: {"error": float(loss(model, (x,)))})  # fmt: skip
+    history = train(
+        nn.Linear(1, 1),
+        batches(x, batch_size=8),
+        loss,
+        Recipe(10, lr=0.1),
+        evaluate=lambda model: {"error": float(loss(model, (x,)))},
+        evaluate_every=5,
+        progress=False,
+    )
     results = start(tmp_path / "r.json")
     results.add_history("dense", "training", 0, history, every=4)
     curve = results.values("dense", "training", metric="train loss")
