@@ -218,7 +218,9 @@ def read_config(folder: str | Path) -> Any:
 
 
 def empty_model(config: Any, dtype: torch.dtype, folder: str | Path | None = None) -> nn.Module:
-    """A causal LM of this configuration with its weights on "meta" and its computed buffers (rotary tables) real.
+    """A model of this configuration with its weights on "meta" and its computed buffers (rotary tables) real.
+
+    A causal language model, or of the class that the configuration names, if that takes something else than token ids.
 
     Args:
         config: a transformers configuration.
@@ -226,7 +228,7 @@ def empty_model(config: Any, dtype: torch.dtype, folder: str | Path | None = Non
         folder: where to look for a generation_config.json (end-of-text ids, sampling defaults).
 
     Raises:
-        CheckpointError: transformers knows no causal language model of this configuration.
+        CheckpointError: transformers knows no causal language model of this configuration, and it names no class.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -235,14 +237,20 @@ def empty_model(config: Any, dtype: torch.dtype, folder: str | Path | None = Non
         >>> model.lm_head.weight.device.type, model.model.rotary_emb.inv_freq.device.type
         ('meta', 'cpu')
     """
+    import transformers
     from transformers import AutoModelForCausalLM, GenerationConfig
 
+    named: Any = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            if named is None or getattr(named, "main_input_name", "input_ids") == "input_ids":
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            else:
+                model = named._from_config(config, dtype=dtype)
     except ValueError as error:
         raise CheckpointError(
-            f"config={type(config).__name__}: no causal language model ({error})"
+            f"config={type(config).__name__}: no causal language model, and config.architectures names no other class "
+            f"of transformers ({error})"
         ) from error
     if folder is not None and (Path(folder) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -42,7 +42,7 @@ from refimpl.core.steps import (
     reference_of,
 )
 from refimpl.core.whole import BATCH as WHOLE_BATCH
-from refimpl.core.whole import compress_whole
+from refimpl.core.whole import CallShape, call_shapes, check_groups, compress_whole
 
 ORDERS = ("sequential", "parallel")
 BATCH = 4  # sequences per forward pass unless told otherwise
@@ -466,6 +466,11 @@ def _vocabulary(model: nn.Module) -> int | None:
     return None if embedding is None else embedding.weight.shape[0]
 
 
+def _width(model: nn.Module) -> int:
+    embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    return 0 if embedding is None else embedding.weight.shape[1]
+
+
 def _stored_dtype(source: Checkpoint) -> torch.dtype:
     """The dtype of a checkpoint's weights, read off the first."""
     for key in source.keys():
@@ -544,18 +549,24 @@ def plan(
     sequences: int = 128,
     length: int = 2048,
     order: str = "sequential",
-    batch_size: int = 4,
+    batch_size: int | None = None,
     targets: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    shape: tuple[int, ...] | None = None,
 ) -> Plan:
     """Dry run on the meta device: no weights are read and none are allocated.
 
     Args:
         model: a transformers configuration, a model, or a local folder.
         method: the method to plan for.
-        sequences, length: size of the calibration set.
+        sequences, length: size of the calibration set; for a model without blocks, `sequences` is the number of images.
         order, batch_size, targets: as for `compress`.
         dtype: dtype of the weights when `model` is a configuration; else they have their own.
+        shape: of one sample, (channels, height, width), for a model without blocks; by default what its
+            configuration says.
+
+    Raises:
+        OptionError: an option that cannot work, or a method that does not fit a site.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -574,7 +585,9 @@ def plan(
     if not isinstance(model, nn.Module):
         model = empty_model(model, dtype)
     with experts_put_back(model, always=True):
-        return _plan(model, method, sequences, length, order, batch_size, targets)
+        if batch_size is None:
+            batch_size = BATCH if has_blocks(model) else WHOLE_BATCH
+        return _plan(model, method, sequences, length, order, batch_size, targets, shape)
 
 
 def _plan(
@@ -585,17 +598,24 @@ def _plan(
     order: str,
     batch_size: int,
     targets: str | None,
+    shape: tuple[int, ...] | None,
 ) -> Plan:
     sites = find_sites(model, targets)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    tokens = sequences * length if method.statistics else 0
+    whole = not has_blocks(model)
+    samples = sequences if method.statistics else 0
+    calls: dict[str, CallShape] = {}
+    if whole and samples:
+        calls = call_shapes(model, sites, shape)
+    elif samples:
+        calls = {s.name: CallShape(length, length * s.in_features, length * s.out_features) for s in sites}
     rows, bits, weights, saved = [], 0, 0, 0
-    block_bytes: dict[int, int] = {}
-    flops = 0.0
-    embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
-    hidden = 0 if embedding is None else embedding.weight.shape[1]
+    held: dict[int, int] = {}  # statistics that are in memory together
+    flops = forward = prefixes = 0.0
+    targets_held = inside = 0
     for site in sites:
         config = method.layer_config(site)
+        check_groups(site, method)
         current = site.module
         layer = empty_layer(config, dtype, "meta")
         size = layer.nbytes - layer.parts().get("bias", 0)
@@ -605,21 +625,31 @@ def _plan(
                      "bits": 8 * size / count})  # fmt: skip
         bits, weights, saved = bits + 8 * size, weights + count, saved + before - layer.nbytes
         flops += method.flops(site)
-        if method.statistics:
-            passes = (1 if order == "parallel" else 2) * 2.0 * tokens * count
-            flops += passes + ("gram" in method.statistics) * 2.0 * tokens * site.in_features**2
-            block_bytes[site.block] = block_bytes.get(site.block, 0) + 4 * site.in_features**2 * (
-                "gram" in method.statistics
-            )
+        if not samples:
+            continue
+        call = calls[site.name]
+        forward += 2.0 * samples * call.rows * count
+        prefixes += forward  # a pass that ends at this site
+        together = 0 if whole and order == "parallel" else site.block
+        held.setdefault(together, 0)
+        inside = max(inside, call.rows * (4 * site.in_features + 2 * site.out_features))
+        if "gram" in method.statistics:
+            flops += 2.0 * samples * call.rows * site.in_features**2
+            held[together] += 4 * site.in_features**2
+        if "inputs" in method.statistics:
+            held[together] += samples * (call.inputs + call.outputs) * dtype.itemsize
+            targets_held += samples * call.outputs * dtype.itemsize if whole and order == "sequential" else 0
+    flops += forward if order == "parallel" else prefixes if whole else 2 * forward
     widest = max(site.in_features for site in sites)
     tallest = max(site.out_features for site in sites)
     work = 6 * 4 * widest * tallest  # fp32 copies of one site
     if "gram" in method.statistics:
         work += 9 * 8 * widest**2  # fp64 factorisation of its second moment
-    streams = tokens * hidden * dtype.itemsize
-    inside = batch_size * length * (4 * widest + 2 * tallest) * 4 if tokens else 0
+    inside = inside if whole else length * (4 * widest + 2 * tallest)
+    inside = 4 * batch_size * inside if samples else 0
+    streams = 0 if whole else samples * length * _width(model) * dtype.itemsize
     total = sum({id(t): t.nbytes for t in model.state_dict(keep_vars=True).values()}.values())
     return Plan(
         repr(method), rows, skipped_modules(model, sites), bits / weights, total - saved,
-        max(block_bytes.values(), default=0) + work + streams + inside, flops,
+        max(held.values(), default=0) + targets_held + work + streams + inside, flops,
     )  # fmt: skip

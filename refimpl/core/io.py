@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from refimpl.core.checkpoint import MANIFEST, Checkpoint, empty_model, read_config, set_tensor
 from refimpl.core.errors import CheckpointError
 from refimpl.core.layers import CompressedLayer, PackedLinear, empty_layer
-from refimpl.core.sites import experts_put_back, find_blocks, unfuse_experts
+from refimpl.core.sites import experts_put_back, find_blocks, has_blocks, unfuse_experts
 
 
 @contextmanager
@@ -115,9 +115,7 @@ def is_compressed(folder: str | Path) -> bool:
 
 
 def _write_config(model: nn.Module, folder: Path) -> None:
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "to_dict"):
-        raise CheckpointError("model: it has no transformers configuration, so it could not be loaded again")
+    config: Any = model.config
     value = config.to_diff_dict()
     value["architectures"] = [type(model).__name__]
     # transformers warns of a format it does not know, then finds no file of a name it knows and stops; under its own
@@ -130,16 +128,19 @@ def _write_config(model: nn.Module, folder: Path) -> None:
 
 
 def save(model: nn.Module, folder: str | Path) -> Path:
-    """Write a compressed (or plain) transformers model as safetensors that `load` reads.
+    """Write a compressed (or plain) transformers model, of language or of images, as safetensors that `load` reads.
 
     Every file is written under a temporary name first. Save the tokenizer beside it with its own ``save_pretrained``.
 
     Args:
-        model: a transformers model, with any number of compressed layers.
+        model: a transformers model, with any number of compressed layers and folded batch norms.
         folder: made if missing; a model of ours that is there is replaced.
 
     Returns:
         The folder.
+
+    Raises:
+        CheckpointError: the folder holds another checkpoint, or the model has no transformers configuration.
 
     Example:
         >>> import tempfile, torch
@@ -153,6 +154,11 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         >>> torch.equal(model(tokens).logits, again(tokens).logits)
         True
     """
+    if not hasattr(getattr(model, "config", None), "to_dict"):
+        raise CheckpointError(
+            f"model={type(model).__name__}: it has no transformers configuration, so it could not be built again; keep "
+            "its state_dict() with safetensors.torch.save_file, and call compress again on a fresh one to load it"
+        )
     folder = Path(folder)
     ours = is_compressed(folder) or (folder / _SAVING).exists()
     if any(folder.glob("*.safetensors")) and not ours:
@@ -170,12 +176,12 @@ def _save(model: nn.Module, folder: Path) -> None:
     (folder / _SAVING).touch()
     (folder / MANIFEST).unlink(missing_ok=True)  # half replaced, the old model must not load
     tensors = _own_tensors(model)
-    prefix, blocks = find_blocks(model)
+    prefix = find_blocks(model)[0] if has_blocks(model) else ""
     shards: dict[str, dict[str, Tensor]] = {"weights.safetensors": tensors}
     if sum(tensor.nbytes for tensor in tensors.values()) > _SINGLE_FILE_LIMIT:
         shards = {}
         for name, tensor in tensors.items():
-            inside = name.startswith(prefix + ".")
+            inside = prefix and name.startswith(prefix + ".")
             file = f"block-{int(name[len(prefix) + 1 :].partition('.')[0]):05d}" if inside else "rest"
             shards.setdefault(f"{file}.safetensors", {})[name] = tensor
     for file, content in shards.items():
@@ -200,6 +206,9 @@ def _finish(
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     manifest = {"format": 1, "dtype": str(dtype).removeprefix("torch."), "layers": layers,
                 "weight_map": weight_map, **run}  # fmt: skip
+    identities = [name for name, module in model.named_modules() if type(module) is nn.Identity]
+    if identities:
+        manifest["identities"] = identities
     _write_json(folder / MANIFEST, manifest)
 
 
@@ -224,7 +233,25 @@ def restore_layers(
             f"{folder}: format {manifest.get('format')!r} is not 1; it needs a newer refimpl"
         )
     unfuse_experts(model)
+    for name in manifest.get(
+        "identities", []
+    ):  # where a batch norm was folded, the architecture still has it
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, nn.Identity())
+    for key in manifest["weight_map"]:  # and what it was folded into has a bias now
+        name, _, tensor = key.rpartition(".")
+        module = _submodule(model, name)
+        if tensor == "bias" and isinstance(module, nn.Conv2d) and module.bias is None:
+            bias = torch.empty(module.out_channels, device="meta", dtype=module.weight.dtype)
+            module.bias = nn.Parameter(bias, requires_grad=False)
     _place_layers(model, manifest["layers"], dtype or getattr(torch, manifest["dtype"]), device)
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:  # inside a compressed layer that is not there yet
+        return None
 
 
 def _place_layers(

@@ -73,8 +73,8 @@ def check_method(method: object) -> None:
         >>> check_method("gtpq")
         Traceback (most recent call last):
         ...
-        refimpl.core.errors.OptionError: method='gtpq': pass an instance, as GPTQ(), of one of 'ActSVD', 'EoRA', \
-'GPTQ', 'LoftQ', 'Magnitude', 'PlainSVD', 'RTN', 'SparseGPT', 'Wanda' (did you mean 'GPTQ'?)
+        refimpl.core.errors.OptionError: method='gtpq': pass an instance, as GPTQ(), of one of 'ActSVD', ... \
+(did you mean 'GPTQ'?)
     """
     if isinstance(method, Method):
         if not any(method.statistics <= allowed for allowed in STATISTICS):

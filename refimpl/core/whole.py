@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from tqdm.auto import tqdm
 
 from refimpl.core.device import read
@@ -100,6 +101,72 @@ def run(model: nn.Module, batch: Tensor) -> Any:
     """
     name = getattr(model, "main_input_name", None)
     return model(batch) if name is None else model(**{name: batch})
+
+
+@dataclass(frozen=True)
+class CallShape:
+    """What one sample costs at a site.
+
+    Attributes:
+        rows: vectors the weight is applied to: patches of a convolution, tokens.
+        inputs, outputs: numbers that go in and come out.
+    """
+
+    rows: int
+    inputs: int
+    outputs: int
+
+
+def call_shapes(model: nn.Module, sites: list[Site], shape: tuple[int, ...] | None) -> dict[str, CallShape]:
+    """The `CallShape` of every site, from a forward pass on "meta".
+
+    Args:
+        model: a model without blocks.
+        sites: where to look; one that is not called has no entry.
+        shape: of one sample; None: (num_channels, image_size, image_size) of its configuration.
+
+    Raises:
+        OptionError: no shape and none in the configuration, or one that the model does not take.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
+        >>> call_shapes(model, [Site("0", 0, model, "0")], (3, 6, 6))
+        {'0': CallShape(rows=16, inputs=108, outputs=128)}
+    """
+    if shape is None:
+        config = getattr(model, "config", None)
+        channels, size = (getattr(config, name, None) for name in ("num_channels", "image_size"))
+        if channels is None or size is None:
+            raise OptionError(
+                "shape=None: the model does not say what it takes; pass (channels, height, width)"
+            )
+        shape = (channels, *([size, size] if isinstance(size, int) else size))
+    found: dict[str, CallShape] = {}
+
+    def record(site: Site) -> Any:
+        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            found[site.name] = CallShape(output.numel() // site.out_features, args[0].numel(), output.numel())
+
+        return after
+
+    handles = [site.placed.register_forward_hook(record(site)) for site in sites]
+    tensors = {
+        name: tensor.to("meta") for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+    }
+    dtype = next(t.dtype for t in tensors.values() if t.is_floating_point())
+    name = getattr(model, "main_input_name", None)
+    batch = torch.empty(1, *shape, dtype=dtype, device="meta")
+    args, named = ((batch,), {}) if name is None else ((), {name: batch})
+    try:
+        functional_call(model, tensors, args, named)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise OptionError(
+            f"shape={shape}: {type(model).__name__} does not take such samples: {error}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 @dataclass

@@ -1,0 +1,77 @@
+"""Quantised activations: every site sees its inputs through a uniform quantiser, whatever its weights are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from refimpl.core.errors import OptionError, nearest
+from refimpl.core.inputs import InputSamples
+from refimpl.core.layers import ActivationQuantizer, CompressedLayer, PackedLinear, QuantizedInput
+from refimpl.core.method import Method
+from refimpl.core.quantizer import mse_range
+from refimpl.core.sites import Site
+from refimpl.core.stats import InputStats
+
+CLIPS = ("minmax", "mse")
+_VALUES = (
+    2**18
+)  # evenly spaced inputs among which the best clip is searched: it is a property of the distribution
+
+
+@dataclass(frozen=True)
+class QuantizeActivations(Method):
+    """Add a per-tensor quantiser to the inputs of every site, dense or compressed.
+
+    Comes last, behind the methods that change weights.
+
+    Args:
+        bits: 2 to 8.
+        clip: how the range is chosen: "minmax" spans the mean over the calibration samples of each sample's smallest
+            and largest value; "mse" shrinks the range of all inputs to where the squared error is least.
+
+    Example:
+        >>> QuantizeActivations(bits=4, clip="mse")
+        QuantizeActivations(bits=4, clip='mse')
+    """
+
+    bits: int = 8
+    clip: str = "minmax"
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise OptionError(f"bits={self.bits}: use 2 to 8")
+        if self.clip not in CLIPS:
+            raise OptionError(f"clip={self.clip!r}: use {nearest(self.clip, CLIPS)}")
+
+    @property
+    def statistics(self) -> frozenset[str]:
+        return frozenset({"inputs" if self.clip == "mse" else "range"})
+
+    def layer_config(self, site: Site) -> dict[str, Any]:
+        if any(isinstance(module, QuantizedInput) for module in site.module.modules()):
+            raise OptionError(f"{site.name!r} has quantised inputs already; leave it out with targets=")
+        return {"type": "QuantizedInput", "base": _base(site, "meta").config(), "bits": self.bits}
+
+    def compress_site(self, site: Site, stats: InputStats | None, original: Tensor | None) -> QuantizedInput:
+        assert isinstance(stats, InputSamples)
+        R, Z = stats.high - stats.low, stats.low
+        if self.clip == "mse" and stats.x.numel():
+            x = stats.x.flatten()
+            R, Z = mse_range(x[:: 1 + (len(x) - 1) // _VALUES].float(), self.bits)
+        return QuantizedInput(_base(site), ActivationQuantizer(self.bits, R, Z))
+
+    def flops(self, site: Site) -> float:
+        return 0.0 if self.clip == "minmax" else 96.0 * 6 * _VALUES
+
+
+def _base(site: Site, device: str | None = None) -> CompressedLayer:
+    """The layer whose inputs are to be quantised: the one that is there, or the dense weight as a layer of ours."""
+    if isinstance(site.module, CompressedLayer):
+        return site.module
+    weight, bias = site.weight, site.bias
+    if device is not None:
+        weight, bias = weight.to(device), None if bias is None else bias.to(device)
+    return PackedLinear(values=weight, bias=bias)
