@@ -26,7 +26,7 @@ def row(folder: Path) -> str:
     parameters = _only(r"^- Parameters: ([\d,]+)", card, folder)
     measure = _only(r"^\| split \|.*\| ([^|]+) \|$", card, folder)
     value = _only(r"^\| test \|.*\| ([^|]+) \|$", card, folder)
-    licence = _only(r"weights (?:are )?under (CC BY(?:-SA)? [\d.]+)", card.replace("\n", " "), folder)
+    licence = _only(r"weights (?:are )?under (CC BY(?:-SA)? \d\.\d)", card.replace("\n", " "), folder)
     size = round((folder / "model.safetensors").stat().st_size / 1000)
     link = f"[{folder.name}]({folder.name}/README.md)"
     return f"| {link} | `{architecture}` | {parameters} | {size} | {value} | {measure} | {licence} |\n"

@@ -42,7 +42,7 @@ VALIDATION_WINDOWS = 128  # what chooses the best step; the card measures on the
 class Plan:
     """One model: its sizes and its recipe."""
 
-    sizes: dict[str, int]
+    sizes: dict[str, Any]
     recipe: Recipe
     validation_windows: int = VALIDATION_WINDOWS
     evaluate_every: int = EVALUATE_EVERY
@@ -53,7 +53,7 @@ class Plan:
 
 
 def llama(width: int, layers: int, hidden: int, steps: int, lr: float, decay: float) -> Plan:
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": width,
         "num_hidden_layers": layers,
         "intermediate_size": hidden,
@@ -82,7 +82,7 @@ PLANS = {
         {"vocabulary": 256, "embedding": 64, "hidden": 256, "layers": 1}, _recipe(3000, lr=4e-3, decay=0.1)
     ),
     "llama-medium": llama(128, 4, 256, steps=1100, lr=3e-3, decay=0.5),
-    "llama-large": llama(192, 4, 448, steps=850, lr=2e-3, decay=0.5),
+    "llama-large": llama(192, 4, 448, steps=760, lr=2e-3, decay=0.5),
 }
 
 
