@@ -23,7 +23,7 @@ def row(folder: Path) -> str:
     """What the card of one model says, in a line."""
     card = (folder / "README.md").read_text(encoding="utf8")
     (architecture,) = json.loads((folder / "config.json").read_text(encoding="utf8"))["architectures"]
-    parameters = _only(r"^- Parameters: ([\d,]+)", card, folder)
+    parameters = _only(r"^- Parameters: ([\d,]*\d)", card, folder)
     measure = _only(r"^\| split \|.*\| ([^|]+) \|$", card, folder)
     value = _only(r"^\| test \|.*\| ([^|]+) \|$", card, folder)
     licence = _only(r"weights (?:are )?under (CC BY(?:-SA)? \d\.\d)", card.replace("\n", " "), folder)

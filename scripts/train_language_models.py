@@ -82,7 +82,7 @@ PLANS = {
         {"vocabulary": 256, "embedding": 64, "hidden": 256, "layers": 1}, _recipe(3000, lr=4e-3, decay=0.1)
     ),
     "llama-medium": llama(128, 4, 256, steps=1100, lr=3e-3, decay=0.5),
-    "llama-large": llama(192, 4, 448, steps=760, lr=2e-3, decay=0.5),
+    "llama-large": llama(192, 4, 448, steps=850, lr=2e-3, decay=0.5),
 }
 
 

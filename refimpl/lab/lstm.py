@@ -127,8 +127,8 @@ def windows(
 
     Example:
         >>> ids, units = windows("wikipedia", "test", 128)
-        >>> ids.shape[1], len(units) == len(ids), bytes(ids[0, :6].tolist())
-        (129, True, b'Atomic')
+        >>> ids.shape[1], len(units) == len(ids), bytes(ids[0, :11].tolist())
+        (129, True, b'An American')
     """
     _positive("length", length)
     stride = length if stride is None else stride
