@@ -182,7 +182,17 @@ class Reference:
             raise CheckpointError(
                 f"reference: {site.name!r} is {tuple(weight.shape)} there and {shape} in the model; it is another model"
             )
+        if site.geometry is not None and (biased := self._has_bias(site)) != (site.bias is not None):
+            raise CheckpointError(
+                f"reference: {site.name!r} has {'a' if biased else 'no'} bias there, unlike in the model: batch norms "
+                "are folded in one of them only; pass the folded float model"
+            )
         return weight
+
+    def _has_bias(self, site: Site) -> bool:
+        if self.checkpoint is not None:
+            return f"{site.name}.bias" in self.checkpoint
+        return getattr(self.layout.get_submodule(site.name), "bias", None) is not None
 
 
 def read_config(folder: str | Path) -> Any:

@@ -133,6 +133,12 @@ class SampleCollector:
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(ranges)
             pieces = self._x.pop(name, [])
+            shapes = {tuple(piece.shape[1:]) for piece in pieces}
+            if len(shapes) > 1:
+                raise CalibrationError(
+                    f"calibration: {name!r} is called with samples of different shapes, {sorted(shapes)}, which "
+                    "cannot be kept together; leave it out with targets="
+                )
             x = joined.setdefault(id(pieces[0]), torch.cat(pieces)) if pieces else None
             y = torch.cat(self._y.pop(name)) if name in self._y else None
             low, high = (ranges[:2] / ranges[2].clamp_min(1)).unbind()

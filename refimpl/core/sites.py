@@ -9,6 +9,7 @@ blocks (an image classifier, say) is taken as a whole: all its linear maps and c
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -318,10 +319,12 @@ def has_blocks(model: nn.Module) -> bool:
 _READ_DIRECTLY = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
-def _why_no_site(module: nn.Module, owner: nn.Module) -> str | None:
-    """Why a module of a model without blocks is not compressed, or None if it is a site."""
+def _why_no_site(module: nn.Module, owner: nn.Module, names: int) -> str | None:
+    """Why a module of a model without blocks, which goes by so many names, is no site, or None if it is one."""
     if not (is_linear(module) or isinstance(module, nn.Conv2d)):
         return "not a linear map"
+    if names > 1:
+        return f"it stands at {names} places of the model"
     for kind in (nn.Linear, nn.Conv2d):
         if isinstance(module, kind) and type(module).forward is not kind.forward:
             return "it has a forward of its own"
@@ -330,10 +333,16 @@ def _why_no_site(module: nn.Module, owner: nn.Module) -> str | None:
     return "router or gate" if _ROUTER.search(type(owner).__name__) else None
 
 
+def _names(model: nn.Module) -> Counter[nn.Module]:
+    """How many names each module goes by."""
+    return Counter(module for _, module in model.named_modules(remove_duplicate=False))
+
+
 def _sites_of_whole(model: nn.Module) -> list[Site]:
     """Every linear map and convolution, in the order of the modules."""
     sites: list[Site] = []
     found: list[str] = []
+    names = _names(model)
     for name, module in model.named_modules():
         if not name or any(name.startswith(outer + ".") for outer in found):
             continue  # the inside of an already compressed layer
@@ -341,7 +350,7 @@ def _sites_of_whole(model: nn.Module) -> list[Site]:
             found.append(name)
         parent, _, attribute = name.rpartition(".")
         owner = model.get_submodule(parent)
-        if _why_no_site(module, owner) is None:
+        if _why_no_site(module, owner, names[module]) is None:
             sites.append(Site(name, len(sites), owner, attribute))
     if not sites:
         find_blocks(model)  # an encoder-decoder is refused by name
@@ -411,6 +420,7 @@ def skipped_modules(model: nn.Module, sites: list[Site]) -> dict[str, str]:
     """
     chosen = {site.name for site in sites}
     left: dict[str, str] = {}
+    names = _names(model)
     for name, module in model.named_modules():
         if not any(True for _ in module.parameters(recurse=False)):
             continue
@@ -421,7 +431,7 @@ def skipped_modules(model: nn.Module, sites: list[Site]) -> dict[str, str]:
         if isinstance(module, nn.Embedding):
             reason = "embedding"
         elif not has_blocks(model):
-            reason = _why_no_site(module, owner) or "not among the targets"
+            reason = _why_no_site(module, owner, names[module]) or "not among the targets"
         elif is_linear(module):
             rows = module.out_features if isinstance(module, (nn.Linear, CompressedLayer)) else module.nf
             router = cast(int, rows) < ROUTER_WIDTH or _ROUTER.search(type(owner).__name__)

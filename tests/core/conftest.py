@@ -11,8 +11,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from refimpl import GPTQ, METHODS, SparseGPT
+from refimpl.baselines.pruning import Pruner
 from refimpl.core.device import read
 
 
@@ -31,11 +41,11 @@ def options() -> dict[str, dict[str, Any]]:
     """Options with which each method runs on every tiny model."""
     small = {"RTN": {"bits": 3, "group_size": 32}, "GPTQ": {"bits": 3, "group_size": 32}, "Magnitude": {}, "Wanda": {},
              "SparseGPT": {}, "PlainSVD": {"rank": 4}, "ActSVD": {"rank": 4}, "EoRA": {"rank": 4},
-             "LoftQ": {"bits": 3, "group_size": 32, "rank": 4, "iterations": 2}}  # fmt: skip
-    assert (
-        small.keys() == METHODS.keys()
-    )  # a new method must be added here, and is then tested like the others
-    return small
+             "LoftQ": {"bits": 3, "group_size": 32, "rank": 4, "iterations": 2}, "QuantizeActivations": {"bits": 8},
+             "AdaQuant": {"bits": 3, "group_size": 32, "iterations": 3},
+             "AdaRound": {"bits": 3, "group_size": 32, "iterations": 3}}  # fmt: skip
+    # a new method must be added here, and is then tested like the others
+    return {name: small[name] for name in METHODS}
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +57,113 @@ def pipeline(options: dict[str, dict[str, Any]]) -> Callable[[str], list[Any]]:
         return [SparseGPT("2:4"), GPTQ(3, 32), method] if method.uses_reference else [method]
 
     return steps
+
+
+@pytest.fixture(scope="session")
+def whole_pipeline(options: dict[str, dict[str, Any]]) -> Callable[[str], list[Any]]:
+    """The same for models without blocks, whose kernels have odd widths: one group per row, no pattern."""
+    anywhere = {"group_size": None, "pattern": "unstructured"}
+
+    def steps(name: str) -> list[Any]:
+        fitting = {key: anywhere.get(key, value) for key, value in options[name].items()}
+        if issubclass(METHODS[name], Pruner):
+            fitting["pattern"] = "unstructured"
+        method = METHODS[name](**fitting)
+        if not method.uses_reference:
+            return [method]
+        return [SparseGPT("unstructured"), GPTQ(3, None), method]
+
+    return steps
+
+
+@pytest.fixture(scope="session")
+def images() -> Callable[..., Tensor]:
+    """Random images [n, 1, 16, 16] in the units small vision models are trained in."""
+
+    def make(n: int = 6, seed: int = 0, channels: int = 1, size: int = 16) -> Tensor:
+        return torch.randn(n, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+    return make
+
+
+def _vision(model_class: Any, config_class: Any, **defaults: Any) -> Callable[..., PreTrainedModel]:
+    def make(seed: int = 0, **changes: Any) -> PreTrainedModel:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = model_class(config_class(num_channels=1, num_labels=10, **{**defaults, **changes}))
+            for module in model.modules():
+                if isinstance(module, nn.BatchNorm2d):  # as after a training: no batch norm is the identity
+                    nn.init.normal_(module.running_mean)
+                    nn.init.uniform_(module.running_var, 0.5, 2.0)
+                    nn.init.normal_(module.weight)
+                    nn.init.normal_(module.bias)
+            return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_resnet() -> Callable[..., PreTrainedModel]:
+    """Call it for a fresh random residual network: shortcuts with and without a convolution, strides, ten classes."""
+    return _vision(ResNetForImageClassification, ResNetConfig, embedding_size=8, hidden_sizes=[8, 12], depths=[1, 2],
+                   layer_type="basic")  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_vit() -> Callable[..., PreTrainedModel]:
+    """Call it for a fresh random vision transformer."""
+    return _vision(ViTForImageClassification, ViTConfig, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                   intermediate_size=64, image_size=16, patch_size=4)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_convnext() -> Callable[..., PreTrainedModel]:
+    """Call it for a fresh random ConvNeXt: depthwise convolutions, linear layers over channels that come last."""
+    return _vision(ConvNextForImageClassification, ConvNextConfig, hidden_sizes=[8, 16], depths=[1, 1], num_stages=2,
+                   patch_size=2, image_size=16)  # fmt: skip
+
+
+class InvertedResiduals(nn.Module):
+    """A model of no library, as MobileNetV2 is built: expand, filter each channel, project, add."""
+
+    class Block(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.expand = nn.Conv2d(width, 4 * width, 1, bias=False)
+            self.norm1 = nn.BatchNorm2d(4 * width)
+            self.depthwise = nn.Conv2d(4 * width, 4 * width, 3, padding=1, groups=4 * width, bias=False)
+            self.norm2 = nn.BatchNorm2d(4 * width)
+            self.project = nn.Conv2d(4 * width, width, 1, bias=False)
+            self.norm3 = nn.BatchNorm2d(width)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = nn.functional.relu6(self.norm1(self.expand(x)))
+            h = nn.functional.relu6(self.norm2(self.depthwise(h)))
+            return x + self.norm3(self.project(h))
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, width, 3, stride=2, padding="valid", padding_mode="zeros")
+        self.features = nn.ModuleList([self.Block(width), self.Block(width)])
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.features:
+            x = block(x)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture(scope="session")
+def inverted_residuals() -> Callable[..., nn.Module]:
+    """Call it for a fresh random model of a plain module, with depthwise convolutions."""
+
+    def make(seed: int = 0, **changes: Any) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return InvertedResiduals(**changes).eval()
+
+    return make
 
 
 @pytest.fixture(scope="session")
