@@ -246,9 +246,7 @@ def _stored(name: str, model: nn.Module, source: Checkpoint) -> tuple[str, int |
     return (name, None) if name in source else weight_key(name, model)
 
 
-@torch.inference_mode(
-    False
-)  # in which tensors do not count their changes in place, which the statistics rely on
+@torch.inference_mode(False)  # tensors must count their changes in place, see `find_stages`
 @torch.no_grad()
 def compress(
     model: nn.Module | str | Path,

@@ -112,9 +112,10 @@ def check_group(site: Site, group_size: int | None) -> int:
     size = width if group_size is None else group_size
     if size < 1 or width % size:
         good = [g for g in (32, 64, 96, 128, 192, 256) if width % g == 0]
+        good = good or [g for g in range(8, width) if width % g == 0]  # a kernel has odd widths
         raise OptionError(
             f"group_size={group_size} does not divide the {width} inputs of {site.name!r}; "
-            f"use {', '.join(map(str, good)) or 'None'} or None (one group per row)"
+            f"use {', '.join(map(str, good)) + ' or ' if good else ''}None (one group per row)"
         )
     return size
 

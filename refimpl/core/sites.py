@@ -144,6 +144,13 @@ def experts_put_back(model: nn.Module, always: bool) -> Iterator[None]:
                 setattr(model.get_submodule(parent), attribute, module)
 
 
+def _refuse_encoder_decoder(model: nn.Module) -> None:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise OptionError(
+            f"model={type(model).__name__}: encoder-decoder models are not supported; use a decoder"
+        )
+
+
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The stack of decoder blocks: the `nn.ModuleList` that holds most of the model's parameters.
 
@@ -157,10 +164,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         >>> find_blocks(model)[0]
         'transformer.h'
     """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise OptionError(
-            f"model={type(model).__name__}: encoder-decoder models are not supported; use a decoder"
-        )
+    _refuse_encoder_decoder(model)
     best: tuple[int, str, nn.ModuleList] | None = None
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module):
@@ -340,6 +344,7 @@ def _names(model: nn.Module) -> Counter[nn.Module]:
 
 def _sites_of_whole(model: nn.Module) -> list[Site]:
     """Every linear map and convolution, in the order of the modules."""
+    _refuse_encoder_decoder(model)
     sites: list[Site] = []
     found: list[str] = []
     names = _names(model)
@@ -353,8 +358,9 @@ def _sites_of_whole(model: nn.Module) -> list[Site]:
         if _why_no_site(module, owner, names[module]) is None:
             sites.append(Site(name, len(sites), owner, attribute))
     if not sites:
-        find_blocks(model)  # an encoder-decoder is refused by name
-        raise OptionError(f"model={type(model).__name__}: found no nn.Linear or nn.Conv2d to compress in it")
+        raise OptionError(
+            f"model={type(model).__name__}: found no nn.ModuleList of blocks, and no nn.Linear or nn.Conv2d inside it"
+        )
     return sites
 
 

@@ -78,6 +78,10 @@ def sample_batches(model: nn.Module, method: Method, calibration: Any, batch_siz
     check_samples(method, len(samples))
     if read((~torch.isfinite(samples)).any()):
         raise CalibrationError("calibration: the samples contain NaN or infinity; leave those out")
+    if samples.is_inference():
+        samples = (
+            samples.clone()
+        )  # such tensors do not count their changes in place, which the statistics rely on
     parameter = next(p for p in model.parameters() if p.is_floating_point())
     batches = list(samples.to(parameter.device, parameter.dtype).split(batch_size))
     channels = getattr(getattr(model, "config", None), "num_channels", None)

@@ -123,8 +123,15 @@ class Geometry:
             True
         """
         assert self.groups == 1
-        patches = F.unfold(self._padded(x), self.kernel, dilation=self.dilation, stride=self.stride)
-        return patches.transpose(1, 2)
+        x = self._padded(x)
+        for axis, (size, stride, dilation) in enumerate(
+            zip(self.kernel, self.stride, self.dilation, strict=True)
+        ):
+            x = x.unfold(2 + axis, dilation * (size - 1) + 1, stride)
+        down, right = self.dilation
+        # [n, channels, positions down and right, kernel height, kernel width], still a view
+        patches = x[..., ::down, ::right].permute(0, 2, 3, 1, 4, 5)
+        return patches.flatten(3).flatten(1, 2)
 
     def _padded(self, x: Tensor) -> Tensor:
         if not any(self.padding):
