@@ -50,6 +50,8 @@ class Consumers(TorchDispatchMode):
         leaves = tree_leaves((args, kwargs))
         consumed = {self._origin[t] for t in leaves if isinstance(t, Tensor) and t in self._origin}
         result = func(*args, **kwargs)
+        if func.namespace == "prim":  # asks for the device of a tensor, not for its values
+            return result
         operation = func._schema.name.partition("::")[2].removesuffix("_")
         if operation in _PASSES_ON:
             for name in consumed:

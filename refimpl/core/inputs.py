@@ -128,19 +128,16 @@ class SampleCollector:
         self._last = (None, 0, None)
         if kind is not None:
             return
-        joined: dict[int, Tensor] = {}  # by the first piece: what is shared stays shared
+        joined: dict[tuple[int, ...], Tensor] = {}  # by identity of the pieces: what is shared stays shared
         for name, ranges in self._ranges.items():
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(ranges)
             pieces = self._x.pop(name, [])
-            shapes = {tuple(piece.shape[1:]) for piece in pieces}
-            if len(shapes) > 1:
-                raise CalibrationError(
-                    f"calibration: {name!r} is called with samples of different shapes, {sorted(shapes)}, which "
-                    "cannot be kept together; leave it out with targets="
-                )
-            x = joined.setdefault(id(pieces[0]), torch.cat(pieces)) if pieces else None
-            y = torch.cat(self._y.pop(name)) if name in self._y else None
+            key = tuple(map(id, pieces))
+            if pieces and key not in joined:
+                joined[key] = _join(name, pieces)
+            x = joined.get(key)
+            y = _join(name, self._y.pop(name)) if name in self._y else None
             low, high = (ranges[:2] / ranges[2].clamp_min(1)).unbind()
             if read((~torch.isfinite(ranges)).any()):
                 raise CalibrationError(
@@ -149,6 +146,16 @@ class SampleCollector:
                 )
             relu = self._consumers.found.get(name) == {"relu"}
             self.stats[name] = InputSamples(x, y, low.clamp(max=0), high.clamp(min=0), relu)
+
+
+def _join(name: str, pieces: list[Tensor]) -> Tensor:
+    shapes = sorted({tuple(piece.shape[1:]) for piece in pieces})
+    if len(shapes) > 1:
+        raise CalibrationError(
+            f"calibration: {name!r} is called with samples of different shapes, {shapes}, which cannot be kept "
+            "together; leave it out with targets="
+        )
+    return torch.cat(pieces)
 
 
 def _ranges(x: Tensor) -> Tensor:
