@@ -333,7 +333,7 @@ def test_on_a_device(tiny_resnet: Factory, images, fake_cuda) -> None:
         assert len(folded.norms) == 8 and not folded.left
         compress(model, GPTQ(4, None), images(8), progress=False)
         folded.reinsert(model)
-        model.train()(x)
-        folded.refold(model.eval())
+        model(x)  # in training mode torch itself writes into a tensor in a way that only a CUDA build can fake
+        folded.refold(model)
         assert {t.device.type for t in [*model.parameters(), *model.buffers()]} == {"cuda"}
         assert model(x).logits.device.type == "cuda"
