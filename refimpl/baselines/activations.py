@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from refimpl.core.errors import OptionError, nearest
@@ -16,9 +17,8 @@ from refimpl.core.sites import Site
 from refimpl.core.stats import InputStats
 
 CLIPS = ("minmax", "mse")
-_VALUES = (
-    2**18
-)  # evenly spaced inputs among which the best clip is searched: it is a property of the distribution
+_VALUES = 2**16  # inputs by which the best clip is found: it depends on their distribution only
+_STRIDE = 1_000_003  # between them; a prime, so that all channels and places take part
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ class QuantizeActivations(Method):
         R, Z = stats.high - stats.low, stats.low
         if self.clip == "mse" and stats.x.numel():
             x = stats.x.flatten()
-            R, Z = mse_range(x[:: 1 + (len(x) - 1) // _VALUES].float(), self.bits)
+            if len(x) > _VALUES:
+                x = x[torch.arange(_VALUES, device=x.device) * _STRIDE % len(x)]
+            R, Z = mse_range(x.float(), self.bits)
         return QuantizedInput(_base(site), ActivationQuantizer(self.bits, R, Z))
 
     def flops(self, site: Site) -> float:

@@ -32,6 +32,7 @@ from refimpl.core.method import Method, check_method
 from refimpl.core.sites import Site, experts_put_back, find_blocks, find_sites, has_blocks, skipped_modules
 from refimpl.core.stats import InputStats
 from refimpl.core.steps import (
+    CHUNK,
     Report,
     SiteReport,
     all_or_nothing,
@@ -610,7 +611,7 @@ def _plan(
     rows, bits, weights, saved = [], 0, 0, 0
     held: dict[int, int] = {}  # statistics that are in memory together
     flops = forward = prefixes = 0.0
-    targets_held = inside = 0
+    targets_held = inside = work = 0
     for site in sites:
         config = method.layer_config(site)
         check_groups(site, method)
@@ -637,10 +638,13 @@ def _plan(
         if "inputs" in method.statistics:
             held[together] += samples * (call.inputs + call.outputs) * dtype.itemsize
             targets_held += samples * call.outputs * dtype.itemsize if whole and order == "sequential" else 0
+            # batches are joined, and the error is measured piece by piece
+            measured = 16 * min(CHUNK, samples * call.inputs) * (1 + call.outputs // call.inputs)
+            work = max(work, samples * max(call.inputs, call.outputs) * dtype.itemsize + measured)
     flops += forward if order == "parallel" else prefixes if whole else 2 * forward
     widest = max(site.in_features for site in sites)
     tallest = max(site.out_features for site in sites)
-    work = 6 * 4 * widest * tallest  # fp32 copies of one site
+    work = max(work, 6 * 4 * widest * tallest)  # fp32 copies of one site
     if "gram" in method.statistics:
         work += 9 * 8 * widest**2  # fp64 factorisation of its second moment
     inside = inside if whole else length * (4 * widest + 2 * tallest)

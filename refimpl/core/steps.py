@@ -20,7 +20,7 @@ from refimpl.core.method import Method
 from refimpl.core.sites import Site
 from refimpl.core.stats import InputStats
 
-_CHUNK = 2**22  # numbers that enter a site at once when its error is measured
+CHUNK = 2**20  # numbers that enter a site at once when its error is measured on samples
 
 
 @dataclass
@@ -200,7 +200,7 @@ def _relative_error(target: Tensor, weight: Tensor, gram: Tensor) -> float:
 def _error_on_samples(site: Site, samples: InputSamples) -> float:
     """||Y - f(X)||^2 / ||Y||^2 with f the site as it is now."""
     error = energy = torch.zeros((), device=samples.low.device)
-    size = max(1, _CHUNK * len(samples.x) // max(samples.x.numel(), 1))
+    size = max(1, CHUNK * len(samples.x) // max(samples.x.numel(), 1))
     for x, y in zip(samples.x.split(size), samples.y.split(size), strict=True):
         error = error + (site.placed(x).float() - y.float()).square().sum()
         energy = energy + y.float().square().sum()

@@ -206,3 +206,85 @@ def test_two_processes_end_with_the_model_of_one(tmp_path: Path) -> None:
         other = two["weights"][name]
         assert ((weight - other).abs() > 1e-3 * weight.abs().max()).float().mean() < 0.1, name
     assert two["errors"] == pytest.approx(one["errors"], rel=0.05)
+
+
+PEAK_WHOLE = """
+import sys, torch, json
+from transformers import ResNetConfig, ResNetForImageClassification
+from refimpl import GPTQ, compress, plan
+from refimpl.baselines.activations import QuantizeActivations
+from refimpl.lab.metrics import PeakMemory
+config = ResNetConfig(num_channels=1, embedding_size=16, hidden_sizes=[16, 32, 64], depths=[2, 2, 2],
+                      layer_type="basic", num_labels=10)
+images = torch.randn(400, 1, 28, 28)
+first = ResNetForImageClassification(config).eval()
+compress(first, QuantizeActivations(8, "mse"), images[:8], progress=False)   # what is imported at first use
+found = []
+for method in (GPTQ(4, None), QuantizeActivations(8), QuantizeActivations(8, "mse")):
+    for order in ("sequential", "parallel"):
+        model = ResNetForImageClassification(config).eval()
+        planned = plan(model, method, sequences=400, shape=(1, 28, 28), order=order).peak_bytes
+        with PeakMemory() as peak:
+            compress(model, method, images, order=order, progress=False)
+        found.append([repr(method), order, peak.above_start, planned])
+open(sys.argv[1], "w").write(json.dumps(found))
+"""
+
+
+@linux
+def test_peak_memory_of_a_whole_model_stays_below_the_plan(tmp_path: Path) -> None:
+    result = run(PEAK_WHOLE, tmp_path / "peak.json", **EXACT)
+    assert result.returncode == 0, result.stderr[-2000:]
+    for name, order, measured, planned in json.loads((tmp_path / "peak.json").read_text()):
+        print(f"{name}, {order}: measured {measured / 1e6:.0f} MB, planned {planned / 1e6:.0f} MB")
+        assert measured <= planned + 8 * 2**20, (name, order, measured, planned)
+        assert planned < 12 * max(measured, 10e6), "a bound this loose says nothing"
+
+
+PROCESSES_WHOLE = """
+import os, sys, torch
+import torch.distributed as dist
+from torch import nn
+from refimpl import GPTQ, compress
+from refimpl.baselines.activations import QuantizeActivations
+from refimpl.core.errors import OptionError
+torch.manual_seed(0)
+model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Flatten(),
+                      nn.Linear(8 * 36, 10)).eval()
+images = torch.randn(10, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+rank = -1
+if "RANK" in os.environ:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    images = images[:7] if rank == 0 else images[7:]   # unequal shares
+    try:
+        compress(model, QuantizeActivations(8, "mse"), images, progress=False)
+    except OptionError as error:
+        assert "run it in one" in str(error)
+    else:
+        raise AssertionError("cached inputs must be refused")
+compress(model, GPTQ(3, None), images, progress=False)
+compress(model, QuantizeActivations(8), images, progress=False)
+state = model.state_dict()
+if rank >= 0:
+    for name, tensor in state.items():
+        other = tensor.clone()
+        dist.broadcast(other, 0)
+        assert torch.equal(other, tensor), f"rank {rank} ends with another {name}"
+if rank <= 0:
+    torch.save({name: tensor for name, tensor in state.items() if "quantizer" in name or "scale" in name}, sys.argv[1])
+if rank >= 0:
+    dist.destroy_process_group()
+"""
+
+
+def test_two_processes_end_with_the_whole_model_of_one(tmp_path: Path) -> None:
+    alone = run(PROCESSES_WHOLE, tmp_path / "one.pt")
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    together = run(PROCESSES_WHOLE, tmp_path / "two.pt", launcher=launcher)
+    assert together.returncode == 0, together.stderr[-3000:]
+    one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
+    assert one.keys() == two.keys() and len(one) == 9
+    for name, tensor in one.items():
+        assert torch.allclose(tensor.float(), two[name].float(), rtol=0.02, atol=1e-3), name
