@@ -132,6 +132,27 @@ def t_interval(values: Sequence[float] | np.ndarray) -> Interval:
     return _interval(mean, mean - half, mean + half, error, len(values), difference)
 
 
+def seeds_ratio(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> Interval:
+    """Ratio of two arms over the same seeds: the geometric mean of a / b with Student's t interval of its logarithm.
+
+    Args:
+        a, b: [seeds] positive numbers, paired by seed.
+
+    Raises:
+        OptionError: different lengths, fewer than two seeds, or values that are not positive.
+
+    Example:
+        >>> print(seeds_ratio([1.0, 1.1, 0.9], [2.0, 2.1, 2.0]))
+        0.4903 [0.4041, 0.5948]
+    """
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if a.shape != b.shape or not ((a > 0) & (b > 0)).all():
+        raise OptionError(f"a={a.tolist()} and b={b.tolist()}: give positive numbers, one of each per seed")
+    logs = t_interval(np.log(a) - np.log(b))
+    error = (logs.high - logs.estimate) / stats.t.ppf(1 - _LEVEL / 2, len(a) - 1)
+    return _interval(logs.estimate, np.exp(logs.low), np.exp(logs.high), error, len(a), ratio)
+
+
 def _interval(
     mean: float,
     low: float,
