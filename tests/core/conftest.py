@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -74,6 +75,12 @@ def whole_pipeline(options: dict[str, dict[str, Any]]) -> Callable[[str], list[A
         return [SparseGPT("unstructured"), GPTQ(3, None), method]
 
     return steps
+
+
+@pytest.fixture(scope="session")
+def untrained() -> Callable[[Any], Any]:
+    """A method without its training: a CPU build cannot fake a backward pass on a GPU."""
+    return lambda method: replace(method, iterations=0) if hasattr(method, "train") else method
 
 
 @pytest.fixture(scope="session")

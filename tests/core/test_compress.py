@@ -68,7 +68,9 @@ def test_every_method_on_every_layout(name, layout, dtype, pipeline, tokens, req
 
 @pytest.mark.parametrize("layout", ["llama", "gpt2", "mixtral"])
 @pytest.mark.parametrize("name", list(METHODS))
-def test_every_method_stays_on_its_device(name, layout, pipeline, tokens, fake_cuda, request) -> None:
+def test_every_method_stays_on_its_device(
+    name, layout, pipeline, untrained, tokens, fake_cuda, request
+) -> None:
     """A stray .cpu(), a mixed device, or a value read elsewhere than in `read` fails."""
     narrow = {"n_embd": 32, "n_layer": 1} if layout == "gpt2" else {"hidden_size": 32, "num_hidden_layers": 1}
     narrow |= {"intermediate_size": 32} if layout != "gpt2" else {"n_inner": 32}
@@ -77,7 +79,7 @@ def test_every_method_stays_on_its_device(name, layout, pipeline, tokens, fake_c
     model, reference = factory(**narrow), factory(**narrow)
     with fake_cuda() as place:
         place(model), place(reference)
-        last = pipeline(name)[-1]
+        last = untrained(pipeline(name)[-1])
         for method in [RTN(3, 32), last] if last.uses_reference else [last]:
             compress(model, method, ids, reference=reference, progress=False)
         assert all(isinstance(site.module, CompressedLayer) for site in find_sites(model))

@@ -84,9 +84,11 @@ MAPS = {"tiny_resnet": "encoder|classifier", "tiny_vit": ".", "tiny_convnext": "
 
 @pytest.mark.parametrize("kind", list(MAPS))
 @pytest.mark.parametrize("name", list(METHODS))
-def test_every_method_stays_on_its_device(name, kind, whole_pipeline, images, fake_cuda, request) -> None:
+def test_every_method_stays_on_its_device(
+    name, kind, whole_pipeline, untrained, images, fake_cuda, request
+) -> None:
     model, reference = request.getfixturevalue(kind)(), request.getfixturevalue(kind)()
-    last = whole_pipeline(name)[-1]
+    last = untrained(whole_pipeline(name)[-1])
     if isinstance(
         last, Pruner
     ):  # how many weights an unstructured mask keeps is a value, which a fake tensor lacks
