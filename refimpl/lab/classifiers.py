@@ -70,7 +70,8 @@ def vit(
 ) -> ViTForImageClassification:
     """A vision transformer: patches of 4x4 pixels, four blocks of width 64 with feed-forward width 128.
 
-    139,018 parameters for images of 28x28. Initialised from torch's global random state: seed it first.
+    139,018 parameters for images of 28x28. Initialised from torch's global random state (seed it first), with the usual
+    0.02 of width 768 scaled to this width: left at 0.02, a ViT of width 64 learns several times more slowly.
 
     Args:
         hidden_size: width, a multiple of `heads` and of 4; the feed-forward part is twice as wide.
@@ -97,6 +98,7 @@ def vit(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         intermediate_size=2 * hidden_size,
+        initializer_range=round(0.02 * (768 / hidden_size) ** 0.5, 4),
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         image_size=image_size,
