@@ -195,8 +195,8 @@ class GradualMagnitude:
         initial_sparsity: s_i, at step `start`; 0 in the paper's runs.
         start: t_0, the updates of the weights before the schedule begins.
         frequency: dt, steps between two updates of the masks; the paper finds anything from 100 to 1000 equally good.
-        updates: n, how many follow; the last is at ``start + updates * frequency`` and should leave a quarter of the run
-            or more to recover. One update is one-shot pruning.
+        updates: n, how many follow; the last is at ``start + updates * frequency`` and should leave a quarter of the
+            run or more to recover. One update is one-shot pruning.
         exponent: 3 is the paper's curve, 1 a straight line.
         structure: "unstructured", "n:m", or blocks "hxw" (see `magnitude_mask`). "n:m" needs a final sparsity of
             1 - n/m.
