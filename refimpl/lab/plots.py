@@ -1,7 +1,8 @@
 """Charts that survive greyscale and readers who do not see them: marks differ by shape, colours by lightness.
 
-The language-model chart exists twice. `quality_chart` is interactive (Altair; the book bundles the script that draws
-it), `quality_figure` is static (matplotlib; for notebooks, with `show`). Both take the same points.
+Each bench has its chart twice: `quality_chart` (language models) and `classifier_chart` are interactive (Altair; the
+book bundles the script that draws them), `quality_figure` and `classifier_figure` are static (matplotlib; for
+notebooks, with `show`). Both forms take the same points.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from refimpl.core.errors import OptionError, require
+import numpy as np
+
+from refimpl.core.errors import OptionError, nearest, require
 from refimpl.lab.records import Results
-from refimpl.lab.statistics import compare
+from refimpl.lab.statistics import compare, difference, paired_bootstrap
 
 if TYPE_CHECKING:
     import altair
@@ -39,8 +42,6 @@ _MARKERS = ("o", "s", "^", "D", "P", "v", ">", "<")
 _STAR = (
     "M0,-1L.225,-.309L.951,-.309L.363,.118L.588,.809L0,.382L-.588,.809L-.363,.118L-.951,-.309L-.225,-.309Z"
 )
-_X = "bits per weight (scales, masks and adapters included)"
-_Y = "perplexity (log scale, lower is better)"
 _DPI = 110
 _MOST_BYTES = 80_000  # a notebook has many pictures and must stay readable in a browser
 
@@ -110,14 +111,180 @@ def points(results: Results, condition: str, seed: int = 0, reference: str = "de
     return found
 
 
-def _methods(chart_points: Sequence[Point]) -> list[str]:
-    """Methods in order of appearance, without the source."""
-    if not chart_points:
-        raise OptionError("points is empty; give at least one point")
+@dataclass(frozen=True)
+class ClassifierPoint:
+    """One classifier on the chart.
+
+    Attributes:
+        method: decides shape and colour; at most eight different ones.
+        bytes: of the whole model.
+        flops: per image, see `refimpl.lab.classify.flops`.
+        accuracy: share of test images that are right, 0 to 1.
+        loss: mean cross-entropy in nats.
+        accuracy_interval, loss_interval: 95 % intervals (low, high), None where there are none.
+        bit_operations: per image, None where they were not recorded.
+        label: what tells it from the method's other points, e.g. "94%".
+    """
+
+    method: str
+    bytes: float
+    flops: float
+    accuracy: float
+    loss: float
+    accuracy_interval: tuple[float, float] | None = None
+    loss_interval: tuple[float, float] | None = None
+    bit_operations: float | None = None
+    label: str = ""
+
+
+def classifier_points(results: Results, condition: str, reference: str = "dense") -> list[ClassifierPoint]:
+    """The classifiers of a study as points.
+
+    What a study must have recorded (`refimpl.lab.classify.add_scores` does it): for the arm "dense" and every other arm
+    "<method> <label>", under the condition "<dataset> <model>" (as "mnist resnet"),
+
+    - metrics "correct" (0 or 1) and "loss" (nats) for each image of the test split, unit the image's name;
+    - metrics "bytes" and "flops", and where codes of few bits are the point "bit_operations", unit "".
+
+    An arm with several seeds is one point: each image's mean over the seeds. Intervals are from a paired bootstrap over
+    images, of the difference to the reference (accuracy) or of the ratio (loss), put on the reference's value: images
+    that are hard for every model do not widen them. The spread between seeds is not in them.
+
+    Args:
+        results: of a study.
+        condition: which points.
+        reference: arm to pair with.
+
+    Raises:
+        OptionError: no such arm, an arm without bytes or flops, or arms measured on different images.
+    """
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for record in results.records():
+        if record.condition == condition:
+            units = found.setdefault(record.arm, {}).setdefault(record.metric, {})
+            units.setdefault(record.unit, []).append(record.value)
+    arms = {arm: metrics for arm, metrics in found.items() if "correct" in metrics and "loss" in metrics}
+    if reference not in arms:
+        raise OptionError(
+            f"{results.path.name} has no classifier {reference!r} under condition {condition!r}; it has "
+            f"{', '.join(map(repr, arms)) or 'none'}"
+        )
+    base = arms[reference]
+    images = list(base["correct"])
+
+    def per_image(arm: str, metric: str) -> np.ndarray:
+        values = arms[arm][metric]
+        if values.keys() != base["correct"].keys():
+            raise OptionError(f"arm {arm!r} was measured on other images than {reference!r}: {condition!r}")
+        return np.array([np.mean(values[image]) for image in images])
+
+    def cost(arm: str, metric: str) -> float:
+        if metric not in arms[arm]:
+            raise OptionError(
+                f"arm {arm!r} was recorded without {metric!r}; record classifiers with add_scores"
+            )
+        return float(np.mean(arms[arm][metric][""]))
+
+    correct, loss = per_image(reference, "correct"), per_image(reference, "loss")
+    weights = np.maximum(loss, 1e-12)  # of an image that the model is sure of the loss can round to zero
+    chart_points = []
+    for arm in arms:
+        gap = paired_bootstrap(per_image(arm, "correct"), correct, statistic=difference)
+        ratio = paired_bootstrap(per_image(arm, "loss"), loss, weights, statistic=lambda excess: 1 + excess)
+        method, _, label = arm.partition(" ")
+        low, high = (float(np.clip(correct.mean() + end, 0, 1)) for end in (gap.low, gap.high))
+        chart_points.append(
+            ClassifierPoint(
+                method,
+                cost(arm, "bytes"),
+                cost(arm, "flops"),
+                float(per_image(arm, "correct").mean()),
+                float(per_image(arm, "loss").mean()),
+                (low, high),
+                (ratio.low * float(loss.mean()), ratio.high * float(loss.mean())),
+                cost(arm, "bit_operations") if "bit_operations" in arms[arm] else None,
+                label,
+            )
+        )
+    return chart_points
+
+
+# -- what both benches draw --
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """A title, the short name that tooltips and descriptions use, a d3 format, and the scale."""
+
+    title: str
+    name: str
+    format: str
+    log: bool
+
+
+@dataclass(frozen=True)
+class _Mark:
+    method: str
+    label: str
+    x: float
+    y: float
+    low: float | None
+    high: float | None
+    source: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.label}".strip()
+
+
+_BITS = _Axis("bits per weight (scales, masks and adapters included)", "bits per weight", ".3~f", log=False)
+_PERPLEXITY = _Axis("perplexity (log scale, lower is better)", "perplexity", ".2f", log=True)
+_COSTS = {
+    "bytes": _Axis("bytes of the model, masks and scales included (log scale)", "bytes", ",.0f", log=True),
+    "flops": _Axis("FLOPs per image, zeros skipped (log scale)", "FLOPs per image", ".3~s", log=True),
+    "bit_operations": _Axis(
+        "bit operations per image: multiply-adds x weight bits x input bits (log scale)",
+        "bit operations per image",
+        ".3~s",
+        log=True,
+    ),
+}
+_QUALITIES = {
+    "accuracy": _Axis("test accuracy (%, higher is better)", "accuracy in %", ".2f", log=False),
+    "loss": _Axis("test loss (nats, log scale, lower is better)", "loss in nats", ".4f", log=True),
+}
+
+
+def _language_marks(chart_points: Sequence[Point]) -> list[_Mark]:
+    return [_Mark(p.method, p.label, p.bits, p.perplexity, p.low, p.high, p.source) for p in chart_points]
+
+
+def _classifier_marks(chart_points: Sequence[ClassifierPoint], x: str, quality: str) -> list[_Mark]:
+    for name, value, known in (("x", x, _COSTS), ("quality", quality, _QUALITIES)):
+        if value not in known:
+            raise OptionError(f"{name}={value!r} must be {nearest(str(value), known)}")
+    marks = []
     for point in chart_points:
-        if not (point.bits > 0 and point.perplexity > 0):
-            raise OptionError(f"{point} cannot be drawn: bits and perplexity must be positive")
-    methods = list(dict.fromkeys(point.method for point in chart_points if not point.source))
+        cost = getattr(point, x)
+        if cost is None:
+            raise OptionError(f"x={x!r}: {point} was recorded without it; take another axis or leave it out")
+        scale = 100 if quality == "accuracy" else 1
+        low, high = getattr(point, f"{quality}_interval") or (None, None)
+        low, high = (None if end is None else scale * end for end in (low, high))
+        marks.append(_Mark(point.method, point.label, cost, scale * getattr(point, quality), low, high))
+    return marks
+
+
+def _methods(marks: Sequence[_Mark], x: _Axis, y: _Axis) -> list[str]:
+    """Methods in order of appearance, without the source."""
+    if not marks:
+        raise OptionError("points is empty; give at least one point")
+    for mark in marks:
+        if not (mark.x > 0 and (mark.y > 0 or not y.log)):
+            raise OptionError(
+                f"{mark.name!r} has {mark.x:g} {x.name} and {mark.y:g} {y.name}: they must be positive to be drawn"
+            )
+    methods = list(dict.fromkeys(mark.method for mark in marks if not mark.source))
     if len(methods) > len(_COLOURS):
         raise OptionError(
             f"points has {len(methods)} methods; more than {len(_COLOURS)} cannot be told apart: split the chart"
@@ -145,23 +312,55 @@ def quality_chart(chart_points: Sequence[Point], title: str = "") -> altair.Laye
         >>> chart.to_dict()["description"][:37]
         'Chart of perplexity against bits per '
     """
+    marks = _language_marks(chart_points)
+    return _chart(marks, _BITS, _PERPLEXITY, title, describe(chart_points, title))
+
+
+def classifier_chart(
+    chart_points: Sequence[ClassifierPoint], x: str = "bytes", quality: str = "accuracy", title: str = ""
+) -> altair.LayerChart:
+    """How good classifiers are against what they cost, interactive like `quality_chart`.
+
+    Args:
+        chart_points: from `classifier_points`.
+        x: "bytes", "flops", or "bit_operations", which tells codes of few bits from floats where FLOPs do not.
+        quality: "accuracy" (in percent) or "loss" (on a log scale, for models that are nearly always right).
+        title: above the chart.
+
+    Raises:
+        OptionError: as `quality_chart`; an unknown axis; a point without bit operations.
+        MissingExtra: altair is not installed.
+
+    Example:
+        >>> chart = classifier_chart([ClassifierPoint("dense", 316_336, 1.7e6, 0.985, 0.048)], x="flops")
+        >>> chart.to_dict()["description"]
+        'Chart of accuracy in % against FLOPs per image. dense: 98.5 at 1.7e+06.'
+    """
+    marks = _classifier_marks(chart_points, x, quality)
+    text = describe_classifiers(chart_points, x, quality, title)
+    return _chart(marks, _COSTS[x], _QUALITIES[quality], title, text)
+
+
+def _chart(marks: Sequence[_Mark], x_axis: _Axis, y_axis: _Axis, title: str, text: str) -> altair.LayerChart:
+    methods = _methods(marks, x_axis, y_axis)
     alt: Any = require("altair", "lab")
-    methods = _methods(chart_points)
-    rows = [
-        {
-            "method": point.method,
-            "bits": point.bits,
-            "perplexity": point.perplexity,
-            "low": point.low,
-            "high": point.high,
-            "label": f"{point.method} {point.label}".strip(),
-        }
-        for point in chart_points
-    ]
-    dots = alt.Data(values=[row for row, point in zip(rows, chart_points, strict=True) if not point.source])
-    stars = alt.Data(values=[row for row, point in zip(rows, chart_points, strict=True) if point.source])
-    x = alt.X("bits:Q", title=_X, scale=alt.Scale(zero=False, padding=15))
-    y = alt.Y("perplexity:Q", title=_Y, scale=alt.Scale(type="log", nice=False, padding=15))
+
+    def data(source: bool) -> Any:
+        chosen = [mark for mark in marks if mark.source == source]
+        return alt.Data(
+            values=[
+                {"method": m.method, "x": m.x, "y": m.y, "low": m.low, "high": m.high, "label": m.name}
+                for m in chosen
+            ]
+        )
+
+    dots, stars = data(False), data(True)
+    padded = {"padding": 15}
+    x_scale = alt.Scale(type="log", nice=False, **padded) if x_axis.log else alt.Scale(zero=False, **padded)
+    y_scale = alt.Scale(type="log", nice=False, **padded) if y_axis.log else alt.Scale(zero=False, **padded)
+    ticks = alt.Axis(format="~s") if x_axis.log else alt.Undefined
+    x = alt.X("x:Q", title=x_axis.title, scale=x_scale, axis=ticks)
+    y = alt.Y("y:Q", title=y_axis.title, scale=y_scale)
     colour = alt.Color(
         "method:N",
         title="method",
@@ -178,28 +377,30 @@ def quality_chart(chart_points: Sequence[Point], title: str = "") -> altair.Laye
     )
     tooltip = [
         alt.Tooltip("label:N", title="model"),
-        alt.Tooltip("bits:Q", title="bits per weight", format=".3~f"),
-        alt.Tooltip("perplexity:Q", format=".2f"),
-        alt.Tooltip("low:Q", title="95 % from", format=".2f"),
-        alt.Tooltip("high:Q", title="to", format=".2f"),
+        alt.Tooltip("x:Q", title=x_axis.name, format=x_axis.format),
+        alt.Tooltip("y:Q", title=y_axis.name, format=y_axis.format),
+        alt.Tooltip("low:Q", title="95 % from", format=y_axis.format),
+        alt.Tooltip("high:Q", title="to", format=y_axis.format),
     ]
     lines = alt.Chart(dots).mark_line(opacity=0.4, strokeWidth=1).encode(x=x, y=y, color=colour)
     bars = (
         alt.Chart(dots)
         .mark_rule(strokeWidth=1.5)
-        .encode(x=x, y=alt.Y("low:Q", title=_Y), y2="high:Q", color=colour)
+        .encode(x=x, y=alt.Y("low:Q", title=y_axis.title), y2="high:Q", color=colour)
     )
-    marks = (
+    points_layer = (
         alt.Chart(dots)
         .mark_point(filled=True, size=90, opacity=1)
         .encode(x=x, y=y, color=colour, shape=shape, tooltip=tooltip)
     )
     star = alt.Chart(stars).mark_point(shape=_STAR, filled=True, size=110, color="black", opacity=1)
     names = alt.Chart(stars).mark_text(align="left", dx=12, color="black").encode(x=x, y=y, text="label:N")
-    layers = [lines, bars, marks, star.encode(x=x, y=y, tooltip=tooltip), names]
+    layers = [lines, bars, points_layer]
+    if any(mark.source for mark in marks):
+        layers += [star.encode(x=x, y=y, tooltip=tooltip), names]
     return (
         alt.layer(*layers)
-        .properties(title=title, width="container", height=320, description=describe(chart_points, title))
+        .properties(title=title, width="container", height=320, description=text)
         .interactive()
     )
 
@@ -216,43 +417,89 @@ def quality_figure(chart_points: Sequence[Point], title: str = "") -> Figure:
         >>> figure.axes[0].get_yscale()
         'log'
     """
+    return _figure([(_language_marks(chart_points), _BITS)], _PERPLEXITY, title)
+
+
+def classifier_figure(
+    chart_points: Sequence[ClassifierPoint],
+    quality: str = "accuracy",
+    title: str = "",
+    x: Sequence[str] = ("bytes", "flops"),
+) -> Figure:
+    """How good classifiers are against what they cost, one panel a cost, static; for `show`.
+
+    Args:
+        chart_points, quality, title: see `classifier_chart`.
+        x: the costs, of those that `classifier_chart` knows.
+
+    Raises:
+        OptionError: see `classifier_chart`.
+        MissingExtra: matplotlib is not installed.
+
+    Example:
+        >>> figure = classifier_figure([ClassifierPoint("dense", 316_336, 1.7e6, 0.985, 0.048)])
+        >>> len(figure.axes)
+        2
+    """
+    panels = [(_classifier_marks(chart_points, name, quality), _COSTS[name]) for name in x]
+    if not panels:
+        raise OptionError(f"x is empty; give some of {', '.join(map(repr, _COSTS))}")
+    return _figure(panels, _QUALITIES[quality], title)
+
+
+def _figure(panels: Sequence[tuple[Sequence[_Mark], _Axis]], y: _Axis, title: str) -> Figure:
+    methods = _methods(*panels[0], y)
     require("matplotlib", "lab")
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
 
-    methods = _methods(chart_points)
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    axes = figure.subplots()
+    width = 6.4 if len(panels) == 1 else 4.4 * len(panels)
+    figure = Figure(figsize=(width, 4.0), layout="constrained")
     styles = dict(zip(methods, zip(_spread(_COLOURS, len(methods)), _MARKERS, strict=False), strict=True))
     groups = [(method, *styles[method], False) for method in methods] + [("", "black", "*", True)]
-    for method, colour, marker, source in groups:
-        mine = [p for p in chart_points if p.source == source and (source or p.method == method)]
-        mine.sort(key=lambda point: point.bits)
-        if not mine:
-            continue
-        bits, values = [p.bits for p in mine], [p.perplexity for p in mine]
-        below = [p.perplexity - p.low if p.low is not None else 0.0 for p in mine]
-        above = [p.high - p.perplexity if p.high is not None else 0.0 for p in mine]
-        axes.errorbar(
-            bits,
-            values,
-            yerr=[below, above],
-            color=colour,
-            marker=marker,
-            markersize=11 if source else 6.5,
-            linestyle="none" if source else "-",
-            linewidth=0.7,
-            elinewidth=1.2,
-            capsize=2,
-            label=mine[0].method,
-        )
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set(xlabel=_X, ylabel=_Y, title=title)
-    axes.grid(True, which="major", color="0.9")
-    axes.legend(frameon=False)
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (marks, x) in zip(all_axes, panels, strict=True):
+        _methods(marks, x, y)
+        for method, colour, marker, source in groups:
+            mine = [m for m in marks if m.source == source and (source or m.method == method)]
+            mine.sort(key=lambda mark: mark.x)
+            if not mine:
+                continue
+            # an interval that is paired to another model's may end before the value itself, by rounding
+            below = [max(0.0, m.y - m.low) if m.low is not None else 0.0 for m in mine]
+            above = [max(0.0, m.high - m.y) if m.high is not None else 0.0 for m in mine]
+            axes.errorbar(
+                [m.x for m in mine],
+                [m.y for m in mine],
+                yerr=[below, above],
+                color=colour,
+                marker=marker,
+                markersize=11 if source else 6.5,
+                linestyle="none" if source else "-",
+                linewidth=0.7,
+                elinewidth=1.2,
+                capsize=2,
+                label=mine[0].method,
+            )
+        axes.set_xlabel(x.title, wrap=True)
+        axes.grid(True, which="major", color="0.9")
+        if x.log:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+    first = all_axes[0]
+    if y.log:
+        first.set_yscale("log")
+        first.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        first.yaxis.set_major_formatter(ScalarFormatter())
+        first.yaxis.set_minor_formatter(NullFormatter())
+    first.set_ylabel(y.title)
+    if len(panels) == 1:
+        first.set_title(title)
+    else:
+        figure.suptitle(title)
+    first.legend(frameon=False)
     return figure
 
 
@@ -263,16 +510,28 @@ def describe(chart_points: Sequence[Point], title: str = "") -> str:
         >>> describe([Point("rtn", 4.5, 23.8, 23.1, 24.6, "4 bits")])
         'Chart of perplexity against bits per weight. rtn 4 bits: 23.8 (23.1 to 24.6) at 4.5 bits.'
     """
-    head = "Chart of perplexity against bits per weight" + (f", {title}" if title else "")
+    return _describe(_language_marks(chart_points), _BITS, _PERPLEXITY, title, " bits")
+
+
+def describe_classifiers(
+    chart_points: Sequence[ClassifierPoint], x: str = "bytes", quality: str = "accuracy", title: str = ""
+) -> str:
+    """Alternative text of `classifier_chart`.
+
+    Example:
+        >>> describe_classifiers([ClassifierPoint("cubic", 24e3, 1e5, 0.979, 0.07, (0.97, 0.985), label="94%")])
+        'Chart of accuracy in % against bytes. cubic 94%: 97.9 (97 to 98.5) at 2.4e+04.'
+    """
+    return _describe(_classifier_marks(chart_points, x, quality), _COSTS[x], _QUALITIES[quality], title)
+
+
+def _describe(marks: Sequence[_Mark], x: _Axis, y: _Axis, title: str, unit: str = "") -> str:
+    head = f"Chart of {y.name} against {x.name}" + (f", {title}" if title else "")
     parts = []
-    for point in sorted(chart_points, key=lambda point: (point.method, point.bits)):
-        interval = (
-            f" ({point.low:.3g} to {point.high:.3g})"
-            if point.low is not None and point.high is not None
-            else ""
-        )
-        name = f"{point.method} {point.label}".strip()
-        parts.append(f"{name}: {point.perplexity:.3g}{interval} at {point.bits:.3g} bits.")
+    for mark in sorted(marks, key=lambda mark: (mark.method, mark.x)):
+        known = mark.low is not None and mark.high is not None
+        interval = f" ({mark.low:.3g} to {mark.high:.3g})" if known else ""
+        parts.append(f"{mark.name}: {mark.y:.3g}{interval} at {mark.x:.3g}{unit}.")
     return f"{head}. " + " ".join(parts)
 
 
