@@ -544,7 +544,8 @@ def storage(mask: Tensor, bits: int = 32, index_bits: int | None = None) -> Stor
     """The cost model of section 2: what one sparse matrix takes.
 
     A gap of c bits counts up to 2^c - 1 zeros; a longer run needs stored zeros in between ("padding"), each of which
-    covers 2^c places and costs as much as a weight. They are counted from the mask, not estimated.
+    covers 2^c places and costs as much as a weight. They are counted from the mask, not estimated. Where a row begins
+    takes 16 bits if that is enough to count the entries, else 32.
 
     Args:
         mask: bool [out, in], True where live.
@@ -554,8 +555,8 @@ def storage(mask: Tensor, bits: int = 32, index_bits: int | None = None) -> Stor
     Example:
         >>> mask = torch.zeros(1, 64, dtype=torch.bool)
         >>> mask[0, 40] = True                 # 40 zeros before it: with 4 bits, 2 padding zeros
-        >>> storage(mask, bits=16, index_bits=4)   # csr: 3 entries of 20 bits, 2 row pointers of 32
-        Storage(nonzeros=1, dense=128, bitmask=10, csr=16)
+        >>> storage(mask, bits=16, index_bits=4)   # csr: 3 entries of 20 bits, 2 row pointers of 16
+        Storage(nonzeros=1, dense=128, bitmask=10, csr=12)
     """
     rows, columns = mask.shape
     row, column = mask.nonzero().unbind(1)
@@ -567,12 +568,14 @@ def storage(mask: Tensor, bits: int = 32, index_bits: int | None = None) -> Stor
     zeros = column - before - 1
     widths = range(1, 17) if index_bits is None else (index_bits,)
     entries = {c: live + int(read((zeros >> c).sum())) for c in widths}
-    csr = min(-(-count * (bits + c) // 8) for c, count in entries.items())
+    sizes = {c: -(-count * (bits + c) // 8) for c, count in entries.items()}
+    best = min(sizes, key=sizes.__getitem__)
+    pointer = 2 if entries[best] < 2**16 else 4
     return Storage(
         nonzeros=live,
         dense=-(-mask.numel() * bits // 8),
         bitmask=rows * -(-columns // 8) + -(-live * bits // 8),
-        csr=csr + 4 * (rows + 1),
+        csr=sizes[best] + pointer * (rows + 1),
     )
 
 

@@ -545,7 +545,7 @@ def test_padding_is_counted_as_an_encoder_would_write_it(seed, rows, columns, li
     assert all(gap < 2**c for row in per_row for gap, _ in row)
     count = sum(map(len, per_row))
     found = storage(mask, bits=16, index_bits=c)
-    assert found.csr == -(-count * (16 + c) // 8) + 4 * (rows + 1)
+    assert found.csr == -(-count * (16 + c) // 8) + 2 * (rows + 1)
     assert found.nonzeros == int(mask.sum())
     assert storage(mask, bits=16).csr == min(storage(mask, bits=16, index_bits=k).csr for k in range(1, 17))
 
@@ -555,8 +555,10 @@ def test_storage_formulas_by_hand() -> None:
     mask[:, ::4] = True  # s = 0.75
     found = storage(mask, bits=16, index_bits=4)
     assert found == Storage(
-        nonzeros=128, dense=1024, bitmask=64 + 256, csr=128 * 20 // 8 + 4 * 9
+        nonzeros=128, dense=1024, bitmask=64 + 256, csr=128 * 20 // 8 + 2 * 9
     )  # N + N(1-s)b, N(1-s)(b+c)
+    many = torch.ones(2, 2**15, dtype=torch.bool)  # 65536 entries, one more than 16 bits can count
+    assert storage(many, bits=16, index_bits=8).csr == 2**16 * 3 + 4 * 3
     # the bit mask wins below s = 1 - 1/c, the indices above (row pointers apart)
     for s, wins in ((0.5, True), (0.9, False)):
         wide = torch.rand(4, 4000, generator=torch.Generator().manual_seed(0)) > s
