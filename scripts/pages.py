@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from refimpl.core.io import data_path
@@ -90,16 +91,21 @@ def bench_points() -> list[plots.Point]:
     return list(found.values())
 
 
+def by_sevens(methods: list[str]) -> list[list[str]]:
+    """Eight methods can be told apart in one chart, and the dense model is one of them."""
+    return [methods[start : start + 7] for start in range(0, len(methods), 7)]
+
+
 def bench(chart: Chart) -> str:
-    """The language-model chart and its numbers as a table. Eight methods can be told apart in one chart."""
+    """The language-model chart and its numbers as a table."""
     points = bench_points()
     if not points:
         return NOTHING
     common = [point for point in points if point.source or point.method == "dense"]
     methods = [m for m in dict.fromkeys(p.method for p in points) if m not in {p.method for p in common}]
     parts = []
-    for start in range(0, len(methods), 7):
-        chosen = [*common, *(p for p in points if p.method in methods[start : start + 7])]
+    for group in by_sevens(methods):
+        chosen = [*common, *(p for p in points if p.method in group)]
         drawing = plots.quality_chart(chosen)
         parts.append(chart(drawing.to_dict(), plots.describe(chosen)))
     rows = [
@@ -115,6 +121,81 @@ def bench(chart: Chart) -> str:
     return "\n\n".join([*parts, "The same numbers as a table:", numbers])
 
 
+#: What a study records its classifiers under, and what the page calls it.
+CLASSIFIERS = {
+    "mnist resnet": "Residual network, MNIST",
+    "digits resnet": "Residual network, digits",
+    "mnist vit": "Vision transformer, MNIST",
+    "digits vit": "Vision transformer, digits",
+}
+
+
+def classifier_bench_points(condition: str) -> list[plots.ClassifierPoint]:
+    """All classifiers that studies recorded under a condition.
+
+    Studies that train their own dense model have another one than those that start from the shipped one; each is then
+    named after its paper.
+    """
+    found: dict[tuple[str, str], plots.ClassifierPoint] = {}
+    names = {paper.slug: paper.name for paper in papers()}
+    for path in sorted(data_path("results").glob("*.json")):
+        results = Results.load(path)
+        recorded = {r.metric for r in results.records() if (r.arm, r.condition) == ("dense", condition)}
+        if not {"correct", "bytes"} <= recorded:
+            continue
+        for point in plots.classifier_points(results, condition):
+            other = found.get((point.method, point.label))
+            if other is not None and (other.accuracy, other.loss) != (point.accuracy, point.loss):
+                paper = results.header["paper"]
+                label = f"{point.label} ({names.get(paper, paper)})".strip()
+                point = dataclasses.replace(point, label=label)
+            found.setdefault((point.method, point.label), point)
+    return list(found.values())
+
+
+def classifier_bench(chart: Chart) -> str:
+    """For each data set and model: accuracy against bytes and against operations, and the numbers as a table."""
+    parts = []
+    for condition, title in CLASSIFIERS.items():
+        points = classifier_bench_points(condition)
+        if not points:
+            continue
+        parts.append(f"## {title}")
+        dense = [point for point in points if point.method == "dense"]
+        methods = [m for m in dict.fromkeys(p.method for p in points) if m != "dense"]
+        for group in by_sevens(methods):
+            chosen = [*dense, *(point for point in points if point.method in group)]
+            for x in ("bytes", "flops", "bit_operations"):
+                # quantisation leaves FLOPs as they are, and not every study counts bit operations
+                drawn = [point for point in chosen if getattr(point, x) is not None]
+                if len({getattr(point, x) for point in drawn}) > 1:
+                    drawing = plots.classifier_chart(drawn, x)
+                    parts.append(chart(drawing.to_dict(), plots.describe_classifiers(drawn, x)))
+        rows = [
+            [
+                f"{point.method} {point.label}".strip(),
+                f"{point.bytes:,.0f}",
+                f"{point.flops / 1e6:.3f}",
+                "" if point.bit_operations is None else f"{point.bit_operations / 1e6:,.1f}",
+                f"{point.accuracy:.1%}",
+                "{:.1%} to {:.1%}".format(*point.accuracy_interval) if point.accuracy_interval else "",
+                f"{point.loss:.4f}",
+            ]
+            for point in sorted(points, key=lambda point: (point.method, point.bytes))
+        ]
+        header = [
+            "Model",
+            "Bytes",
+            "MFLOP",
+            "Bit operations (millions)",
+            "Accuracy",
+            "95 % interval",
+            "Loss (nats)",
+        ]
+        parts += ["The same numbers as a table:", table(header, rows)]
+    return "\n\n".join(parts) or NOTHING
+
+
 GENERATED: dict[str, Callable[[Chart], str]] = {
     "state": lambda chart: state(),
     "chapters": lambda chart: chapter_table("../"),
@@ -122,4 +203,5 @@ GENERATED: dict[str, Callable[[Chart], str]] = {
     **{part: (lambda chart, part=part: part_table(part)) for part in PARTS},
     "ledger": lambda chart: ledger_table(),
     "language_models": bench,
+    "classifiers": classifier_bench,
 }

@@ -70,7 +70,6 @@ def classify(model: nn.Module, images: ImageSet, batch_size: int = 250, progress
     if batch_size < 1:
         raise OptionError(f"batch_size={batch_size}; it must be at least 1")
     _check_pixels(model, images.pixels)
-    parameter = next(model.parameters())
     found = []
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -82,7 +81,7 @@ def classify(model: nn.Module, images: ImageSet, batch_size: int = 250, progress
             ) as bar,
         ):
             for batch in images.pixels.split(batch_size):
-                logits = _logits(model(batch.to(parameter.device, parameter.dtype)))
+                logits = _logits(model(_like_weights(model, batch)))
                 _check_labels(images.labels, logits.shape[1])  # all of them, before more time goes by
                 found.append(logits.float().cpu())
                 bar.update(len(batch))
@@ -196,7 +195,7 @@ def bit_operations(model: nn.Module, example: Tensor | ImageSet) -> dict[str, in
         True
     """
     layers, positions = _positions(model, example)
-    width = 8 * next(model.parameters()).element_size()
+    width = 8 * _like_weights(model, torch.zeros(1)).element_size()
     return {
         name: positions[name] * sum(n * weight * given for n, weight, given in _products(layers[name], width))
         for name in positions
@@ -250,7 +249,6 @@ def _positions(model: nn.Module, example: Tensor | ImageSet) -> tuple[dict[str, 
     """Layers with weights, and how often each is applied to one image."""
     pixels = example.pixels if isinstance(example, ImageSet) else example
     _check_pixels(model, pixels)
-    parameter = next(model.parameters())
     positions: dict[str, int] = {}
     layers = dict(_weight_layers(model))
 
@@ -265,7 +263,7 @@ def _positions(model: nn.Module, example: Tensor | ImageSet) -> tuple[dict[str, 
     model.eval()
     try:
         with torch.no_grad():
-            model(pixels[:1].to(parameter.device, parameter.dtype))
+            model(_like_weights(model, pixels[:1]))
     finally:
         for handle in handles:
             handle.remove()
@@ -304,6 +302,13 @@ def _products(layer: nn.Module, width: int) -> Iterator[tuple[int, int, int]]:
     # of a packed layer every stored value is multiplied, also one whose code happens to mean zero
     count = int(cast(int, getattr(layer, "nonzeros", None) or torch.count_nonzero(weight)))
     yield count, cast(int, getattr(layer, "bits", None) or 8 * weight.element_size()), width
+
+
+def _like_weights(model: nn.Module, x: Tensor) -> Tensor:
+    """`x` where the model is and in its dtype; a model that is packed to the last bias takes fp32."""
+    tensors = [*model.parameters(), *model.buffers()]
+    dtypes = [parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()]
+    return x.to(tensors[0].device if tensors else x.device, dtypes[0] if dtypes else torch.float32)
 
 
 def _logits(output: Any) -> Tensor:
