@@ -1,7 +1,7 @@
 """Train the classifiers of data/models: a residual network and a small vision transformer, each on both image sets.
 
-The training split is all they see; the best epoch is chosen on the validation split, and the test split is read once,
-by the weights as shipped. An interrupted run goes on where it stopped when the command is repeated; a finished one is
+The training split is all they see; the best epoch is chosen on the validation split, and the test split is measured
+with the weights as shipped. An interrupted run goes on where it stopped when the command is repeated; a finished one is
 only written out again.
 
     OMP_NUM_THREADS=1 python scripts/train_classifiers.py resnet-mnist
@@ -203,7 +203,7 @@ Of the weights as shipped:
 | --- | --- | --- | --- |
 {rows}
 
-The validation split chose the epoch; the test split was read once, at the end.
+The validation split chose the recipe and the epoch; the test split chose nothing.
 
 ## Training
 
