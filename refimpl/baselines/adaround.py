@@ -36,7 +36,7 @@ class RoundedSite(QuantizedSite):
     Example:
         >>> from refimpl.core.sites import Site
         >>> layer = RoundedSite(Site("q", 0, nn.Sequential(nn.Linear(64, 16)), "0"), bits=4, group=32)
-        >>> bool((layer.weight() - layer.W.flatten(1)).abs().median() < 1e-6)   # not rounded yet, but a few are clipped
+        >>> bool((layer.weight - layer.W.flatten(1)).abs().median() < 1e-6)   # not rounded yet, but a few are clipped
         True
     """
 
@@ -91,8 +91,8 @@ class AdaRound(Reconstruction):
     """
 
     clip: str = "mse"
-    lr: float = 0.03
-    regulariser: float = 0.01
+    lr: float = 0.1
+    regulariser: float = 0.1
     site_type: ClassVar[type[QuantizedSite]] = RoundedSite
 
     def __post_init__(self) -> None:

@@ -97,11 +97,13 @@ class QuantizedSite(nn.Module):
         """Q(W) in groups, [out, groups, group]."""
         return fake_quantize(self.W, *self.grid(), self.bits)
 
+    @property
     def weight(self) -> Tensor:
-        """Q(W) [out, in], with the zeros of a sparse site."""
+        """Q(W) [out, in], with the zeros of a sparse site. (A property: some models look at a layer's weight.)"""
         weight = self.quantized().flatten(1)
         return weight if self.mask is None else weight * self.mask
 
+    @property
     def bias(self) -> Tensor | None:
         """Q(b), on a grid of as many bits as weights and inputs have together; b itself where inputs are float."""
         if self.b is None or self.input_bits is None:
@@ -113,8 +115,8 @@ class QuantizedSite(nn.Module):
             assert self.R_x is not None and self.Z_x is not None
             x = fake_quantize(x, self.R_x, self.Z_x, self.input_bits)
         if self.geometry is None:
-            return F.linear(x, self.weight(), self.bias())
-        return self.geometry.convolve(x, self.weight(), self.bias())
+            return F.linear(x, self.weight, self.bias)
+        return self.geometry.convolve(x, self.weight, self.bias)
 
     def codes(self, grid: Grid) -> Tensor:
         """Codes of the weights on the stored grid, uint8 [out, groups, group]."""
@@ -124,7 +126,7 @@ class QuantizedSite(nn.Module):
     def packed(self) -> CompressedLayer:
         """The layer to store: it applies what this one applies in evaluation mode, in the dtype of the site."""
         grid = to_grid(self.R, self.Z, self.bits)
-        bias = self.bias()
+        bias = self.bias
         layer = PackedLinear(
             codes=self.codes(grid).flatten(1), scale=grid.scale[..., 0], zero=grid.zero[..., 0], bits=self.bits,
             mask=self.mask, pattern=self.pattern, bias=None if bias is None else bias.to(self.dtype), dtype=self.dtype,
@@ -185,7 +187,7 @@ def _on_gram(layer: QuantizedSite, target: Tensor, gram: Tensor) -> Objective:
     energy = quadratic(target, gram).clamp_min(torch.finfo(torch.float32).tiny)
 
     def loss(model: Any, batch: Batch) -> Tensor:
-        return quadratic(target - layer.weight(), gram) / energy  # nothing passes through the model's forward
+        return quadratic(target - layer.weight, gram) / energy  # nothing passes through the model's forward
 
     def evaluate(model: Any) -> dict[str, float]:
         return {"error": read(loss(model, ()))}
