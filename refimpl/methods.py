@@ -8,13 +8,29 @@ from dataclasses import fields
 from typing import Any
 
 from refimpl.baselines import GPTQ, RTN, ActSVD, LoftQ, Magnitude, PlainSVD, SparseGPT, Wanda
+from refimpl.baselines.activations import QuantizeActivations
+from refimpl.baselines.adaround import AdaRound
 from refimpl.core.errors import OptionError, nearest
 from refimpl.core.method import Method
 from refimpl.lowrank import EoRA
+from refimpl.quantization import AdaQuant
 
 METHODS: dict[str, type[Method]] = {
     method.__name__: method
-    for method in (RTN, GPTQ, Magnitude, Wanda, SparseGPT, PlainSVD, ActSVD, LoftQ, EoRA)
+    for method in (
+        RTN,
+        GPTQ,
+        AdaRound,
+        AdaQuant,
+        QuantizeActivations,
+        Magnitude,
+        Wanda,
+        SparseGPT,
+        PlainSVD,
+        ActSVD,
+        LoftQ,
+        EoRA,
+    )  # fmt: skip
 }
 
 
