@@ -11,8 +11,6 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +28,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import logging as transformers_logging
 
 from refimpl.core import io
 from refimpl.core.checkpoint import Checkpoint
@@ -94,7 +91,7 @@ def smollm2(dtype: torch.dtype | None = None, layers: int | None = None) -> PreT
         if isinstance(layers, bool) or not isinstance(layers, int) or not 1 <= layers <= most:
             raise OptionError(f"layers={layers!r} must be an integer from 1 to {most}")
         config.num_hidden_layers = layers
-    with _quiet():
+    with small.quietly():
         model = LlamaForCausalLM.from_pretrained(folder, config=config, dtype=dtype or compute_dtype())
     return model.eval()
 
@@ -303,7 +300,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
     Beside it goes ``source.json``: the hash of the weights and what the source spent on them.
     """
-    with require("tqdm", "lab").tqdm(total=3, desc="Converting SmolLM2 (once)", leave=False) as bar, _quiet():
+    with require("tqdm", "lab").tqdm(total=3, desc="Converting SmolLM2 (once)", leave=False) as bar, small.quietly():
         loaded = read_gguf(gguf)
         bar.update()
         # The loaded model is marked as quantised and refuses to be saved: a clean one is built from its numbers.
@@ -329,7 +326,7 @@ def read_gguf(gguf: Path) -> LlamaForCausalLM:
     """The GGUF's weights in fp32, as transformers dequantises them, channels in the source's order."""
     require("gguf", "lab")
     require("accelerate", "lab")
-    with _quiet():
+    with small.quietly():
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     return model.eval()
 
@@ -392,7 +389,7 @@ def _bits(gguf: Path) -> dict[str, dict[str, float]]:
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    with _quiet():
+    with small.quietly():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, output_loading_info=True
@@ -443,18 +440,3 @@ def _known(name: str) -> str:
 def _is_causal(shipped: str) -> bool:
     architectures = json.loads((small.path(shipped) / "config.json").read_text())["architectures"]
     return any(name.endswith("ForCausalLM") for name in architectures)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and no load report from transformers: leaving out blocks is what was asked for."""
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

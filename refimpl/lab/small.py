@@ -8,6 +8,8 @@ recipe, scores) and curve.json (loss over the steps).
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from refimpl.core.errors import CheckpointError, OptionError, nearest
 from refimpl.core.io import data_path
@@ -57,7 +60,7 @@ def path(name: str) -> Path:
 
 
 def load(name: str) -> Any:
-    """A shipped model in eval mode, in fp32 (the stored weights are bf16).
+    """A shipped model in eval mode, in fp32 (the language models are stored in bf16, the classifiers in fp32).
 
     Args:
         name: one of `names`.
@@ -88,14 +91,35 @@ def load(name: str) -> Any:
             f"{folder / _CONFIG}: transformers {transformers.__version__} has no {architecture}"
         )
     try:
-        model, info = model_class.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
+        with quietly():
+            model, info = model_class.from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be loaded ({error}); {_REPAIR}") from error
     if info["missing_keys"]:  # transformers would fill them with random numbers and go on
         raise CheckpointError(f"{folder} lacks the weight {sorted(info['missing_keys'])[0]!r}; {_REPAIR}")
     return model.eval()
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """No progress bars and no load reports from transformers.
+
+    Example:
+        >>> with quietly():
+        ...     model = load("llama-small")
+    """
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
