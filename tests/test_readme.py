@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from refimpl.core.layers import PackedLinear
+
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf8")
 
 
 def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from refimpl.lab import models, text
 
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    code, _ = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     calibration = text.calibration
     monkeypatch.setattr(models, "load", lambda name: (models.smollm2(layers=1), models.tokenizer()))
     monkeypatch.setattr(
@@ -28,8 +30,18 @@ def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_welcome_page_shows_the_same_code() -> None:
     welcome = (Path(__file__).resolve().parent.parent / "book" / "welcome.md").read_text(encoding="utf8")
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    code, _ = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     assert code in welcome
+
+
+def test_readme_training_runs() -> None:
+    """In fewer steps, which is all that differs."""
+    _, code = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    names: dict = {}
+    exec(code.replace("steps=700", "steps=20").replace("start=70, frequency=35", "start=2, frequency=1"), names)
+    packed = [layer for layer in names["model"].modules() if isinstance(layer, PackedLinear)]
+    left = sum(layer.nonzeros for layer in packed) / sum(layer.in_features * layer.out_features for layer in packed)
+    assert len(packed) == 9 and left == pytest.approx(0.1, abs=0.001)
 
 
 def test_commands_of_the_readme_exist() -> None:

@@ -148,4 +148,5 @@ def test_it_runs_and_takes_up_where_it_was(tmp_path: Path):
 
 def test_the_stored_verdicts_follow_from_the_stored_records():
     recorded = Results.load(data_path("results", "gradual_magnitude.json"))
+    assert recorded.claims, "the study is not finished: `refimpl study gradual_magnitude` goes on where it stopped"
     assert recorded.claims == judge(recorded, study.CLAIMS)
