@@ -41,7 +41,7 @@ def test_readme_training_runs() -> None:
     exec(code.replace("steps=700", "steps=20").replace("start=70, frequency=35", "start=2, frequency=1"), names)
     packed = [layer for layer in names["model"].modules() if isinstance(layer, PackedLinear)]
     left = sum(layer.nonzeros for layer in packed) / sum(layer.in_features * layer.out_features for layer in packed)
-    assert len(packed) == 9 and left == pytest.approx(0.1, abs=0.001)
+    assert len(packed) == 10 and left == pytest.approx(0.1, abs=0.001)
 
 
 def test_commands_of_the_readme_exist() -> None:
