@@ -48,8 +48,8 @@ SLUG = "gradual_magnitude"
 SEEDS = (1, 2, 3, 4, 5)
 TUNING_SEED = 0
 RESNET, LSTM, LLAMA = "mnist resnet", "wikipedia lstm", "wikipedia llama"
-# A pilot on validation data, at other lengths, put the best rates of the first two at 1e-2 or more; the Llama is trained
-# already and wants less.
+# A pilot on validation data, at other lengths, put the best rates of the first two at 1e-2 or more; the Llama is
+# trained already and wants less.
 RATES = {RESNET: (3e-3, 1e-2, 3e-2), LSTM: (3e-3, 1e-2, 3e-2), LLAMA: (3e-4, 1e-3, 3e-3)}
 WIDTHS = (0.5, 0.25, 0.125)  # of the small residual networks
 SMALL_LSTMS = ((24, 48), (12, 28), (8, 14))  # embedding, hidden
