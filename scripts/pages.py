@@ -103,6 +103,7 @@ def bench(chart: Chart) -> str:
         return NOTHING
     common = [point for point in points if point.source or point.method == "dense"]
     methods = [m for m in dict.fromkeys(p.method for p in points) if m not in {p.method for p in common}]
+    methods.sort(key=lambda method: "+" in method or "-" in method)  # single methods meet in the first chart
     parts = []
     for group in by_sevens(methods):
         chosen = [*common, *(p for p in points if p.method in group)]
