@@ -75,7 +75,7 @@ def test_error_is_half_a_step_inside_the_range(seed: int, bits: int) -> None:
 def surrogate(x: Tensor, R: Tensor, Z: Tensor, bits: int, offsets: tuple[Tensor, Tensor]) -> Tensor:
     """Q with each round(v) replaced by v + c: what straight-through rounding differentiates.
 
-    Written as the sheet of the paper has it, through the real value Z' of the lowest level.
+    Written through the real value Z' of the lowest level.
     """
     levels = 2**bits - 1
     step = R.clamp(SMALLEST, LARGEST) / levels

@@ -369,7 +369,7 @@ def test_uncompressed_site_has_nothing_to_repair(tiny_llama: Factory) -> None:
 def test_statistics_come_from_original_blocks_behind_the_compensated_prefix(
     tiny_llama: Factory, order: str
 ) -> None:
-    """The sheet's five steps, written out for two blocks with nothing of the driver but its mask-free forward."""
+    """The five steps of the method, written out for two blocks with nothing of the driver but its mask-free forward."""
     dense = tiny_llama(seed=1, initializer_range=0.2)
     model = copy.deepcopy(dense)
     tokens = torch.randint(0, 256, (6, 12), generator=torch.Generator().manual_seed(2))
