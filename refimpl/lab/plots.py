@@ -11,7 +11,7 @@ import base64
 import html
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -209,7 +209,83 @@ def classifier_points(results: Results, condition: str, reference: str = "dense"
     return chart_points
 
 
-# -- what both benches draw --
+@dataclass(frozen=True)
+class TaskPoint:
+    """One compressed language model and what it still can do.
+
+    Attributes:
+        method: decides shape and colour; at most eight different ones.
+        bits: bits per weight.
+        perplexity: on the text of the bench.
+        score: share of items that are right, 0 to 1.
+        low, high: 95 % interval of the score, None where there is none.
+        label: what tells it from the method's other points, e.g. "rank 64".
+    """
+
+    method: str
+    bits: float
+    perplexity: float
+    score: float
+    low: float | None = None
+    high: float | None = None
+    label: str = ""
+
+
+def task_points(
+    results: Results,
+    tasks: Sequence[str],
+    metric: str = "restricted",
+    condition: str = "wikipedia",
+    reference: str = "dense",
+) -> list[TaskPoint]:
+    """The models of a study that recorded tasks, as points.
+
+    The score of several tasks is the mean of their scores. Intervals are from a paired bootstrap over items of the
+    difference to the reference, put on the reference's score: items that are hard for every model do not widen them.
+
+    Args:
+        results: of a study that recorded each item of task T under the condition "task T"
+            (`refimpl.lab.tasks.add_scores`), and perplexities with their bits per weight.
+        tasks: which of them.
+        metric: "restricted" (best among the candidates) or "free" (the answer is what the model would write).
+        condition: of the perplexity.
+        reference: arm to pair with.
+
+    Raises:
+        OptionError: no such arm or task, or an arm without a cost.
+    """  # fmt: skip
+    arms = dict.fromkeys(
+        record.arm for record in results.records() if record.condition == f"task {tasks[0]}" and record.metric == metric
+    )  # fmt: skip
+
+    def items(arm: str) -> tuple[list[str], np.ndarray]:
+        names, values = [], []
+        for task in tasks:
+            scores = results.values(arm, f"task {task}", metric=metric)
+            names += [f"{task} {name}" for name in scores]
+            # every task weighs the same, however many items it has: their mean is the mean over tasks
+            values.append(np.array(list(scores.values())) / (len(tasks) * len(scores)))
+        weighted = np.concatenate(values)
+        return names, weighted * len(weighted)
+
+    names, base = items(reference)
+    found = []
+    for arm in arms:
+        theirs, values = items(arm)
+        if theirs != names:
+            raise OptionError(f"arm {arm!r} answered other items than {reference!r} under {tasks}")
+        bits = results.cost(arm, condition, metric="nll")
+        if bits is None:
+            raise OptionError(f"arm {arm!r} was recorded without a cost; pass its bits per weight as `cost`")
+        gap = paired_bootstrap(values, base, statistic=difference)
+        method, _, label = arm.partition(" ")
+        low, high = (float(np.clip(base.mean() + end, 0, 1)) for end in (gap.low, gap.high))
+        perplexity = results.perplexity(arm, condition).value
+        found.append(TaskPoint(method, bits, perplexity, float(values.mean()), low, high, label))
+    return found
+
+
+# -- what the benches draw --
 
 
 @dataclass(frozen=True)
@@ -253,6 +329,26 @@ _QUALITIES = {
     "accuracy": _Axis("test accuracy (%, higher is better)", "accuracy in %", ".2f", log=False),
     "loss": _Axis("test loss (nats, log scale, lower is better)", "loss in nats", ".4f", log=True),
 }
+
+
+_TASK_COSTS = {
+    "bits": _BITS,
+    "perplexity": _Axis("perplexity (log scale, better to the left)", "perplexity", ".2f", log=True),
+}
+
+
+def _task_marks(chart_points: Sequence[TaskPoint], x: str) -> list[_Mark]:
+    if x not in _TASK_COSTS:
+        raise OptionError(f"x={x!r} must be {nearest(str(x), _TASK_COSTS)}")
+    return [
+        _Mark(p.method, p.label, getattr(p, x), 100 * p.score,
+              None if p.low is None else 100 * p.low, None if p.high is None else 100 * p.high)
+        for p in chart_points
+    ]  # fmt: skip
+
+
+def _task_axis(what: str) -> _Axis:
+    return _Axis(f"{what} (% right, higher is better)", f"{what} in %", ".1f", log=False)
 
 
 def _language_marks(chart_points: Sequence[Point]) -> list[_Mark]:
@@ -341,6 +437,30 @@ def classifier_chart(
     return _chart(marks, _COSTS[x], _QUALITIES[quality], title, text)
 
 
+def task_chart(
+    chart_points: Sequence[TaskPoint], what: str, x: str = "bits", title: str = ""
+) -> altair.LayerChart:
+    """What compressed models still can do against their size or their perplexity, interactive like `quality_chart`.
+
+    Args:
+        chart_points: from `task_points`.
+        what: name of the score, for the axis, e.g. "facts".
+        x: "bits" or "perplexity".
+        title: above the chart.
+
+    Raises:
+        OptionError: as `quality_chart`; an unknown axis.
+        MissingExtra: altair is not installed.
+
+    Example:
+        >>> chart = task_chart([TaskPoint("GPTQ", 4.3, 21.9, 0.5, label="4 bits")], "facts", x="perplexity")
+        >>> chart.to_dict()["description"]
+        'Chart of facts in % against perplexity. GPTQ 4 bits: 50 at 21.9.'
+    """
+    marks, y = _task_marks(chart_points, x), _task_axis(what)
+    return _chart(marks, _TASK_COSTS[x], y, title, _describe(marks, _TASK_COSTS[x], y, title))
+
+
 def _chart(marks: Sequence[_Mark], x_axis: _Axis, y_axis: _Axis, title: str, text: str) -> altair.LayerChart:
     methods = _methods(marks, x_axis, y_axis)
     alt: Any = require("altair", "lab")
@@ -417,7 +537,7 @@ def quality_figure(chart_points: Sequence[Point], title: str = "") -> Figure:
         >>> figure.axes[0].get_yscale()
         'log'
     """
-    return _figure([(_language_marks(chart_points), _BITS)], _PERPLEXITY, title)
+    return _figure([(_language_marks(chart_points), _BITS, _PERPLEXITY)], title)
 
 
 def classifier_figure(
@@ -441,14 +561,45 @@ def classifier_figure(
         >>> len(figure.axes)
         2
     """
-    panels = [(_classifier_marks(chart_points, name, quality), _COSTS[name]) for name in x]
+    panels = [
+        (_classifier_marks(chart_points, name, quality), _COSTS[name], _QUALITIES[quality]) for name in x
+    ]
     if not panels:
         raise OptionError(f"x is empty; give some of {', '.join(map(repr, _COSTS))}")
-    return _figure(panels, _QUALITIES[quality], title)
+    return _figure(panels, title)
 
 
-def _figure(panels: Sequence[tuple[Sequence[_Mark], _Axis]], y: _Axis, title: str) -> Figure:
-    methods = _methods(*panels[0], y)
+def task_figure(
+    panels: Mapping[str, Sequence[TaskPoint]], x: str = "perplexity", title: str = ""
+) -> tuple[Figure, str]:
+    """What compressed models still can do, one panel a task, static; for `show`.
+
+    Args:
+        panels: points by the name of their score; the same models in each.
+        x, title: see `task_chart`.
+
+    Returns:
+        The figure, and its alternative text.
+
+    Raises:
+        OptionError: see `task_chart`.
+        MissingExtra: matplotlib is not installed.
+
+    Example:
+        >>> figure, alt = task_figure({"facts": [TaskPoint("GPTQ", 4.3, 21.9, 0.5)]})
+        >>> alt
+        'Chart of facts in % against perplexity. GPTQ: 50 at 21.9.'
+    """
+    drawn = [(_task_marks(points, x), _TASK_COSTS[x], _task_axis(what)) for what, points in panels.items()]
+    if not drawn:
+        raise OptionError("panels is empty; give the points of at least one task")
+    text = " ".join(_describe(marks, x_axis, y_axis, title) for marks, x_axis, y_axis in drawn)
+    return _figure(drawn, title), text
+
+
+def _figure(panels: Sequence[tuple[Sequence[_Mark], _Axis, _Axis]], title: str) -> Figure:
+    """Marks with their x and y axes, panel by panel; panels of one quantity share the y axis."""
+    methods = _methods(*panels[0])
     require("matplotlib", "lab")
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
@@ -457,8 +608,9 @@ def _figure(panels: Sequence[tuple[Sequence[_Mark], _Axis]], y: _Axis, title: st
     figure = Figure(figsize=(width, 4.0), layout="constrained")
     styles = dict(zip(methods, zip(_spread(_COLOURS, len(methods)), _MARKERS, strict=False), strict=True))
     groups = [(method, *styles[method], False) for method in methods] + [("", "black", "*", True)]
-    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, (marks, x) in zip(all_axes, panels, strict=True):
+    shared = len({y.title for _, _, y in panels}) == 1
+    all_axes = figure.subplots(1, len(panels), sharey=shared, squeeze=False)[0]
+    for axes, (marks, x, y) in zip(all_axes, panels, strict=True):
         _methods(marks, x, y)
         for method, colour, marker, source in groups:
             mine = [m for m in marks if m.source == source and (source or m.method == method)]
@@ -488,13 +640,14 @@ def _figure(panels: Sequence[tuple[Sequence[_Mark], _Axis]], y: _Axis, title: st
             axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             axes.xaxis.set_minor_formatter(NullFormatter())
+        if y.log:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter(ScalarFormatter())
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        if axes is all_axes[0] or not shared:
+            axes.set_ylabel(y.title)
     first = all_axes[0]
-    if y.log:
-        first.set_yscale("log")
-        first.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        first.yaxis.set_major_formatter(ScalarFormatter())
-        first.yaxis.set_minor_formatter(NullFormatter())
-    first.set_ylabel(y.title)
     if len(panels) == 1:
         first.set_title(title)
     else:
