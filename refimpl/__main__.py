@@ -13,7 +13,7 @@ def main() -> None:
         from refimpl.cli import app
 
         app(prog_name="refimpl")
-    except RefimplError as error:
+    except (RefimplError, OSError) as error:  # of the system: no such file, no permission, disk full
         print(f"refimpl: {error}", file=sys.stderr)
         sys.exit(1)
 
