@@ -11,7 +11,7 @@ from refimpl.core.errors import require
 require("typer", "lab")
 import typer  # noqa: E402  (only after the check, so that the message names the extra)
 
-from refimpl.cli import book, charts, models  # noqa: E402
+from refimpl.cli import book, charts, compress, evaluate, export  # noqa: E402
 
 app = typer.Typer(
     help="An open textbook that runs: its papers, methods and measurements from the command line.",
@@ -30,16 +30,19 @@ app.command(epilog="Example: refimpl study eora --profile quick --out eora.json"
 app.command(epilog="Example: refimpl ledger --part lowrank --verdict holds", rich_help_panel=BOOK)(
     book.ledger
 )
-app.command(epilog="Example: refimpl methods GPTQ", rich_help_panel=YOURS)(models.methods)
+app.command(epilog="Example: refimpl methods GPTQ", rich_help_panel=YOURS)(compress.methods)
 app.command(
     epilog="Example: refimpl compress smollm2 SparseGPT EoRA --set SparseGPT.pattern=2:4 --set EoRA.rank=32 "
     "--out smaller",
     rich_help_panel=YOURS,
-)(models.compress)
+)(compress.compress)
 app.command(
     epilog="Example: refimpl evaluate smaller --on wikipedia --on python --json > smaller.json",
     rich_help_panel=YOURS,
-)(models.evaluate)
+)(evaluate.evaluate)
+app.command(
+    epilog="Example: refimpl export smaller --format dense --out for-transformers", rich_help_panel=YOURS
+)(export.export)
 app.command(epilog="Example: refimpl chart dense.json smaller.json --out chart.html", rich_help_panel=YOURS)(
     charts.chart
 )
