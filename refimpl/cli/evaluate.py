@@ -19,6 +19,7 @@ from refimpl.cli.models import (
     Precision,
     checkpoint,
     first,
+    longest,
     own_text,
     precision_of,
     tokenizer_of,
