@@ -64,31 +64,69 @@ _SAVING = "refimpl-saving"  # stands in a folder while `save` is at work there
 _SINGLE_FILE_LIMIT = 5_000_000_000  # bytes; above it one file per block, as hubs and small memories prefer
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON under a temporary name, then rename it.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "a.json"
+        >>> write_json(path, {"rank": 4}); read_json(path)
+        {'rank': 4}
+    """
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1))
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+
+    Example:
+        >>> read_json(Path("/nowhere"))
+        Traceback (most recent call last):
+        ...
+        refimpl.core.errors.CheckpointError: /nowhere cannot be read ([Errno 2] No such file or directory: \
+'/nowhere'); save the model again
+    """
     try:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); save the model again") from error
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as one safetensors file under a temporary name, then rename it.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "a.safetensors"
+        >>> write_tensors(path, {"w": torch.ones(2)}); load_file(path)
+        {'w': tensor([1., 1.])}
+    """
     with atomic_write(path) as temporary:
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary,
                   metadata={"format": "pt"})  # fmt: skip
 
 
-def _layers(model: nn.Module, prefix: str = "") -> dict[str, dict[str, Any]]:
-    """Configurations of the outermost compressed layers, by name."""
-    found: dict[str, dict[str, Any]] = {}
+def compressed_layers(model: nn.Module) -> dict[str, CompressedLayer]:
+    """The outermost compressed layers of a model, by name.
+
+    Example:
+        >>> compressed_layers(nn.Sequential(PackedLinear(values=torch.eye(2)), nn.ReLU()))
+        {'0': PackedLinear(2 -> 2)}
+    """
+    found: dict[str, CompressedLayer] = {}
     for name, module in model.named_modules():
         if isinstance(module, CompressedLayer) and not any(name.startswith(outer + ".") for outer in found):
-            found[name] = module.config()
-    return {prefix + name: config for name, config in found.items()}
+            found[name] = module
+    return found
+
+
+def _layers(model: nn.Module, prefix: str = "") -> dict[str, dict[str, Any]]:
+    """Configurations of the outermost compressed layers, by name."""
+    return {prefix + name: layer.config() for name, layer in compressed_layers(model).items()}
 
 
 def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -114,6 +152,23 @@ def is_compressed(folder: str | Path) -> bool:
     return (Path(folder) / MANIFEST).is_file()
 
 
+def check_transformers(model: nn.Module) -> None:
+    """Raise `CheckpointError` if `model` has no transformers configuration to build it again from.
+
+    Example:
+        >>> check_transformers(nn.Linear(2, 2))
+        Traceback (most recent call last):
+        ...
+        refimpl.core.errors.CheckpointError: model=Linear: it has no transformers configuration, so it could not be \
+built again; keep its state_dict() with safetensors.torch.save_file, and call compress again on a fresh one to load it
+    """
+    if not hasattr(getattr(model, "config", None), "to_dict"):
+        raise CheckpointError(
+            f"model={type(model).__name__}: it has no transformers configuration, so it could not be built again; keep "
+            "its state_dict() with safetensors.torch.save_file, and call compress again on a fresh one to load it"
+        )
+
+
 def _write_config(model: nn.Module, folder: Path) -> None:
     config: Any = model.config
     value = config.to_diff_dict()
@@ -121,10 +176,10 @@ def _write_config(model: nn.Module, folder: Path) -> None:
     # transformers warns of a format it does not know, then finds no file of a name it knows and stops; under its own
     # names it would take what fits and fill in random weights for the rest
     value["quantization_config"] = {"quant_method": "refimpl"}
-    _write_json(folder / "config.json", value)
+    write_json(folder / "config.json", value)
     generation: Any = getattr(model, "generation_config", None)
     if generation is not None:
-        _write_json(folder / "generation_config.json", generation.to_diff_dict())
+        write_json(folder / "generation_config.json", generation.to_diff_dict())
 
 
 def save(model: nn.Module, folder: str | Path) -> Path:
@@ -154,11 +209,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         >>> torch.equal(model(tokens).logits, again(tokens).logits)
         True
     """
-    if not hasattr(getattr(model, "config", None), "to_dict"):
-        raise CheckpointError(
-            f"model={type(model).__name__}: it has no transformers configuration, so it could not be built again; keep "
-            "its state_dict() with safetensors.torch.save_file, and call compress again on a fresh one to load it"
-        )
+    check_transformers(model)
     folder = Path(folder)
     ours = is_compressed(folder) or (folder / _SAVING).exists()
     if any(folder.glob("*.safetensors")) and not ours:
@@ -185,7 +236,7 @@ def _save(model: nn.Module, folder: Path) -> None:
             file = f"block-{int(name[len(prefix) + 1 :].partition('.')[0]):05d}" if inside else "rest"
             shards.setdefault(f"{file}.safetensors", {})[name] = tensor
     for file, content in shards.items():
-        _write_tensors(folder / file, content)
+        write_tensors(folder / file, content)
     _finish(
         model,
         folder,
@@ -209,7 +260,7 @@ def _finish(
     identities = [name for name, module in model.named_modules() if type(module) is nn.Identity]
     if identities:
         manifest["identities"] = identities
-    _write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, manifest)
 
 
 def restore_layers(
@@ -227,7 +278,7 @@ def restore_layers(
         ...     intermediate_size=64, vocab_size=50))
         >>> restore_layers(model, save(model, tempfile.mkdtemp()))   # nothing was compressed: nothing to do
     """
-    manifest = _read_json(Path(folder) / MANIFEST)
+    manifest = read_json(Path(folder) / MANIFEST)
     if manifest.get("format") != 1:
         raise CheckpointError(
             f"{folder}: format {manifest.get('format')!r} is not 1; it needs a newer refimpl"
@@ -296,7 +347,7 @@ use transformers' from_pretrained for plain checkpoints
             "use transformers' from_pretrained for plain checkpoints"
         )
     source = Checkpoint(folder)
-    stored = getattr(torch, _read_json(folder / MANIFEST)["dtype"])
+    stored = getattr(torch, read_json(folder / MANIFEST)["dtype"])
     model = empty_model(read_config(folder), stored, folder)
     restore_layers(model, folder)
     left = set(source.keys())
@@ -361,7 +412,7 @@ class ShardWriter:
         }
         finished, unfinished = folder / MANIFEST, folder / _PROGRESS
         if unfinished.exists():
-            state = _read_json(unfinished)
+            state = read_json(unfinished)
             done = state["done"]
             if _runs(state["marks"]) != _runs(marks) or state["marks"][done:] != marks[done:]:
                 raise CheckpointError(
@@ -370,7 +421,7 @@ class ShardWriter:
                 )
             self.state = state
         elif finished.exists():
-            manifest = _read_json(finished)
+            manifest = read_json(finished)
             if manifest.get("marks") != marks and not self._already(manifest, model):
                 raise CheckpointError(
                     f"out={str(folder)!r} holds another compressed model; choose another folder"
@@ -402,16 +453,16 @@ class ShardWriter:
         prefix = f"{self.prefix}.{index}."
         tensors = {prefix + name: tensor for name, tensor in block.state_dict().items()}
         file = f"block-{index:05d}.safetensors"
-        _write_tensors(self.folder / file, tensors)
+        write_tensors(self.folder / file, tensors)
         if hidden:
-            _write_tensors(
+            write_tensors(
                 self.folder / f"hidden-{index:05d}.safetensors", {str(i): h for i, h in enumerate(hidden)}
             )
         self.state["layers"] |= _layers(block, prefix)
         self.state["weight_map"] |= dict.fromkeys(tensors, file)
         self.state["reports"] += entries
         self.state["done"] = index + 1
-        _write_json(self.folder / _PROGRESS, self.state)
+        write_json(self.folder / _PROGRESS, self.state)
         (self.folder / f"hidden-{index - 1:05d}.safetensors").unlink(missing_ok=True)
 
     def hidden(self, like: list[Tensor]) -> list[Tensor]:
@@ -436,7 +487,7 @@ class ShardWriter:
         if (self.folder / MANIFEST).exists():
             return
         rest = {n: t for n, t in _own_tensors(model).items() if not n.startswith(self.prefix + ".")}
-        _write_tensors(self.folder / "rest.safetensors", rest)
+        write_tensors(self.folder / "rest.safetensors", rest)
         weight_map = self.state["weight_map"] | dict.fromkeys(rest, "rest.safetensors")
         run = {"marks": self.state["marks"], "reports": self.state["reports"]}
         _finish(model, self.folder, weight_map, self.state["layers"], run)
