@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ def script(monkeypatch: pytest.MonkeyPatch):
 
 def test_every_marker_has_a_maker_and_the_reverse(script) -> None:
     used = set()
-    for page in (ROOT / "book").glob("*.md"):
+    for page in (ROOT / "book").rglob("*.md"):
         used |= set(re.findall(r"<!-- generated: (\w+) -->", page.read_text()))
     assert used == set(script("pages").GENERATED)
 
@@ -38,8 +39,10 @@ def test_pages_say_so_while_nothing_is_recorded(
 ) -> None:
     pages = script("pages")
     monkeypatch.setattr(pages, "data_path", lambda *parts: tmp_path.joinpath(*parts))
-    monkeypatch.setattr(pages.ledger, "table", lambda: [])
-    assert pages.ledger_table() == pages.NOTHING
+    monkeypatch.setattr(pages, "ledger_rows", lambda: ())
+    assert pages.ledger_page() == pages.NOTHING and pages.ledger_totals() == pages.NOTHING
+    assert pages.welcome_chart(lambda spec, text: "") == pages.NOTHING
+    assert pages.choosing_language() == pages.NOTHING and pages.choosing_classifiers() == pages.NOTHING
     assert pages.bench(lambda spec, text: "") == pages.NOTHING
 
 
@@ -91,3 +94,85 @@ def test_a_notebook_is_executed_again_when_its_code_changes(script, tmp_path: Pa
 
     assert key("1 + 1", "2") == key("1 + 1", "")
     assert key("1 + 1", "2") != key("1 + 2", "2")
+
+
+def test_maps_hold_every_paper_of_their_part_and_only_methods_that_exist(script) -> None:
+    pages = script("pages")
+    for part, drawn in pages.maps().items():
+        names = {method["name"] for method in drawn["methods"]}
+        slugs = {paper.slug for paper in pages.papers() if paper.part == part}
+        assert slugs <= names, part
+        assert all(hasattr(pages.refimpl, name) for name in names - slugs), part
+        for method in drawn["methods"]:
+            assert method["column"] < len(drawn["columns"]) and method["row"] < len(drawn["rows"]), method
+        assert pages.part_map(part).count('class="method ') == len(drawn["methods"]) + 3  # and the key
+    chapters = {paper.part for paper in pages.chapters()}
+    assert chapters <= set(pages.maps()), "a part with a chapter has a map"
+
+
+def test_ledger_page_escapes_filters_and_counts(script, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = script("pages")
+    row = {
+        "id": "a", "paper": "eora", "text": "2 < 3", "paper_number": "1", "verdict": "holds",
+        "quantity": "q", "estimate": 1.0, "low": 0.5, "high": 2.0, "control": "c", "scale": "s", "mde": 0.1,
+        "rule": "r", "stale": ["refimpl.core.io"], "problems": [],
+    }  # fmt: skip
+    monkeypatch.setattr(
+        pages, "ledger_rows", lambda: (row, {**row, "id": "b", "verdict": "partly", "stale": []})
+    )
+    text = pages.ledger_page()
+    assert "2 &lt; 3" in text and text.count("stale:") == 1
+    assert text.count('<section class="claim"') == 2 and 'data-part="lowrank" data-verdict="partly"' in text
+    assert '<form class="ledger-filter" hidden>' in text, (
+        "without scripts there is no filter that does nothing"
+    )
+    assert "<b>2 claims</b></a> of 1 papers" in pages.ledger_totals()
+
+
+def test_doors_lead_to_pages_of_the_contents(script, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = script("pages")
+    assert all(any(pages.in_contents(page) for page in door.pages) for door in pages.DOORS)
+    monkeypatch.setattr(pages, "in_contents", lambda page: page != "book/choosing_a_method")
+    assert 'href="language_models.html"' in pages.doors() and "choosing" not in pages.doors()
+
+
+def test_every_public_module_is_in_the_reference(script) -> None:
+    pages = script("pages")
+    shown = {module.__name__ for page in pages.API for module in pages.documented(page)}
+    for package in ("core", "baselines", "kernels", "lab", *pages.PARTS):
+        for path in (ROOT / "refimpl" / package).rglob("[!_]*.py"):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            module = importlib.import_module(name)
+            assert name in shown or not pages.public(module), name
+
+
+def test_public_functions_have_a_docstring_with_an_example(script) -> None:
+    pages = script("pages")
+    missing = []
+    for page in pages.API:
+        for module in pages.documented(page):
+            for name in pages.public(module):
+                value = getattr(module, name)
+                text = inspect.getdoc(value) or ""
+                if not text or (inspect.isroutine(value) and ">>>" not in text):
+                    missing.append(f"{module.__name__}.{name}")
+    assert not missing, missing
+
+
+def test_pages_link_to_their_source_once_the_address_is_known(
+    script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extension = script("refimpl_book")
+    monkeypatch.setattr(extension, "repository", lambda: "")
+    assert extension.page_links("book/ledger") == ""
+    monkeypatch.setattr(extension, "repository", lambda: "https://github.com/someone/book")
+    links = extension.page_links("notebooks/lowrank/eora")
+    assert 'href="https://github.com/someone/book/edit/main/notebooks/lowrank/eora.ipynb"' in links
+    assert "https://github.com/someone/book/issues/new?title=" in links
+    assert extension.page_links("search") == "", "pages without a source have nothing to edit"
+
+
+def test_docstrings_cannot_turn_into_markup(script) -> None:
+    lines = ["Scores |x| * y, `name` and ``a * b``.", "", ">>> 2 * 3", "6"]
+    script("refimpl_book").docstring_lines(None, "function", "f", None, None, lines)
+    assert lines == ["Scores \\|x\\| \\* y, `name` and ``a * b``.", "", ">>> 2 * 3", "6"]

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import html
 import json
+import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 
@@ -38,7 +41,29 @@ def chart(spec: dict[str, Any], text: str) -> str:
 
 def repository() -> str:
     """The public address of the repository; empty while it is undecided."""
-    return yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf8"))["repository"]["url"]
+    return yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf8"))["repository"]["url"].rstrip("/")
+
+
+def branch() -> str:
+    """The branch that the book is edited on."""
+    return yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf8"))["repository"]["branch"]
+
+
+def page_links(docname: str) -> str:
+    """Links below a page to report an error and to edit its source; nothing while the address is undecided."""
+    address = repository()
+    source = next(
+        (f"{docname}{ending}" for ending in (".md", ".ipynb") if (ROOT / f"{docname}{ending}").exists()), None
+    )
+    if not address or source is None:
+        return ""
+    issue = (
+        f"{address}/issues/new?title={quote(f'Error in {source}')}&body={quote(f'On the page {docname}: ')}"
+    )
+    return (
+        f'<p class="page-links"><a href="{html.escape(issue)}">Report an error on this page</a> '
+        f'<a href="{html.escape(f"{address}/edit/{branch()}/{source}")}">Edit this page</a></p>'
+    )
 
 
 def run_line(path: str) -> str:
@@ -49,9 +74,9 @@ def run_line(path: str) -> str:
             f"To run this page, open `{path}` in a checkout after `make book`. "
             "The public address of the repository is not decided yet, so there is no Colab link."
         )
-    owner_and_name = address.rstrip("/").removeprefix("https://github.com/")
+    owner_and_name = address.removeprefix("https://github.com/")
     return (
-        f"[Open in Colab](https://colab.research.google.com/github/{owner_and_name}/blob/main/{path}), "
+        f"[Open in Colab](https://colab.research.google.com/github/{owner_and_name}/blob/{branch()}/{path}), "
         f"or open `{path}` in a checkout after `make book`."
     )
 
@@ -104,6 +129,22 @@ def read_source(app: Any, docname: str, source: list[str]) -> None:
             source[0] = source[0].replace(marker, make(chart))
 
 
+def docstring_lines(app: Any, what: str, name: str, item: Any, options: Any, lines: list[str]) -> None:
+    """Docstrings are plain text with `names` in backticks: what reStructuredText would read as markup is escaped."""
+    verbatim = False
+    for k, line in enumerate(lines):
+        if line.lstrip().startswith(">>>"):
+            verbatim = True
+        elif not line.strip():
+            verbatim = False
+        if not verbatim:
+            pieces = re.split(r"(``.*?``|`[^`]*`|:\w+:`[^`]*`)", line)
+            lines[k] = "".join(
+                piece if place % 2 else re.sub(r"(?<!\*)\*(?!\*)|\|", r"\\\g<0>", piece)
+                for place, piece in enumerate(pieces)
+            )
+
+
 def outdated(app: Any, env: Any, added: set[str], changed: set[str], removed: set[str]) -> list[str]:
     """Pages whose content comes from elsewhere are always read again; it costs seconds."""
     generated = [name for name in env.found_docs if name.startswith(("book/", "notebooks/"))]
@@ -121,11 +162,30 @@ def write_vega(app: Any) -> None:
     app.config.html_static_path.append(str(target.parent))
 
 
+#: Before anything is drawn: the reader's own choice, else the system's. The stock theme flashes light first.
+EARLY_MODE = """(() => {
+  const html = document.documentElement, dark = matchMedia("(prefers-color-scheme: dark)").matches;
+  if (!["light", "dark"].includes(html.dataset.theme)) html.dataset.theme = dark ? "dark" : "light";
+})();"""
+#: Summaries in the search results are fetched from the pages, which browsers refuse for files on disk.
+SEARCH_FROM_DISK = 'if (location.protocol === "file:") DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;'
+
+
 def page_scripts(app: Any, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:
-    """Per page: load the chart library where there is a chart; drop the scripts of the live-code button."""
-    if "vega-chart" in context.get("body", ""):
+    """Per page: the scripts it needs, none of the live-code button's, and the links below it."""
+    body = context.get("body", "")
+    app.add_js_file(None, body=EARLY_MODE, priority=1)
+    if "vega-chart" in body:
         app.add_js_file("vega.js", type="module")
         app.add_js_file("charts.js", type="module")
+    if "ledger-filter" in body:
+        app.add_js_file("ledger.js", type="module")
+    if pagename == "search":
+        app.add_js_file(None, body=SEARCH_FROM_DISK)
+    if os.environ.get("BOOK_VERSIONS"):  # set where the book is published beside its other versions
+        app.add_js_file("versions.js", type="module")
+    if doctree is not None:
+        context["body"] = body + page_links(pagename)
     context["script_files"] = [
         script
         for script in context["script_files"]
@@ -138,5 +198,6 @@ def setup(app: Any) -> dict[str, Any]:
     app.connect("builder-inited", write_vega)
     app.connect("env-get-outdated", outdated)
     app.connect("source-read", read_source)
+    app.connect("autodoc-process-docstring", docstring_lines)
     app.connect("html-page-context", page_scripts, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
