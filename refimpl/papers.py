@@ -54,6 +54,8 @@ class Paper:
         prerequisites: what a reader should know before.
         minutes: reading and running time of the chapter, in minutes.
         difficulty: 1 (start here) to 3.
+        builds_on: slugs of papers to read before.
+        gpu: whether a reader needs a GPU to run the chapter.
     """
 
     slug: str
@@ -71,6 +73,8 @@ class Paper:
     prerequisites: tuple[str, ...]
     minutes: int
     difficulty: int
+    builds_on: tuple[str, ...] = ()
+    gpu: bool = False
 
     @property
     def notebook(self) -> str:

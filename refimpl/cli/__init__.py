@@ -11,7 +11,7 @@ from refimpl.core.errors import require
 require("typer", "lab")
 import typer  # noqa: E402  (only after the check, so that the message names the extra)
 
-from refimpl.cli import book, charts, compress, evaluate, export  # noqa: E402
+from refimpl.cli import book, charts, compress, evaluate, export, kernels  # noqa: E402
 
 app = typer.Typer(
     help="An open textbook that runs: its papers, methods and measurements from the command line.",
@@ -46,3 +46,4 @@ app.command(
 app.command(epilog="Example: refimpl chart dense.json smaller.json --out chart.html", rich_help_panel=YOURS)(
     charts.chart
 )
+app.add_typer(kernels.app, name="kernels", rich_help_panel=YOURS)
