@@ -1,0 +1,119 @@
+"""H2O: the tokens that got most attention so far, and the newest ones.
+
+Source: Zhang et al., 2023, arXiv 2306.14048, section 4 and algorithm 1.
+
+Every entry carries the attention it has received, summed over all queries so far. When there are more entries than
+the capacity, the one with the least leaves, the newest excepted; each head keeps its own. What has left is gone, and
+what came early had more queries to collect from: the rule favours old tokens, as in the paper.
+
+With grouped queries an entry belongs to a key head and collects from all query heads that share it. A prompt is first
+attended to as a whole, then cut to the capacity at once, as in the authors' code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from refimpl.core.cache import Dense, KVLayer, LayerShape, New, Policy, Segment
+from refimpl.core.errors import OptionError
+
+
+class H2OLayer(KVLayer):
+    """Parts: "keys", "values" [B, H, n, d], "slots" int32 and "mass" fp32 [B, H, n], in the order of the text."""
+
+    needs_mass = True
+
+    def __init__(self, policy: H2O, shape: LayerShape, streamed: bool) -> None:
+        super().__init__(shape.heads, streamed)
+        self.capacity, self.recent = policy.capacity, policy.newest
+
+    def append(self, new: New) -> None:
+        rows, heads, count, _ = new.keys.shape
+        slots = torch.arange(new.slots.start, new.slots.stop, dtype=torch.int32, device=new.keys.device)
+        # padding has less than nothing and leaves first
+        mass = torch.zeros(rows, heads, count, device=new.keys.device)
+        if new.valid is not None:
+            mass = mass.masked_fill(~new.valid.unsqueeze(1), -torch.inf)
+        self.extend(keys=new.keys, values=new.values, slots=slots.expand(rows, heads, -1), mass=mass)
+
+    def segments(self, new: New) -> list[Segment]:
+        p = self.parts
+        return [Dense(p["keys"], p["values"], p["slots"])]
+
+    def observe(self, new: New, mass: Tensor | None) -> None:
+        assert mass is not None
+        self.parts["mass"] = self.parts["mass"] + mass
+
+    def room(self) -> int:
+        return (
+            1
+            if self.capacity is None or not self.parts
+            else max(1, self.capacity - self.parts["keys"].shape[2])
+        )
+
+    def settle(self, new: New, mass: Tensor | None) -> None:
+        self.observe(new, mass)
+        self.finish_prompt()
+
+    def finish_prompt(self) -> None:
+        count = self.parts["keys"].shape[2]
+        if self.capacity is None or count <= self.capacity:
+            return
+        older = count - self.recent
+        best = (
+            self.parts["mass"][..., :older].topk(self.capacity - self.recent, dim=-1).indices.sort(-1).values
+        )
+        newest = torch.arange(older, count, device=best.device).expand(*best.shape[:2], -1)
+        kept = torch.cat([best, newest], -1)  # [B, H, capacity]
+        for name, tensor in self.parts.items():
+            index = kept if tensor.dim() == 3 else kept.unsqueeze(-1).expand(-1, -1, -1, tensor.shape[-1])
+            self.parts[name] = tensor.gather(2, index)
+
+    def crop_to(self, length: int) -> None:
+        raise OptionError(
+            f"crop: the {self.seen - length} tokens have changed what other entries collected, and entries may have "
+            "left since; take cache.copy() before the tokens you want to take back"
+        )
+
+
+@dataclass(frozen=True)
+class H2O(Policy):
+    """Keep the heavy hitters and the newest entries of each key head.
+
+    Args:
+        capacity: entries kept per key head; None keeps all; what a budget sets. (The paper: a fifth of the prompt.)
+        recent: share of the capacity that goes to the newest entries (the paper: a half).
+
+    Example:
+        >>> H2O(capacity=64).newest
+        32
+    """
+
+    capacity: int | None = None
+    recent: float = 0.5
+    knob = "capacity"
+
+    def __post_init__(self) -> None:
+        if self.capacity is not None and self.capacity < 2:
+            raise OptionError(f"capacity={self.capacity}: use 2 or more entries, or None for all")
+        if not 0 <= self.recent < 1:
+            raise OptionError(f"recent={self.recent}: use a share from 0 to less than 1")
+
+    @property
+    def newest(self) -> int:
+        """Newest entries that never leave: at least the current one."""
+        return 1 if self.capacity is None else max(1, int(self.capacity * self.recent))
+
+    def layer(self, shape: LayerShape, streamed: bool) -> H2OLayer:
+        return H2OLayer(self, shape, streamed)
+
+    def nbytes(self, shape: LayerShape, length: int) -> int:
+        kept = length if self.capacity is None else min(length, self.capacity)
+        return kept * (shape.token_bytes + 8 * shape.heads)  # with a slot and a mass for each entry
+
+    def settings(self, shapes: Sequence[LayerShape], length: int) -> Sequence[int | None]:
+        return [*range(2, length + 1), None]

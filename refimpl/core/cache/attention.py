@@ -1,0 +1,337 @@
+"""Attention over keys and values that are not tensors: stored in pieces, in few bits, or in another basis.
+
+transformers calls one registered function for every attention layer, and one more that builds the mask. Both are
+registered here under the name "refimpl". With an ordinary cache they do what "sdpa" does, bit for bit. With a
+compressed cache the keys and values that arrive are `Ticket`s, and the layer of the cache answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from refimpl.core.device import read
+from refimpl.core.errors import OptionError
+
+if TYPE_CHECKING:
+    from refimpl.core.cache.layer import KVLayer
+
+NAME = "refimpl"
+SCORES = 1 << 24  # attention scores held at once (64 MB in fp32); more queries are taken in turns
+
+
+class Mask:
+    """Which slots a query may see, as a rule; a tensor of all pairs is built only where a dense cache needs it.
+
+    A slot is a place in the sequence as it was fed, padding included: 0 for its first column.
+    """
+
+    def __init__(self, **rule: Any) -> None:
+        self._rule = rule
+        self.queries = range(rule["q_offset"], rule["q_offset"] + rule["q_length"])  # their slots
+        self.keys = rule["kv_offset"] + rule["kv_length"]  # slots so far, the queries' included
+
+    @classmethod
+    def causal(cls, queries: range, rows: int, padding: Tensor | None, device: torch.device) -> Mask:
+        """The rule of the last of some tokens, for use outside a forward pass.
+
+        Args:
+            queries: their slots; the last one is the end of the sequence.
+            rows: of the batch.
+            padding: False for padding, bool [rows, slots]; None if there is none.
+            device: of the tensors.
+        """
+        return cls(batch_size=rows, q_length=len(queries), kv_length=queries.stop, q_offset=queries.start, kv_offset=0,
+                   mask_function=causal_mask_function, attention_mask=padding, device=device)  # fmt: skip
+
+    @cached_property
+    def tensor(self) -> Tensor | None:
+        """The mask as "sdpa" gets it: bool [B, 1, Q, K], or None for plain causal attention."""
+        return sdpa_mask(**self._rule)
+
+    @cached_property
+    def padding(self) -> Tensor | None:
+        """True for real tokens, bool [B, slots so far]; None if nothing is padded."""
+        given = self._rule["attention_mask"]
+        if given is None or read(given.all()):
+            return None
+        if given.shape[-1] < self.keys:
+            raise OptionError(
+                f"attention_mask covers {given.shape[-1]} tokens, but the cache and the input have {self.keys}; "
+                "pass the mask of the whole sequence"
+            )
+        return given
+
+    def valid(self, slots: range) -> Tensor | None:
+        """The columns of `padding` for these slots."""
+        return None if self.padding is None else self.padding[:, slots.start : slots.stop]
+
+    def positions(self, slots: range) -> Tensor:
+        """Positions of the tokens at these slots as ``generate`` counts them (real tokens before), int [B or 1, n]."""
+        if self.padding is None:
+            return torch.arange(slots.start, slots.stop, device=self._rule["device"]).unsqueeze(0)
+        return (self.padding.long().cumsum(-1) - 1).clamp(min=0)[:, slots.start : slots.stop]
+
+    def block(self, queries: range, index: range | Tensor, window: int | None = None) -> Tensor | None:
+        """Which of some entries some queries see.
+
+        Args:
+            queries: slots of the queries.
+            index: slots of the entries; a tensor [B, H, n] if rows or heads keep different ones (H may be 1).
+            window: see only the last so many slots, the query's own included.
+
+        Returns:
+            bool, broadcasts against [B, H, Q, n]; None if every entry is visible.
+        """
+        rule = self._rule
+        if rule.get("use_vmap"):
+            raise OptionError(
+                "attention_mask: this model overlays its causal mask with another one, which a compressed cache "
+                "cannot follow; use the Full policy"
+            )
+        behind = isinstance(index, range) and index.stop <= queries.start + 1
+        if behind and window is None and self.padding is None and rule.get("local_size") is None:
+            return None
+        device = rule["device"]
+        slots = (
+            torch.arange(index.start, index.stop, device=device).view(1, 1, 1, -1)
+            if isinstance(index, range)
+            else index.long().unsqueeze(-2)
+        )
+        rows = torch.arange(queries.start, queries.stop, device=device).view(1, 1, -1, 1)
+        batch = torch.arange(rule["batch_size"], device=device).view(-1, 1, 1, 1)
+        seen = rule["mask_function"](batch, 0, rows, slots)
+        if window is not None:
+            seen = seen & (slots > rows - window)
+        if self.padding is not None:
+            seen = seen & self.padding[batch, slots]
+        return seen
+
+
+class Ticket:
+    """Stands for the keys (or values) of a compressed layer between `update` and the attention function."""
+
+    def __init__(self, layer: KVLayer) -> None:
+        self.layer = layer
+
+    def _refuse(self) -> NoReturn:
+        raise OptionError(
+            f"attn_implementation: a compressed cache holds no key and value tensors, so only {NAME!r} can attend to "
+            f"it; call model.set_attn_implementation({NAME!r})"
+        )
+
+    def __getattr__(self, name: str) -> NoReturn:
+        self._refuse()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        next(a for a in args if isinstance(a, cls))._refuse()
+
+
+class Segment:
+    """A run of cache entries with one way of being stored.
+
+    A subclass gives `keys` and `values`, or overrides `scores` and `mix` to work on the stored form (a product with
+    a low-rank factor, a projected query), which is what makes a compressed cache fast.
+
+    Attributes:
+        index: slots of the entries, as `Mask.block` takes them.
+        window: if given, a query sees only the last so many slots, its own included.
+    """
+
+    index: range | Tensor
+    window: int | None = None
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """[B, H, n, d], rotated."""
+        raise NotImplementedError
+
+    @cached_property
+    def values(self) -> Tensor:
+        """[B, H, n, d]."""
+        raise NotImplementedError
+
+    def scores(self, query: Tensor, slots: range) -> Tensor:
+        """Products with the keys, fp32 [B, H, G, Q, n].
+
+        Args:
+            query: rotated queries, fp32 [B, H, G, Q, d]: G query heads share each of the H key heads.
+            slots: the Q slots they sit at.
+        """
+        return query @ self.keys.float().transpose(-1, -2).unsqueeze(2)
+
+    def mix(self, weights: Tensor) -> Tensor:
+        """Weighted sum of the values: fp32 [B, H, G, Q, n] to [B, H, G, Q, d]."""
+        return weights @ self.values.float().unsqueeze(2)
+
+    def visible(self, mask: Mask, slots: range) -> Tensor | None:
+        """As `Mask.block`, for the entries of this segment."""
+        return mask.block(slots, self.index, self.window)
+
+
+class Dense(Segment):
+    """Entries kept as they came.
+
+    Args:
+        keys, values: [B, H, n, d].
+        index, window: see `Segment`.
+    """
+
+    def __init__(
+        self, keys: Tensor, values: Tensor, index: range | Tensor, window: int | None = None
+    ) -> None:
+        self.keys, self.values, self.index, self.window = keys, values, index, window
+
+
+def weights(
+    query: Tensor,
+    segments: Sequence[Segment],
+    mask: Mask,
+    slots: range,
+    scaling: float,
+    softcap: float | None,
+) -> Tensor:
+    """Attention weights of some queries over all entries, fp32 [B, H, G, Q, n].
+
+    Args:
+        query: fp32 [B, H, G, Q, d].
+        segments: in the order in which the n entries are wanted.
+        mask: the rule of the forward pass.
+        slots: of the queries.
+        scaling: factor of the scores.
+        softcap: scores become ``softcap * tanh(score / softcap)``; None leaves them.
+    """
+    pieces = []
+    for segment in segments:
+        scores = segment.scores(query, slots) * scaling
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        visible = segment.visible(mask, slots)
+        if visible is not None:  # [B, H or 1, Q, n]: the same for the query heads of a group
+            scores = scores.masked_fill(~visible.unsqueeze(2), torch.finfo(scores.dtype).min)
+        pieces.append(scores)
+    return torch.cat(pieces, -1).softmax(-1)
+
+
+def attend(
+    query: Tensor,
+    segments: Sequence[Segment],
+    mask: Mask,
+    slots: range,
+    scaling: float,
+    softcap: float | None = None,
+    heads: int = 1,
+    mass: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over segments, a bounded number of scores at a time.
+
+    Args:
+        query: [B, Hq, Q, d], rotated.
+        segments, mask, slots, scaling, softcap: see `weights`.
+        heads: H, key heads; divides Hq.
+        mass: also return how much attention each entry got.
+
+    Returns:
+        Output [B, Hq, Q, d] in the dtype of `query`, and the weights summed over real queries and over the query
+        heads of each group, fp32 [B, H, n] (None if not asked for).
+
+    Example:
+        >>> q, kv = torch.ones(1, 2, 3, 4), torch.ones(1, 1, 3, 4)
+        >>> mask = mask_rule(batch_size=1, q_length=3, kv_length=3, mask_function=lambda b, h, q, k: k <= q)
+        >>> out, mass = attend(q, [Dense(kv, kv, range(3))], mask, range(3), 0.5, mass=True)
+        >>> out.shape, (mass * 3).tolist()   # the first of three equal keys is seen by every query
+        (torch.Size([1, 2, 3, 4]), [[[11.0, 5.0, 2.0]]])
+    """
+    grouped = query.unflatten(1, (heads, -1)).float()
+    batch, _, groups, length, _ = grouped.shape
+    sizes = [len(s.index) if isinstance(s.index, range) else s.index.shape[-1] for s in segments]
+    rows = max(1, SCORES // max(1, batch * heads * groups * sum(sizes)))
+    outputs: list[Tensor] = []
+    total: Tensor | None = None
+    for first in range(0, length, rows):
+        part = slots[first : first + rows]
+        shares = weights(grouped[:, :, :, first : first + rows], segments, mask, part, scaling, softcap)
+        outputs.append(sum(s.mix(w) for s, w in zip(segments, shares.split(sizes, -1), strict=True)))  # type: ignore[arg-type]
+        if mass:
+            valid = mask.valid(part)
+            if valid is not None:  # what padding looks at says nothing
+                shares = shares * valid[:, None, None, :, None]
+            summed = shares.sum((2, 3))
+            total = summed if total is None else total + summed
+    out = torch.cat(outputs, 3) if len(outputs) > 1 else outputs[0]
+    return out.flatten(1, 2).to(query.dtype), total
+
+
+def mask_rule(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **rule: Any,
+) -> Mask:
+    """What transformers calls for a mask under this attention; see `transformers.masking_utils.sdpa_mask`."""
+    return Mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+                attention_mask=attention_mask, device=device, **rule)  # fmt: skip
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor | Ticket,
+    value: Tensor | Ticket,
+    attention_mask: Mask | Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls for attention under this name: [B, Hq, Q, d] to [B, Q, Hq, d], and no weights."""
+    if options.get("s_aux") is not None:
+        raise OptionError(
+            f"{type(module).__name__} has learned attention sinks, which {NAME!r} attention does not know; "
+            "use attn_implementation='eager' and an ordinary cache"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(key, Ticket):
+        if not isinstance(attention_mask, Mask):
+            raise OptionError(
+                "attention_mask: a compressed cache takes the two-dimensional mask of padding, not a prepared one"
+            )
+        return key.layer.attend(module, query, attention_mask, scale, softcap).transpose(
+            1, 2
+        ).contiguous(), None
+    assert isinstance(value, Tensor)
+    if softcap is not None and isinstance(attention_mask, Mask):  # "sdpa" cannot
+        stop = attention_mask.keys
+        dense = Dense(key, value, range(stop - key.shape[2], stop))
+        out, _ = attend(query, [dense], attention_mask, attention_mask.queries, scale, softcap, key.shape[1])
+        return out.transpose(1, 2).contiguous(), None
+    return plain(module, query, key, value, attention_mask, scale, **options)
+
+
+def plain(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask | Tensor | None,
+    scaling: float,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Exactly what "sdpa" computes."""
+    dense = mask.tensor if isinstance(mask, Mask) else mask
+    return sdpa_attention_forward(module, query, key, value, dense, scaling=scaling, **options)
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, mask_rule)
