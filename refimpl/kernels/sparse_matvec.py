@@ -11,18 +11,24 @@ each thread reads 128 bits at a time. 32 consecutive inputs make a chunk: 16 row
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from refimpl.kernels.launch import Launch, warn_once
+from refimpl.kernels.quant_matmul import jit, store_rows
+
+try:
+    import triton.language as tl
+except ModuleNotFoundError:  # no wheels for macOS and Windows: the format and the torch path work there
+    tl = None
 
 MAX_ROWS = 8  # above, a dense product is faster: the weights are read once for many rows
 _DTYPES = (torch.float16, torch.bfloat16)
 _TARGET_PROGRAMS = 256  # about two for each multiprocessor of a large GPU
+# SmolLM2 (up, down, keys), a block of Llama 8B
+SHAPES = ((576, 1536), (1536, 576), (576, 192), (4096, 4096), (4096, 14336), (14336, 4096))
 
 
 # --- layout ------------------------------------------------------------------------------------------------------
@@ -99,7 +105,8 @@ def reference(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | None 
 # --- kernel ------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@jit
+@no_type_check
 def _sparse_matvec(
     x, values, positions, bias, y, partials, arrived, n_in, n_out,
     ROWS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, GROUPS: tl.constexpr,
@@ -114,15 +121,14 @@ def _sparse_matvec(
     One or two rows: two bits pick the input of each value out of four (three selects a row). More rows: the two bits
     spread the two values over four dense weights (six selects for all rows), then two products a value and row.
 
-    Sums over the chunks of a program go through shared memory, sums over programs through `partials`: whoever arrives
-    last adds them up, always in the same order, so that results do not change from run to run.
+    Sums over the chunks of a program go through shared memory, sums over programs through `partials` (`store_rows`).
     """
     block = tl.program_id(0)
     part = tl.program_id(1)
     n = block * BLOCK + tl.arange(0, BLOCK)
     chunks = n_in // 32
     totals = ()
-    for _ in tl.static_range(ROWS):
+    for _row in tl.static_range(ROWS):
         totals = totals + (tl.zeros([CHUNKS, BLOCK], tl.float32),)
     for start in range(part * CHUNKS, chunks, SPLIT * CHUNKS):
         chunk = (start + tl.arange(0, CHUNKS))[:, None]
@@ -131,7 +137,7 @@ def _sparse_matvec(
         word = tl.load(positions + chunk * n_out + n[None, :], mask=kept, other=0)
         weights = values + chunk * 16 * n_out + n[None, :]
         inputs = x + chunk * 32
-        for _ in range(8 // GROUPS):
+        for _step in range(8 // GROUPS):
             for group in tl.static_range(GROUPS):
                 w0 = tl.load(weights + (2 * group) * n_out, mask=kept, other=0.0).to(tl.float32)
                 w1 = tl.load(weights + (2 * group + 1) * n_out, mask=kept, other=0.0).to(tl.float32)
@@ -152,33 +158,22 @@ def _sparse_matvec(
                     x1 = tl.load(place + 1, mask=known, other=0.0).to(tl.float32)
                     x2 = tl.load(place + 2, mask=known, other=0.0).to(tl.float32)
                     x3 = tl.load(place + 3, mask=known, other=0.0).to(tl.float32)
+                    total = totals[m]
                     if ROWS > 2:
-                        sums = sums + (totals[m] + d0 * x0 + d1 * x1 + d2 * x2 + d3 * x3,)
+                        total = tl.fma(d0, x0, tl.fma(d1, x1, tl.fma(d2, x2, tl.fma(d3, x3, total))))
                     else:
                         picked0 = tl.where(high0, tl.where(odd0, x3, x2), tl.where(odd0, x1, x0))
                         picked1 = tl.where(high1, tl.where(odd1, x3, x2), tl.where(odd1, x1, x0))
-                        sums = sums + (totals[m] + w0 * picked0 + w1 * picked1,)
+                        total = tl.fma(w0, picked0, tl.fma(w1, picked1, total))
+                    sums = sums + (total,)
                 totals = sums
             word = word >> (4 * GROUPS)
             weights += 2 * GROUPS * n_out
             inputs += 4 * GROUPS
-    last = True
-    if SPLIT > 1:
-        for m in tl.static_range(ROWS):
-            tl.store(partials + (part * ROWS + m) * n_out + n, tl.sum(totals[m], 0), mask=n < n_out)
-        tl.debug_barrier()  # the stores of all threads come before the count that publishes them
-        last = tl.atomic_add(arrived + block, 1, sem="acq_rel") == SPLIT - 1
-    if last:
-        for m in tl.static_range(ROWS):
-            if SPLIT > 1:
-                result = tl.zeros([BLOCK], tl.float32)
-                for other in range(SPLIT):
-                    result += tl.load(partials + (other * ROWS + m) * n_out + n, mask=n < n_out, other=0.0)
-            else:
-                result = tl.sum(totals[m], 0)
-            if bias is not None:
-                result += tl.load(bias + n, mask=n < n_out, other=0.0).to(tl.float32)
-            tl.store(y + m * n_out + n, result.to(y.dtype.element_ty), mask=n < n_out)
+    results = ()
+    for m in tl.static_range(ROWS):
+        results = results + (tl.sum(totals[m], 0),)
+    store_rows(results, bias, y, partials, arrived, n, block, part, n_out, ROWS, BLOCK, SPLIT)
 
 
 def unsupported(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | None = None) -> str | None:
@@ -195,6 +190,8 @@ def unsupported(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | Non
         return f"activations are {x.dtype}, the kernel takes float16 and bfloat16"
     if values.dtype != x.dtype:
         return f"values are {values.dtype} and activations {x.dtype}, the kernel takes one dtype"
+    if tl is None:
+        return "triton is not installed (pip install 'refimpl[kernels]')"
     if values.numel() >= 2**31:
         return f"the matrix has {values.numel()} values, the kernel counts to 2**31"
     return None
@@ -220,8 +217,8 @@ def plan(
     n_out = values.shape[1]
     chunks = n_in // 32
     block, run = 128, 8
-    blocks = triton.cdiv(n_out, block)
-    split = _split(blocks, triton.cdiv(chunks, run), n_in, n_out)
+    blocks = -(-n_out // block)
+    split = _split(blocks, -(-chunks // run), n_in, n_out)
     partials = arrived = None
     if split > 1:
         partials = x.new_empty(split, rows, n_out, dtype=torch.float32)
@@ -232,7 +229,7 @@ def plan(
         "n_in": n_in, "n_out": n_out,
     }  # fmt: skip
     constants = {
-        "ROWS": rows, "CHUNKS": run, "BLOCK": block, "SPLIT": split, "GROUPS": 4 if rows <= 2 else 2 if rows <= 4 else 1
+        "ROWS": rows, "CHUNKS": run, "BLOCK": block, "SPLIT": split, "GROUPS": 4 if rows == 1 else 2 if rows <= 4 else 1
     }  # fmt: skip
     return Launch(_sparse_matvec, (blocks, split), arguments, constants, num_warps=4, num_stages=1)
 
@@ -336,24 +333,16 @@ def variants() -> dict[str, Launch]:
         >>> variants()["bf16 4096->14336"].grid
         (112, 4)
     """
-    return {
-        f"{name} {n_in}->{n_out}" + (f", {rows} rows" if rows > 1 else ""): _meta(rows, n_in, n_out, dtype)
-        for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16))
-        for rows, n_in, n_out in (
-            *((1, n_in, n_out) for n_in, n_out in SHAPES),
-            *((rows, 4096, 4096) for rows in range(2, MAX_ROWS + 1)),
-        )
-    }
-
-
-SHAPES = (
-    (576, 1536),
-    (1536, 576),
-    (576, 192),
-    (4096, 4096),
-    (4096, 14336),
-    (14336, 4096),
-)  # SmolLM2, Llama 8B
+    found = {}
+    for name, dtype, many in (
+        ("bf16", torch.bfloat16, range(2, MAX_ROWS + 1)),
+        ("fp16", torch.float16, (2, 4, 8)),
+    ):
+        for n_in, n_out in SHAPES:
+            found[f"{name} {n_in}->{n_out}"] = _meta(1, n_in, n_out, dtype)
+        for rows in many:
+            found[f"{name} 4096->4096, {rows} rows"] = _meta(rows, 4096, 4096, dtype)
+    return found
 
 
 def _meta(rows: int, n_in: int, n_out: int, dtype: torch.dtype) -> Launch:
