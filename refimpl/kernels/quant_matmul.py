@@ -18,7 +18,7 @@ multiply-add; the power of two that depends on the place is moved to x, which is
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 from torch import Tensor
@@ -162,6 +162,7 @@ def reference(
 
 
 @jit
+@no_type_check
 def _field(words, INDEX: tl.constexpr, WIDTH: tl.constexpr):
     """``field * 2^(place - 149)`` in fp32, where `place` is `_place`; INDEX counts the inputs of the chunk."""
     WHOLE: tl.constexpr = 23 // WIDTH * WIDTH  # bits of the fields that lie in the mantissa as they are
@@ -173,6 +174,7 @@ def _field(words, INDEX: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @jit
+@no_type_check
 def matvec_rows(
     x, planes, scale, zero, n, part, n_in, n_out,
     ROWS: tl.constexpr, BITS: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS_PER_SCALE: tl.constexpr,
@@ -258,6 +260,7 @@ def matvec_rows(
 
 
 @jit
+@no_type_check
 def store_rows(
     results, bias, y, partials, arrived, n, block, part, n_out,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
@@ -284,6 +287,7 @@ def store_rows(
 
 
 @jit
+@no_type_check
 def _quant_matvec(
     x, planes, scale, zero, bias, y, partials, arrived, n_in, n_out,
     ROWS: tl.constexpr, BITS: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS_PER_SCALE: tl.constexpr,
@@ -299,6 +303,7 @@ def _quant_matvec(
 
 
 @jit
+@no_type_check
 def _plane_tile(plane, first, n, n_out, WIDTH: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
     """The fields of K inputs from word row `first` on, int32 [K, BLOCK]."""
     words = first + tl.arange(0, K * WIDTH // 32)
@@ -309,6 +314,7 @@ def _plane_tile(plane, first, n, n_out, WIDTH: tl.constexpr, K: tl.constexpr, BL
 
 
 @jit
+@no_type_check
 def dot_tile(
     x, planes, scale, zero, rows, n, part, n_rows, n_in, n_out,
     BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
@@ -345,6 +351,7 @@ def dot_tile(
 
 
 @jit
+@no_type_check
 def store_tile(
     total, bias, y, partials, arrived, rows, n, part, n_rows, n_out,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
@@ -370,6 +377,7 @@ def store_tile(
 
 
 @jit
+@no_type_check
 def _quant_dot(
     x, planes, scale, zero, bias, y, partials, arrived, n_rows, n_in, n_out,
     BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
@@ -489,13 +497,20 @@ def _shared(x: Tensor, n_out: int, split: int, tiles: int) -> dict[str, Tensor |
 
 
 def matvec_arguments(
-    x: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, y: Tensor, bits: int
+    x: Tensor,
+    planes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    bits: int,
+    more: int = 0,
 ) -> tuple[tuple[int, ...], dict[str, Tensor | int | None], dict[str, Any], int]:
-    """Grid, arguments, constants and warps of the matrix-vector kernel."""
+    """Grid, arguments, constants and warps of the matrix-vector kernel; `more`: bytes that it reads besides."""
     (rows, n_in), n_out = x.shape, planes.shape[1]
     group = n_in // scale.shape[0]
     segment, per_scale = _segment(n_in, group)
-    least = cost(1, n_in, n_out, bits, group, zero is None, bias is not None)[0]
+    least = cost(1, n_in, n_out, bits, group, zero is None, bias is not None)[0] + more
     block, split, tile = matvec_shape(rows, n_in, n_out, bits, group, least)
     blocks = -(-n_out // block)
     arguments = {"x": x, "planes": planes, "scale": scale, "zero": zero, "bias": bias, "y": y,
@@ -574,7 +589,7 @@ VARIANTS = (
     *((1, *shape, 4, 64, True) for shape in ((4096, 4096), (4096, 14336), (14336, 4096))),
     *((1, 4096, 4096, bits, group, False) for bits in BITS for group in (32, 64)),
     *((1, 4096, 4096, bits, 4096, True) for bits in BITS),
-    *((4, 4096, 14336, bits, 64, False) for bits in BITS),
+    *((MATVEC_ROWS, 4096, 14336, bits, 64, False) for bits in BITS),
     *((16, 4096, 14336, bits, 64, False) for bits in BITS),
     *((512, 4096, 14336, bits, 64, False) for bits in BITS),
     (512, 576, 1536, 4, 96, True),
@@ -582,32 +597,30 @@ VARIANTS = (
 )
 
 
-def variant_name(rows: int, n_in: int, n_out: int, bits: int, group: int, symmetric: bool) -> str:
+def variant_name(
+    rows: int, n_in: int, n_out: int, bits: int, group: int, symmetric: bool, dtype: torch.dtype
+) -> str:
     """A variant in words.
 
     Example:
-        >>> variant_name(1, 4096, 4096, 4, 4096, True)
-        '1x4096->4096 4-bit per channel symmetric'
+        >>> variant_name(1, 4096, 4096, 4, 4096, True, torch.bfloat16)
+        'bf16 4096->4096, 4 bits, per channel, symmetric'
     """
     groups = "per channel" if group == n_in else f"g{group}"
-    return f"{rows}x{n_in}->{n_out} {bits}-bit {groups} {'symmetric' if symmetric else 'asymmetric'}"
+    name = f"{'fp' if dtype == torch.float16 else 'bf'}16 {n_in}->{n_out}, {bits} bits, {groups}, "
+    return name + ("symmetric" if symmetric else "asymmetric") + (f", {rows} rows" if rows > 1 else "")
 
 
 def variants() -> dict[str, Launch]:
     """Launches of real shapes, from tensors on "meta": what is compiled ahead of time and counted.
 
     Example:
-        >>> variants()["1x4096->4096 4-bit per channel symmetric"].num_warps
+        >>> variants()["bf16 4096->4096, 4 bits, per channel, symmetric"].num_warps
         8
     """
-    return {
-        variant_name(*variant): plan(*variant_tensors(*variant, dtype=torch.bfloat16)) for variant in VARIANTS
-    } | {
-        f"{variant_name(rows, 4096, 4096, 4, 64, True)} float16": plan(
-            *variant_tensors(rows, 4096, 4096, 4, 64, True, torch.float16)
-        )
-        for rows in (1, 512)
-    }
+    chosen = [(variant, torch.bfloat16) for variant in VARIANTS]
+    chosen += [((rows, 4096, 4096, 4, 64, True), torch.float16) for rows in (1, 512)]
+    return {variant_name(*v, dtype): plan(*variant_tensors(*v, dtype)) for v, dtype in chosen}
 
 
 # --- op ----------------------------------------------------------------------------------------------------------
