@@ -65,7 +65,9 @@ class ScoreCard:
         """
         mine = self._values(task, metric)
         other = np.zeros_like(mine) if reference is None else reference.on(self, task)._values(task, metric)
-        where = np.unique([group(id) for id in self.scores[task].ids], return_inverse=True)[1]
+        names = [group(id) for id in self.scores[task].ids]
+        place = {name: k for k, name in enumerate(dict.fromkeys(names))}
+        where = np.array([place[name] for name in names])
         a, b, sizes = (np.bincount(where, weights=values) for values in (mine, other, np.ones_like(mine)))
         return paired_bootstrap(a, b, sizes, statistic=difference)
 

@@ -12,6 +12,7 @@ import io
 import keyword
 import re
 import tokenize
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
@@ -35,14 +36,6 @@ NOUNS = (
     "train tree truck valley village wall watch water wheel wife wind window wine winter wood wool yard"
 ).split()
 
-NAMES = (
-    "Adam Alice Andrew Anna Anthony Arthur Barbara Ben Brian Carl Caroline Charles Chris Claire Daniel David Diana "
-    "Edward Elizabeth Emily Emma Eric Frank George Grace Hannah Harry Helen Henry Ian Jack James Jane Jason John "
-    "Joseph Julia Karen Kate Kevin Laura Leo Linda Lisa Lucy Marcus Maria Mark Martin Mary Matthew Michael Nancy Nick "
-    "Oliver Oscar Paul Peter Philip Rachel Richard Robert Rose Ruth Sam Sarah Simon Sophie Stephen Susan Thomas Tim "
-    "Tom Victor William"
-).split()
-
 
 def number(*parts: object) -> int:
     """A number that depends on the parts only."""
@@ -57,55 +50,65 @@ def draw(words: Iterable[str], count: int, *key: object) -> list[str]:
 # --- retrieval ---
 
 PAIRS = (8, 16, 32)
+ANSWERED = 3
 
 
 def retrieval(each: int = 64) -> list[Draft]:
-    """Who has what, for 8, 16 and 32 people; the candidates are all things that were named."""
+    """Look up a word in a list of 8, 16 or 32 pairs; the candidates are all values of the list.
+
+    Three other pairs are looked up before, to show what is asked: without them a model of this size does not see it.
+    """
     drafts = []
     for pairs in PAIRS:
         for k in range(each):
             key = ("retrieval", pairs, k)
-            people, things = draw(NAMES, pairs, *key, "people"), draw(NOUNS, pairs, *key, "things")
-            # The questions go through all positions, so that none is favoured by being near.
-            asked = k * pairs // each
-            lines = [f"{person} has the {thing}." for person, thing in zip(people, things, strict=True)]
-            prompt = " ".join(lines) + f" {people[asked]} has the"
-            rest = tuple(thing for thing in things if thing != things[asked])
-            drafts.append((f"{pairs} pairs/{k:02d}", prompt, things[asked], rest))
+            table = dict(
+                zip(
+                    draw(NOUNS[::2], pairs, *key, "keys"),
+                    draw(NOUNS[1::2], pairs, *key, "values"),
+                    strict=True,
+                )
+            )
+            # The questions go through all places of the list, so that none is favoured by being near.
+            asked = list(table)[k * pairs // each]
+            shown = draw([word for word in table if word != asked], ANSWERED, *key, "shown")
+            lines = [f"{word}: {table[word]}" for word in [*table, *shown]]
+            prompt = "\n".join([*lines, f"{asked}:"])
+            rest = tuple(value for word, value in table.items() if word != asked)
+            drafts.append((f"{pairs} pairs/{k:02d}", prompt, table[asked], rest))
     return drafts
 
 
 # --- copying ---
 
 REPEATED = 24
-INDUCTION = 48
+KNOWN = 4
+PAIRED, ROUNDS = 8, 3
 
 
 def copying(each: int = 96) -> list[Draft]:
     """The next word of a random sequence.
 
-    "repeat": the sequence is read a second time, up to some word. "induction": only its last word has been seen
-    before, once: after A B ... A comes B.
+    "repeat": the sequence is read a second time, from its start up to some word. "induction": pairs of words go by in
+    changing order, three times each, then comes the first word of one: A B ... A B ... A B ... A -> B.
     """
     drafts = []
     for k in range(each):
         words = draw(NOUNS, REPEATED, "repeat", k)
-        at = 1 + k * (REPEATED - 1) // each
+        at = KNOWN + k * (REPEATED - KNOWN) // each
         prompt = " ".join(words) + "\n" + " ".join(words[:at])
-        drafts.append(
-            (
-                f"repeat/{k:02d}",
-                prompt,
-                words[at],
-                tuple(draw(words[:at] + words[at + 1 :], 3, "repeat d", k)),
-            )
-        )
+        rest = draw([word for word in words if word != words[at]], 3, "repeat rest", k)
+        drafts.append((f"repeat/{k:02d}", prompt, words[at], tuple(rest)))
     for k in range(each):
-        words = draw(NOUNS, INDUCTION, "induction", k)
-        at = 1 + k * (INDUCTION - 4) // each
-        prompt = " ".join([*words, words[at - 1]])
-        rest = draw(words[: at - 1] + words[at + 1 :], 3, "induction d", k)
-        drafts.append((f"induction/{k:02d}", prompt, words[at], tuple(rest)))
+        words = draw(NOUNS, 2 * PAIRED, "induction", k)
+        follows = dict(zip(words[::2], words[1::2], strict=True))
+        read: list[str] = []
+        for turn in range(ROUNDS):
+            for first in draw(follows, PAIRED, "induction order", k, turn):
+                read += [first, follows[first]]
+        asked = draw([first for first in follows if first != read[-2]], 1, "induction asked", k)[0]
+        rest = draw([word for word in words if word not in (asked, follows[asked])], 3, "induction rest", k)
+        drafts.append((f"induction/{k:02d}", " ".join([*read, asked]), follows[asked], tuple(rest)))
     return drafts
 
 
@@ -127,7 +130,7 @@ def last_word(documents: Sequence[Document], each: int = 160) -> list[Draft]:
     """The last word of a sentence at the end of 64 or 192 words of an article.
 
     The word has been read before, but not among the last sixteen words: what it is must come from further back.
-    Candidates are other words of the passage.
+    Candidates are other words of the passage, first those that have ended a clause or have been read twice.
     """
     drafts = []
     for length in LENGTHS:
@@ -143,8 +146,7 @@ def last_word(documents: Sequence[Document], each: int = 160) -> list[Draft]:
                 before = re.findall(r"[A-Za-z]+", prompt)
                 if answer.lower() in _COMMON or answer not in before or answer in before[-16:]:
                     continue
-                same = [word for word in before if _alike(word, answer)]
-                rest = draw(same, 3, "last word", document.id, at)
+                rest = _rivals(prompt, answer, document.id, at)
                 if len(rest) == 3:
                     id = f"{length} words/{document.title}#{at}"
                     found.append((at, (id, prompt, answer, tuple(rest))))
@@ -156,14 +158,19 @@ def _ends_sentence(whole: str, end: int) -> bool:
     return re.match(r"\s*\Z|\s*\n|\s+[A-Z]", whole[end:]) is not None
 
 
-def _alike(word: str, answer: str) -> bool:
-    """Could be mistaken for the answer: of its form, no common word, and neither begins with the other."""
-    return (
-        len(word) >= 4
+def _rivals(prompt: str, answer: str, *key: object) -> list[str]:
+    """Three other words of the passage that could be mistaken for its last one."""
+    seen = Counter(re.findall(r"[A-Za-z]+", prompt))
+    ends = set(re.findall(r"([A-Za-z]+)[.,;:)]", prompt))
+    alike = [
+        word
+        for word in seen
+        if len(word) >= 4
         and word[0].isupper() == answer[0].isupper()
         and word.lower() not in _COMMON
-        and not word.lower().startswith(answer.lower()[:4])
-    )
+        and word.lower()[:4] != answer.lower()[:4]  # "market" and "markets": one begins as the other
+    ]
+    return sorted(alike, key=lambda word: (-(word in ends) - (seen[word] > 1), number(*key, word)))[:3]
 
 
 def _spread(found: Iterable[tuple[int, Draft]], count: int, apart: int) -> list[Draft]:
