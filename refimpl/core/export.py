@@ -10,7 +10,7 @@ Three ways out, each with a README that says how to load it and what it does not
 - `export_peft`: the low-rank paths as a LoRA adapter, beside either of the two.
 
 A format that cannot hold a layer refuses it by name before anything is written. Folders appear whole or not at all,
-and the model is written piece by piece: beside it no more than one file's tensors are in memory.
+and the model is written piece by piece: beside it no more than one file's tensors and one block's are in memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ from refimpl.core.sites import _ROUTER, UnfusedExperts, find_blocks, is_conv1d
 
 _MARK = "<!-- written by refimpl.core.export -->"
 _PACKED = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape")
+_EXPERTS = "re:.*[.]experts[.].*"  # every map of every expert
 _SHARD_LIMIT = 2_000_000_000  # bytes of one file, all of which are in memory while it is written
 _MODEL_FILES = (
     "*.safetensors",
@@ -106,14 +107,12 @@ def export_dense(model: nn.Module, folder: str | Path, *, adapter: str | Path | 
     if adapter is not None:
         source.check_peft(adapter, beside=folder)
     bases = adapter is not None
-    with ExitStack() as stack:
-        staging = stack.enter_context(_whole(folder))
-        _write_checkpoint(
-            staging, source, source.pieces(lambda name, layer: source.dense(name, layer, bases), source.fused)
-        )
+    with _whole(folder) as staging, nullcontext() if adapter is None else _whole(adapter) as beside:
+        pieces = source.pieces(lambda name, layer: source.dense(name, layer, bases), source.fused)
+        _write_checkpoint(staging, source, pieces)
         (staging / "README.md").write_text(_dense_card(source, bases))
-        if adapter is not None:
-            _write_adapter(stack.enter_context(_whole(adapter)), source, folder)
+        if beside is not None:
+            _write_adapter(beside, source, folder)
     return Path(folder)
 
 
@@ -133,7 +132,7 @@ def export_compressed_tensors(
 
     Args:
         model: a transformers model whose quantised layers are `nn.Linear` or fused experts in the original. Experts
-            need symmetric grids, and all of them the same.
+            must all be quantised, on symmetric grids of one setting.
         folder: as for `export_dense`.
         symmetric: store each asymmetric layer on a symmetric grid of one bit more, which has room for all its values
             (2 bits as 3, 3 as 4): the same weights, loadable without an option.
@@ -173,10 +172,6 @@ def export_compressed_tensors(
             else source.dense(name, layer, True)
         )
 
-    def experts(name: str) -> dict[str, Tensor]:
-        inside = any(source.owner(n, {name: None}) for n in quantised)
-        return source.packed_experts(name, quantised, pack) if inside else source.fused(name)
-
     settings = _settings(quantised)
     config = {
         "quant_method": "compressed-tensors",
@@ -190,12 +185,12 @@ def export_compressed_tensors(
         config["dequantize"] = (
             True  # while loading: asymmetric grids are not read otherwise, and PEFT wants weights
         )
-    with ExitStack() as stack:
-        staging = stack.enter_context(_whole(folder))
-        _write_checkpoint(staging, source, source.pieces(tensors, experts), config)
+    with _whole(folder) as staging, nullcontext() if adapter is None else _whole(adapter) as beside:
+        pieces = source.pieces(tensors, lambda name: source.packed_experts(name, quantised, pack))
+        _write_checkpoint(staging, source, pieces, config)
         (staging / "README.md").write_text(_packed_card(source, quantised, config, adapter is not None))
-        if adapter is not None:
-            _write_adapter(stack.enter_context(_whole(adapter)), source, folder)
+        if beside is not None:
+            _write_adapter(beside, source, folder)
     return Path(folder)
 
 
@@ -332,37 +327,25 @@ class _Source:
         self.check_dense()
         quantised: dict[str, _Quantised] = {}
         for name, layer in self.layers.items():
-            original = self.original(name)
-            if isinstance(layer, PackedConv2d):
-                kind, remedy = "is a convolution", "export_dense writes it as plain weights"
-            elif isinstance(layer, CompensatedLinear) and not with_adapter:
-                kind, remedy = (
-                    "has a low-rank path beside it",
-                    ("pass adapter= to write it as a PEFT adapter, or multiply it out with export_dense"),
+            reason = self.why_not_packed(name, layer, with_adapter)
+            if reason is not None:
+                raise OptionError(f"model: {name!r} {reason}")
+            base = _base(layer)
+            assert isinstance(base, PackedLinear)
+            if base.bits is None:
+                continue
+            wide = symmetric and not base.symmetric
+            if wide and base.bits == 8:
+                raise OptionError(
+                    f"symmetric=True: {name!r} has 8 bits and would need 9; leave symmetric=False and give all "
+                    "quantised layers one setting, or use export_dense"
                 )
-            elif isinstance(base := _base(layer), LowRankLinear):
-                kind, remedy = "is a product of two factors", "export_dense multiplies it out"
-            elif not isinstance(base, PackedLinear):
-                kind, remedy = f"is a {type(base).__name__}", "export_dense writes it as plain weights"
-            elif base.bits is None:
-                continue
-            elif original is not None and not isinstance(original, nn.Linear):
-                kind, remedy = f"is a {type(original).__name__}", "export_dense writes it as plain weights"
-            else:
-                wide = symmetric and not base.symmetric
-                if wide and base.bits == 8:
-                    raise OptionError(
-                        f"symmetric=True: {name!r} has 8 bits and would need 9; leave symmetric=False and give all "
-                        "quantised layers one setting, or use export_dense"
-                    )
-                if read((base.scale.to(self.dtype).float() != base.scale.float()).any()):
-                    raise OptionError(
-                        f"model: the scales of {name!r} do not fit {self.dtype}, in which they would be stored; load "
-                        "the model with dtype=torch.float32 first, or use export_dense"
-                    )
-                quantised[name] = _Quantised(base, base.bits + wide, symmetric or base.symmetric)
-                continue
-            raise OptionError(f"model: {name!r} {kind}, which pack-quantized cannot hold; {remedy}")
+            if read((base.scale.to(self.dtype).float() != base.scale.float()).any()):
+                raise OptionError(
+                    f"model: the scales of {name!r} do not fit {self.dtype}, in which they would be stored; load the "
+                    "model with dtype=torch.float32 first, or use export_dense"
+                )
+            quantised[name] = _Quantised(base, base.bits + wide, symmetric or base.symmetric)
         if not quantised:
             raise OptionError("model: none of its linear layers is quantised; use export_dense")
         self.check_experts(quantised)
@@ -376,28 +359,53 @@ class _Source:
             )
         return quantised
 
+    def why_not_packed(self, name: str, layer: CompressedLayer, with_adapter: bool) -> str | None:
+        """Why pack-quantized cannot hold a layer, with the alternative; None if it can, packed or as plain weights."""
+        base, original = _base(layer), self.original(name)
+        if isinstance(layer, CompensatedLinear) and not with_adapter:
+            return (
+                "has a low-rank path beside it, which pack-quantized cannot hold; pass adapter= to write it as a PEFT "
+                "adapter, or multiply it out with export_dense"
+            )
+        if isinstance(layer, PackedConv2d):
+            kind = "convolution"
+        elif isinstance(base, LowRankLinear):
+            kind = "product of two factors"
+        elif not isinstance(base, PackedLinear):
+            kind = type(base).__name__
+        elif base.bits is not None and original is not None and not isinstance(original, nn.Linear):
+            kind = type(original).__name__
+        else:
+            return None
+        return f"is a {kind}, which pack-quantized cannot hold; export_dense writes it as plain weights"
+
     def check_experts(self, quantised: dict[str, _Quantised]) -> None:
-        """Raise `OptionError` unless the experts are all quantised alike on symmetric grids, or not at all."""
-        every = [name for name in self.layers if self.owner(name, self.experts)]
-        chosen = {name: quantised[name] for name in every if name in quantised}
-        maps = sum(2 * experts.num_experts for experts in self.experts.values())
-        if not chosen:
+        """Raise `OptionError` unless all experts are quantised alike, on symmetric grids: only so they are read."""
+        maps = [f"{name}.{i}.{part}" for name, experts in self.experts.items()
+                for i in range(experts.num_experts) for part in ("gate_up_proj", "down_proj")]  # fmt: skip
+        if not maps:
             return
-        other = "leave the experts unquantised (targets=), or use export_dense"
-        if (odd := next((name for name, layer in chosen.items() if not layer.symmetric), None)) is not None:
+        first = quantised.get(maps[0])
+        for name in maps:
+            layer = quantised.get(name)
+            if (
+                layer is None
+                or first is None
+                or _settings({name: layer}).keys() != _settings({name: first}).keys()
+            ):
+                raise OptionError(
+                    f"model: {name!r} is not quantised like the other layers of the experts, and transformers reads "
+                    "experts from pack-quantized only if all have the same bits and group size; use export_dense"
+                )
+        if first is not None and not first.symmetric:
             raise OptionError(
-                f"model: {odd!r} is asymmetric, and transformers reads experts from pack-quantized only on symmetric "
-                f"grids; pass symmetric=True (the same weights with one bit more), {other}"
+                f"model: {maps[0]!r} is asymmetric, and transformers reads experts from pack-quantized only on "
+                "symmetric grids; pass symmetric=True (the same weights with one bit more), or use export_dense"
             )
-        if len(chosen) < maps or len({(q.bits, q.layer.group_size) for q in chosen.values()}) > 1:
-            raise OptionError(
-                f"model: {next(iter(chosen))!r} and the other experts are not all quantised with the same bits and "
-                f"group size, and transformers reads them all alike; {other}"
-            )
-        if (fused := self.fused_on_disk(next(iter(chosen)))) is not None:
+        if (fused := self.fused_on_disk(maps[0])) is not None:
             raise OptionError(
                 f"model: the checkpoints of a {type(self.model).__name__} hold its experts as one tensor, {fused!r}, "
-                f"which pack-quantized cannot hold; {other}"
+                "which pack-quantized cannot hold; use export_dense"
             )
 
     def check_peft(self, folder: str | Path | None, beside: str | Path | None = None) -> None:
@@ -410,25 +418,18 @@ class _Source:
                 "model: no layer has a low-rank path beside it; use export_dense or export_compressed_tensors"
             )
         for name in paths:
-            layer, original = self.layers[name], self.original(name)
-            reason = None
-            if any(isinstance(module, QuantizedInput) for module in layer.modules()):
-                reason = "quantises its inputs"
+            original, remedy = self.original(name), "export_dense multiplies it out"
+            if any(isinstance(module, QuantizedInput) for module in self.layers[name].modules()):
+                reason, remedy = "quantises its inputs", "keep the model with save()"
             elif original is None:
                 reason = "belongs to one of several fused experts"
             elif isinstance(original, nn.Conv2d) and (
                 original.groups > 1 or set(original.dilation) != {1} or original.padding_mode != "zeros"
             ):
                 reason = "is a convolution with groups, dilation or another padding than zeros"
-            if reason is not None:
-                raise OptionError(
-                    f"model: {name!r} {reason}, which a LoRA adapter cannot hold; "
-                    + (
-                        "keep the model with save()"
-                        if "inputs" in reason
-                        else "export_dense multiplies it out"
-                    )
-                )
+            else:
+                continue
+            raise OptionError(f"model: {name!r} {reason}, which a LoRA adapter cannot hold; {remedy}")
 
     def low_rank_paths(self) -> dict[str, LowRankLinear]:
         """The low-rank paths beside compressed layers, by name of the layer."""
@@ -463,10 +464,8 @@ class _Source:
         _, part = name.rsplit(".", 1)
         key = f"{self.owner(name, self.experts)}.{part}"
         stored = self.stored({key: torch.zeros(2, 2, 2)})
-        return (
-            None
-            if all(tensor.dim() == 2 and k.endswith(".weight") for k, tensor in stored.items())
-            else next(iter(stored))
+        return next(
+            (k for k, tensor in stored.items() if tensor.dim() != 2 or not k.endswith(".weight")), None
         )
 
     # -- tensors
@@ -548,11 +547,11 @@ class _Source:
         for block in keys.values():
             piece: dict[str, Tensor] = norms if block is keys[""] else {}
             for key in block:
-                if key in moved:
+                if key in moved or key in norms:
                     continue
                 name = self.owner(key, self.experts) or self.owner(key, self.layers)
                 if name is None:
-                    piece.setdefault(key, state[key])
+                    piece[key] = state[key]
                 elif name not in written:
                     written[name] = None
                     piece |= experts(name) if name in self.experts else tensors(name, self.layers[name])
@@ -600,10 +599,11 @@ class _Source:
         mean, and is the identity otherwise.
         """
         norms = {n: m for n, m in self.architecture.named_modules() if isinstance(m, nn.BatchNorm2d)}
+        device = next(self.model.parameters()).device
         tensors: dict[str, Tensor] = {}
         for name, norm in norms.items():
             if type(self.model.get_submodule(name)) is nn.Identity:
-                one = torch.ones(norm.num_features, dtype=self.dtype)
+                one = torch.ones(norm.num_features, dtype=self.dtype, device=device)
                 tensors |= {f"{name}.weight": one, f"{name}.bias": 0 * one, f"{name}.running_mean": 0 * one,
                             f"{name}.running_var": one - norm.eps,
                             f"{name}.num_batches_tracked": torch.zeros((), dtype=torch.long)}  # fmt: skip
@@ -615,9 +615,10 @@ class _Source:
             n: b for n in convs if (b := getattr(self.model.get_submodule(n), "bias", None)) is not None
         }
         if biases:
-            config = self.model.config
-            size = getattr(config, "image_size", None) or 224
-            shape = (1, config.num_channels, *([size, size] if isinstance(size, int) else size))
+            size = getattr(self.model.config, "image_size", None) or 224
+            channels = next(m.in_channels for m in self.architecture.modules() if isinstance(m, nn.Conv2d))
+            shape = (1, channels, *([size, size] if isinstance(size, int) else size))
+            # which batch norm follows which convolution is found as it was when they were folded
             behind, _ = _feeds(self.architecture, torch.empty(shape, dtype=self.dtype, device="meta"))
             for conv, bias in biases.items():
                 if conv not in behind:
@@ -735,6 +736,7 @@ def _write_checkpoint(
             )
         for path in sorted(part.glob("*.safetensors")):
             files.append(path.rename(staging / f"{len(files)}.safetensors"))
+        del shard  # or it would live on while the next is made
     for path in part.glob("*config.json"):
         path.rename(staging / path.name)
     shutil.rmtree(part)
@@ -808,7 +810,7 @@ def _config_groups(
         # with one setting, what is not ignored is quantised; with several, each lists its layers, but experts, which
         # are no modules of transformers, are found by a pattern that names them
         targets = [name for name in names if not source.owner(name, source.experts)]
-        targets += ["re:.*[.]experts[.].*"] if len(targets) < len(names) else []
+        targets += [_EXPERTS] if len(targets) < len(names) else []
         groups[f"group_{number}"] = {
             "targets": ["Linear"] if len(settings) == 1 else targets,
             "weights": weights,
