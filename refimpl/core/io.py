@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from refimpl.core.checkpoint import MANIFEST, Checkpoint, empty_model, read_config, set_tensor
 from refimpl.core.errors import CheckpointError
-from refimpl.core.layers import CompressedLayer, PackedLinear, empty_layer
+from refimpl.core.layers import CompressedLayer, PackedLinear, ServedLinear, ServedSparseLinear, empty_layer
 from refimpl.core.sites import experts_put_back, find_blocks, has_blocks, unfuse_experts
 
 
@@ -377,10 +377,10 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             set_tensor(module, name, parameter.to(dtype))
-        if isinstance(module, PackedLinear):
+        if isinstance(module, (PackedLinear, ServedLinear)):
             module.dtype = dtype
-            if module.bits is None:
-                module.values = module.values.to(dtype)
+        if isinstance(module, ServedSparseLinear) or (isinstance(module, PackedLinear) and module.bits is None):
+            module.values = module.values.to(dtype)
 
 
 def _runs(marks: list[str]) -> list[str]:

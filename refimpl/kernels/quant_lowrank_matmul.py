@@ -125,20 +125,26 @@ def cost(
 
 
 def unsupported(
-    bits: int, n_in: int, group: int, n_out: int = 1, dtype: torch.dtype = torch.bfloat16, rows: int = 1,
-    capability: tuple[int, int] | None = None, factor: torch.dtype | None = None,
-) -> str | None:  # fmt: skip
-    """Why the kernels cannot take these weights, or this x, or None; arguments as `quant_matmul.unsupported`.
+    bits: int,
+    n_in: int,
+    n_out: int,
+    group: int,
+    dtype: torch.dtype,
+    factor: torch.dtype,
+    rows: int = 1,
+    capability: tuple[int, int] | None = None,
+) -> str | None:
+    """Why the kernels cannot multiply this, or None; arguments as `quant_matmul.unsupported`.
 
     Args:
-        factor: dtype of B; None: that of x.
+        factor: dtype of B.
 
     Example:
-        >>> unsupported(4, 64, 32, factor=torch.float32)
-        'B is float32 and x bfloat16; they must be alike'
+        >>> unsupported(4, 64, 64, 32, torch.float16, torch.float32)
+        'B is float32 and x float16; they must be alike'
     """
-    reason = base.unsupported(bits, n_in, group, n_out, dtype, rows, capability)
-    if reason is None and factor not in (None, dtype):
+    reason = base.unsupported(bits, n_in, n_out, group, dtype, rows, capability)
+    if reason is None and factor != dtype:
         names = (str(kind).removeprefix("torch.") for kind in (factor, dtype))
         return "B is {} and x {}; they must be alike".format(*names)
     return reason
@@ -258,7 +264,7 @@ def _cuda(
     (rows, n_in), n_out = flat.shape, planes.shape[1]
     y = flat.new_empty(rows, n_out)
     group = n_in // scale.shape[0]
-    reason = unsupported(bits, n_in, group, n_out, x.dtype, rows, base.capability(x), B.dtype)
+    reason = unsupported(bits, n_in, n_out, group, x.dtype, B.dtype, rows, base.capability(x))
     if reason is not None:
         warn_once("quant_lowrank_matmul", reason)
         y = torch_matmul(flat, inner, planes, scale, zero, B, bias, bits)

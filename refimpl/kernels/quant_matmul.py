@@ -419,19 +419,11 @@ def cost(
     return stored + rows * (n_in + n_out) * itemsize, 2 * rows * n_in * n_out
 
 
-def unsupported(
-    bits: int, n_in: int, group: int, n_out: int = 1, dtype: torch.dtype = torch.bfloat16, rows: int = 1,
-    capability: tuple[int, int] | None = None,
-) -> str | None:  # fmt: skip
-    """Why the kernels cannot take these weights, or this x, or None.
-
-    Args:
-        bits, n_in, n_out, group: the format; group is inputs per scale.
-        dtype, rows: of x.
-        capability: of the NVIDIA GPU; None where it does not matter.
+def unsupported_format(bits: int, n_in: int, n_out: int, group: int) -> str | None:
+    """Why a matrix cannot be stored for the kernels, or None; `group` is inputs per scale.
 
     Example:
-        >>> unsupported(4, 100, 50)
+        >>> unsupported_format(4, 100, 64, 50)
         'the layer has 100 inputs, no multiple of 32'
     """
     if bits not in BITS:
@@ -440,8 +432,34 @@ def unsupported(
         return f"the layer has {n_in} inputs, no multiple of 32"
     if group % 32:
         return f"groups of {group} are no multiple of 32"
-    if n_in * n_out * bits // 32 >= 2**31:
+    if n_in * bits // 32 * n_out >= 2**31:
         return f"{n_in} x {n_out} is more than 32-bit addresses reach"
+    return None
+
+
+def unsupported(
+    bits: int,
+    n_in: int,
+    n_out: int,
+    group: int,
+    dtype: torch.dtype,
+    rows: int = 1,
+    capability: tuple[int, int] | None = None,
+) -> str | None:
+    """Why the kernels cannot multiply this, or None.
+
+    Args:
+        bits, n_in, n_out, group: the format; group is inputs per scale.
+        dtype, rows: of x.
+        capability: of the NVIDIA GPU; None where it does not matter.
+
+    Example:
+        >>> unsupported(4, 64, 64, 32, torch.float32)
+        'x is float32, not float16 or bfloat16'
+    """
+    reason = unsupported_format(bits, n_in, n_out, group)
+    if reason is not None:
+        return reason
     if dtype not in _DTYPES:
         return f"x is {str(dtype).removeprefix('torch.')}, not float16 or bfloat16"
     if triton is None:
@@ -705,7 +723,7 @@ def _(
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     (rows, n_in), n_out = flat.shape, planes.shape[1]
     y = flat.new_empty(rows, n_out)
-    reason = unsupported(bits, n_in, n_in // scale.shape[0], n_out, x.dtype, rows, capability(x))
+    reason = unsupported(bits, n_in, n_out, n_in // scale.shape[0], x.dtype, rows, capability(x))
     if reason is not None:
         warn_once("quant_matmul", reason)
         y = torch_matmul(flat, planes, scale, zero, bias, bits)
