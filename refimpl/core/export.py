@@ -48,6 +48,9 @@ from refimpl.core.layers import (
     PackedConv2d,
     PackedLinear,
     QuantizedInput,
+    ServedCompensatedLinear,
+    ServedLinear,
+    ServedSparseLinear,
 )
 from refimpl.core.sites import _ROUTER, UnfusedExperts, find_blocks, is_conv1d
 
@@ -267,19 +270,17 @@ export_dense or export_compressed_tensors'}
 
 @dataclass(frozen=True)
 class _Quantised:
-    """One quantised layer and how it is written; `bits` counts the one more of a widened grid."""
+    """How one quantised layer is written; `bits` counts the one more of a widened grid."""
 
-    layer: PackedLinear
     bits: int
+    group_size: int
     symmetric: bool
-
-    @property
-    def per_row(self) -> bool:
-        return self.layer.group_size == self.layer.in_features
+    per_row: bool
+    sparse: bool
 
     def setting(self, group_sizes: set[tuple[int, int, bool]]) -> tuple[int, int | None, bool]:
         """Bits, group size (None: one group per row) and symmetry; a row of one group joins a setting of its size."""
-        full = (self.bits, self.layer.group_size, self.symmetric)
+        full = (self.bits, self.group_size, self.symmetric)
         return (self.bits, None, self.symmetric) if self.per_row and full not in group_sizes else full
 
 
@@ -299,6 +300,10 @@ class _Source:
         self.layers = compressed_layers(model)
         self.experts = {name: m for name, m in model.named_modules() if isinstance(m, UnfusedExperts)}
         self.expected = {name: t.shape for name, t in self.architecture.state_dict().items()}
+
+    def layer(self, name: str) -> CompressedLayer:
+        """The compressed layer of that name; one in the layout of the kernels comes in that of files."""
+        return _in_files(self.layers[name])
 
     def original(self, name: str) -> nn.Module | None:
         """What stands at `name` in the architecture; None for one of several fused experts."""
@@ -326,7 +331,8 @@ class _Source:
         """The quantised layers by name; raises `OptionError` for one that the format cannot hold."""
         self.check_dense()
         quantised: dict[str, _Quantised] = {}
-        for name, layer in self.layers.items():
+        for name in self.layers:
+            layer = self.layer(name)
             reason = self.why_not_packed(name, layer, with_adapter)
             if reason is not None:
                 raise OptionError(f"model: {name!r} {reason}")
@@ -345,7 +351,13 @@ class _Source:
                     f"model: the scales of {name!r} do not fit {self.dtype}, in which they would be stored; load the "
                     "model with dtype=torch.float32 first, or use export_dense"
                 )
-            quantised[name] = _Quantised(base, base.bits + wide, symmetric or base.symmetric)
+            quantised[name] = _Quantised(
+                base.bits + wide,
+                base.group_size,
+                symmetric or base.symmetric,
+                per_row=base.group_size == base.in_features,
+                sparse=base.pattern is not None,
+            )
         if not quantised:
             raise OptionError("model: none of its linear layers is quantised; use export_dense")
         self.check_experts(quantised)
@@ -435,8 +447,8 @@ class _Source:
         """The low-rank paths beside compressed layers, by name of the layer."""
         return {
             name: module.adapter
-            for name, layer in self.layers.items()
-            for module in layer.modules()
+            for name in self.layers
+            for module in self.layer(name).modules()
             if isinstance(module, CompensatedLinear)
         }
 
@@ -490,7 +502,8 @@ class _Source:
 
     def packed(self, name: str, quantised: _Quantised, pack: Callable[..., Tensor]) -> dict[str, Tensor]:
         """The tensors of one ``pack-quantized`` layer; `pack` is the library's own packing of int8 into int32."""
-        layer, bits = quantised.layer, quantised.bits
+        layer, bits = _base(self.layer(name)), quantised.bits
+        assert isinstance(layer, PackedLinear)
         steps = copy.copy(layer)
         steps._buffers = {**layer._buffers, "scale": torch.ones_like(layer.scale)}
         steps.dtype = torch.float32
@@ -521,7 +534,7 @@ class _Source:
                     stem = key.removesuffix(".weight")
                     tensors[f"{stem}.{kind}"] = rows
                     tensors[f"{stem}.weight_shape"] = torch.tensor(
-                        [len(rows), quantised[names[0]].layer.in_features]
+                        [len(rows), self.layers[names[0]].in_features]
                     )
         return tensors
 
@@ -554,7 +567,7 @@ class _Source:
                     piece[key] = state[key]
                 elif name not in written:
                     written[name] = None
-                    piece |= experts(name) if name in self.experts else tensors(name, self.layers[name])
+                    piece |= experts(name) if name in self.experts else tensors(name, self.layer(name))
             for key in moved & piece.keys():
                 del piece[key]
             for key, tensor in piece.items():
@@ -585,7 +598,9 @@ class _Source:
 
         def weight(index: int, part: str) -> Tensor:
             module: Any = experts.get_submodule(f"{index}.{part}")
-            return _weight(module) if isinstance(module, CompressedLayer) else module.weight.detach()
+            return (
+                _weight(_in_files(module)) if isinstance(module, CompressedLayer) else module.weight.detach()
+            )
 
         return {
             f"{name}.{part}": torch.stack([weight(index, part) for index in range(experts.num_experts)])
@@ -628,6 +643,20 @@ class _Source:
                 tensors[key] = mean - bias.detach()
                 moved.add(f"{conv}.bias")
         return tensors, moved
+
+
+def _in_files(layer: CompressedLayer) -> CompressedLayer:
+    """A layer without the layouts of kernels, in itself or in its parts."""
+    if isinstance(layer, (ServedLinear, ServedCompensatedLinear, ServedSparseLinear)):
+        return layer.packed()
+    if isinstance(layer, CompensatedLinear):
+        base, adapter = _in_files(layer.base), _in_files(layer.adapter)
+        unchanged = base is layer.base and adapter is layer.adapter
+        return layer if unchanged else CompensatedLinear(base, adapter)  # type: ignore[arg-type]
+    if isinstance(layer, LowRankLinear):
+        a, b = _in_files(layer.A), _in_files(layer.B)
+        return layer if a is layer.A and b is layer.B else LowRankLinear(a, b)  # type: ignore[arg-type]
+    return layer
 
 
 def _base(layer: CompressedLayer) -> CompressedLayer:
@@ -765,8 +794,7 @@ def _write_adapter(staging: Path, source: _Source, base: str | Path) -> None:
     tensors: dict[str, Tensor] = {}
     for name, path in paths.items():
         a, b = path.A.to_dense(), path.B.to_dense()
-        layer = source.layers[name]
-        if isinstance(layer, PackedConv2d):
+        if isinstance(layer := source.layers[name], PackedConv2d):
             a, b = layer.geometry.kernel_of(a), b[:, :, None, None]
         tensors |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
     ranks = {name: path.rank for name, path in paths.items()}
@@ -792,7 +820,7 @@ def _write_adapter(staging: Path, source: _Source, base: str | Path) -> None:
 
 def _settings(quantised: dict[str, _Quantised]) -> dict[tuple[int, int | None, bool], list[str]]:
     """Names of the quantised layers by (bits, group size, symmetric)."""
-    grouped = {(q.bits, q.layer.group_size, q.symmetric) for q in quantised.values() if not q.per_row}
+    grouped = {(q.bits, q.group_size, q.symmetric) for q in quantised.values() if not q.per_row}
     settings: dict[tuple[int, int | None, bool], list[str]] = {}
     for name, layer in quantised.items():
         settings.setdefault(layer.setting(grouped), []).append(name)
@@ -869,7 +897,7 @@ def _packed_card(
         for (bits, size, symmetric), names in settings.items()
     )
     notes = [f"Linear layers that are ordinary weights: {len(source.unquantised(quantised))}."]
-    if any(q.layer.pattern is not None for q in quantised.values()):
+    if any(q.sparse for q in quantised.values()):
         notes.append(
             "Pruned weights are stored as quantised zeros: the sparsity is kept but saves no bytes here."
         )

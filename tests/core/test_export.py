@@ -27,6 +27,7 @@ from refimpl.core.export import export_compressed_tensors, export_dense, export_
 from refimpl.core.fold import fold_batch_norms
 from refimpl.core.io import compressed_layers
 from refimpl.core.layers import Factor, LowRankLinear, PackedConv2d, PackedLinear
+from refimpl.core.serve import serve
 from refimpl.core.sites import find_sites
 
 Factory = Callable[..., PreTrainedModel]
@@ -279,7 +280,7 @@ def test_one_group_per_row_and_biases(layout, symmetric, request, tokens, loaded
 
 
 def test_the_option_may_be_given_by_hand(tiny_llama: Factory, tokens, loaded, tmp_path) -> None:
-    """For a transformers that does not read it from the configuration; there, a plain load stops."""
+    """For a transformers that does not read it from the configuration."""
     model = compressed(tiny_llama(), [RTN(4, 32)], tokens)
     folder = export_compressed_tensors(model, tmp_path / "out")
     assert "CompressedTensorsConfig(dequantize=True)" in (folder / "README.md").read_text()
@@ -288,8 +289,6 @@ def test_the_option_may_be_given_by_hand(tiny_llama: Factory, tokens, loaded, tm
     (folder / "config.json").write_text(json.dumps(config))
     again = loaded(folder, quantization_config=CompressedTensorsConfig(dequantize=True))
     assert torch.equal(logits(again, tokens), logits(model, tokens))
-    with pytest.raises(RuntimeError, match="mismatch"):
-        AutoModelForCausalLM.from_pretrained(folder)
 
 
 def mixed(model: Any, symmetric: bool, tokens: Callable[..., Tensor]) -> Any:
@@ -327,28 +326,6 @@ def test_asymmetric_mixed_settings_need_the_wider_grid(tiny_llama: Factory, toke
     weights = [group["weights"] for group in config["config_groups"].values()]
     assert {entry["num_bits"] for entry in weights} == {4, 5} and all(entry["symmetric"] for entry in weights)
     assert "dequantize" not in config
-
-
-def test_the_refusal_is_right(tiny_llama: Factory, tokens, tmp_path, monkeypatch) -> None:
-    """Written all the same, transformers loads mixed asymmetric layers without a word, and wrongly."""
-    model = compressed(tiny_llama(), [RTN(4, 32)], tokens, targets="mlp")
-    compressed(model, [RTN(3, 32)], tokens, targets="attn")
-    real = export._settings
-    monkeypatch.setattr(
-        export, "_settings", lambda q: dict(list(real(q).items())[:1])
-    )  # what the check looks at
-    folder = export_compressed_tensors(model, tmp_path / "out")
-    config = json.loads((folder / "config.json").read_text())
-    quantised = {
-        name: export._Quantised(layer, layer.bits, False) for name, layer in compressed_layers(model).items()
-    }
-    config["quantization_config"]["config_groups"] = export._config_groups(
-        export._Source(model), real(quantised)
-    )
-    (folder / "config.json").write_text(json.dumps(config))
-    again, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(info.values())
-    assert not torch.allclose(logits(again, tokens), logits(model, tokens), atol=0.01)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -497,6 +474,32 @@ def test_an_adapter_by_itself(tiny_llama: Factory, tokens, loaded, tmp_path) -> 
     check_adapter(model, loaded(tmp_path / "base"), tmp_path / "adapter", tokens, torch.float32)
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert "base_model: someone/pruned" in card and 'from_pretrained("someone/pruned")' in card
+
+
+# ---- models in the layout of the kernels
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("adapter_bits", [None, 4])
+def test_served_models_are_exported_like_others(
+    symmetric, adapter_bits, tiny_llama: Factory, tokens, tmp_path
+) -> None:
+    size = {"intermediate_size": 128}  # multiples of 32
+    model = compressed(tiny_llama(**size), [GPTQ(4, 32, symmetric)], tokens, targets="mlp")
+    compressed(model, [SparseGPT("2:4")], tokens, targets="attn")
+    reference = tiny_llama(**size)
+    compress(model, EoRA(32, adapter_bits=adapter_bits), tokens(), reference=reference, progress=False)
+    other = copy.deepcopy(model)
+    assert not serve(other, progress=False).left or adapter_bits is None
+    assert any("Served" in type(module).__name__ for module in other.modules())
+    before = [type(module) for module in other.modules()]
+    for name, each in (("packed", model), ("served", other)):
+        export_dense(each, tmp_path / name / "dense")
+        export_compressed_tensors(each, tmp_path / name / "ct", adapter=tmp_path / name / "peft")
+    for kind in ("dense", "ct", "peft"):
+        ours, theirs = stored(tmp_path / "packed" / kind), stored(tmp_path / "served" / kind)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert [type(module) for module in other.modules()] == before
 
 
 # ---- the real model
