@@ -13,6 +13,8 @@ def main() -> None:
         from refimpl.cli import app
 
         app(prog_name="refimpl")
+    except KeyboardInterrupt:  # before the command line could catch it
+        sys.exit(130)
     except (RefimplError, OSError) as error:  # of the system: no such file, no permission, disk full
         print(f"refimpl: {error}", file=sys.stderr)
         sys.exit(1)

@@ -295,7 +295,8 @@ def syllabus() -> str:
     lines = [
         f"{len(chapters())} of {len(papers())} papers have a chapter so far. Of the {WEEKS} weeks, "
         f"{count['chapter']} rest on a chapter, {count['page']} on another page of the book, and {count['work']} on "
-        "work of the class (a project, or papers that have no chapter yet). The table is made from the list of papers and changes as chapters arrive.",
+        "work of the class (a project, or papers that have no chapter yet). The table is made from the list of papers "
+        "and changes as chapters arrive.",
         table(
             ["Week", "Topic", "Before class", "In class, and to hand in"],
             [[str(k), week.topic, week.before, week.in_class] for k, week in enumerate(plan, start=1)],

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from refimpl.lab.metrics import Perplexity
     from refimpl.lab.plots import ClassifierPoint, Point
 
-BENCHES = ("wikipedia", "mnist resnet", "digits resnet", "mnist vit", "digits vit")
+BENCHES = ("wikipedia", "mnist resnet", "digits resnet", "mnist vit")
 FORMATS = (".html", ".png", ".svg")
 COSTS = ("bytes", "flops", "bit_operations")
 MOST = 8  # methods that can be told apart in one chart

@@ -262,11 +262,9 @@ def _configuration(model: str) -> tuple[Any, Path | None]:
     """The configuration of a model, which is enough to plan with, and its folder if it is a local one."""
     from transformers import AutoConfig
 
-    from refimpl.lab import small
-
     path = Path(model).expanduser()
     folder = path.parent if path.name == "config.json" else path
-    if not folder.is_dir() and model != "smollm2" and model not in small.names():
+    if "/" in model and not folder.is_dir():
         try:
             return AutoConfig.from_pretrained(model), None
         except (OSError, ValueError):

@@ -19,6 +19,7 @@ from refimpl.cli.models import (
     Precision,
     checkpoint,
     first,
+    has_tokenizer,
     longest,
     own_text,
     precision_of,
@@ -60,8 +61,10 @@ def evaluate(
             precision = precision_of(dtype)
         with waiting(f"Loading {model}"):
             folder = checkpoint(model)
-            loaded, _ = models.load(model, dtype=precision)
-            tokenizer = tokenizer_of(folder, "evaluate")
+            found = has_tokenizer(folder)
+            tokenizer = tokenizer_of(folder, "evaluate") if found else None  # a damaged one is found here
+            loaded, _ = models.load(model, dtype=precision)  # says so if it is no language model
+            tokenizer = tokenizer or tokenizer_of(folder, "evaluate")
         most = getattr(loaded.config, "max_position_embeddings", None)
         if length is not None and most is not None and length > most:
             raise OptionError(f"--length {length}: {model} reads at most {most} tokens; ask for fewer")

@@ -80,6 +80,12 @@ def checkpoint(model: str) -> Path:
     """The local folder of a model, fetched if need be."""
     from refimpl.lab import models
 
+    # a Hub id has an owner, a few old ones apart; asking the Hub for a typing error takes long without a network
+    if "/" not in model and model not in MODELS and not Path(model).expanduser().exists():
+        if "did you mean" in (known := nearest(model, MODELS)):
+            raise OptionError(
+                f"{model} is no local folder; use {known}, a folder or a Hub id ('owner/model')"
+            )
     return models.smollm2_path() if model == "smollm2" else models.folder(model)
 
 
@@ -99,10 +105,14 @@ def longest(config: Any) -> int:
     return min(LONGEST, getattr(config, "max_position_embeddings", None) or LONGEST)
 
 
+def has_tokenizer(folder: Path) -> bool:
+    return any(folder.glob("tokenizer*"))
+
+
 def tokenizer_of(folder: Path, purpose: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    if not any(folder.glob("tokenizer*")):
+    if not has_tokenizer(folder):
         raise OptionError(
             f"{purpose} needs the model's tokenizer, and {folder} holds none; save it there "
             "(tokenizer.save_pretrained)"
