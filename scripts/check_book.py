@@ -1,4 +1,5 @@
-"""Check the rendered book without a browser: nothing is loaded from another host, no local link or image is broken.
+"""Check the rendered book without a browser: nothing is loaded from another host, no local link,
+anchor or image is broken.
 
 python scripts/check_book.py _build/html
 """
@@ -21,6 +22,7 @@ class Page(HTMLParser):
         super().__init__()
         self.loads: list[str] = []
         self.links: list[str] = []
+        self.anchors: set[str] = set()
         self.images_without_text: list[str] = []
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
@@ -34,20 +36,27 @@ class Page(HTMLParser):
         address = values.get(LOADS.get(tag, ""))
         if address and not passive:
             self.loads.append(address)
+        self.anchors |= {str(values[key]) for key in ("id", "name") if values.get(key)}
         if tag == "a" and values.get("href"):
             self.links.append(str(values["href"]))
         if tag == "img" and not values.get("alt"):
             self.images_without_text.append(str(address)[:80])
 
 
+def read(path: Path) -> Page:
+    page = Page()
+    page.feed(path.read_text(encoding="utf8"))
+    return page
+
+
 def problems(folder: Path) -> list[str]:
     found = []
+    pages: dict[Path, Page] = {}
     for path in sorted(folder.rglob("*.html")):
         if "_static" in path.parts:  # templates of the theme, not pages
             continue
         text = path.read_text(encoding="utf8")
-        page = Page()
-        page.feed(text)
+        page = pages.setdefault(path.resolve(), read(path))
         name = path.relative_to(folder).as_posix()
         for address in page.loads:
             parts = urlsplit(address)
@@ -55,10 +64,16 @@ def problems(folder: Path) -> list[str]:
                 found.append(f"{name}: loads {address} from another host")
         for address in page.loads + page.links:
             parts = urlsplit(address)
-            if parts.scheme or parts.netloc or not parts.path:
+            if parts.scheme or parts.netloc:
                 continue
-            if not (path.parent / unquote(parts.path)).exists():
+            target = (path.parent / unquote(parts.path) if parts.path else path).resolve()
+            if not target.exists():
                 found.append(f"{name}: {address} does not exist")
+            elif parts.fragment and target.suffix == ".html":
+                if target not in pages:
+                    pages[target] = read(target)
+                if unquote(parts.fragment) not in pages[target].anchors:
+                    found.append(f"{name}: {address} leads to no such place in the page")
         for image in page.images_without_text:
             found.append(f"{name}: image {image} has no alt text")
         body = re.sub(r"<(script|style|pre|code)\b.*?</\1>", "", text, flags=re.S)
@@ -69,5 +84,5 @@ def problems(folder: Path) -> list[str]:
 
 if __name__ == "__main__":
     found = problems(Path(sys.argv[1]))
-    print("\n".join(found) or f"{sys.argv[1]}: nothing from other hosts, no broken local link")
+    print("\n".join(found) or f"{sys.argv[1]}: nothing from other hosts, no broken local link or anchor")
     sys.exit(bool(found))

@@ -173,6 +173,6 @@ def test_pages_link_to_their_source_once_the_address_is_known(
 
 
 def test_docstrings_cannot_turn_into_markup(script) -> None:
-    lines = ["Scores |x| * y, `name` and ``a * b``.", "", ">>> 2 * 3", "6"]
+    lines = ["Scores |x| * y, `name`s and ``a * b``.", "", ">>> 2 * 3", "6"]
     script("refimpl_book").docstring_lines(None, "function", "f", None, None, lines)
-    assert lines == ["Scores \\|x\\| \\* y, `name` and ``a * b``.", "", ">>> 2 * 3", "6"]
+    assert lines == ["Scores \\|x\\| \\* y, `name`\\ s and ``a * b``.", "", ">>> 2 * 3", "6"]

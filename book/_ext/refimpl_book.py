@@ -139,10 +139,13 @@ def docstring_lines(app: Any, what: str, name: str, item: Any, options: Any, lin
             verbatim = False
         if not verbatim:
             pieces = re.split(r"(``.*?``|`[^`]*`|:\w+:`[^`]*`)", line)
-            lines[k] = "".join(
-                piece if place % 2 else re.sub(r"(?<!\*)\*(?!\*)|\|", r"\\\g<0>", piece)
-                for place, piece in enumerate(pieces)
-            )
+            for place, piece in enumerate(pieces):
+                if place % 2 == 0:
+                    plural = (
+                        "\\ " if place and piece[:1].isalnum() else ""
+                    )  # `name`s: markup must not touch a letter
+                    pieces[place] = plural + re.sub(r"(?<!\*)\*(?!\*)|\|", r"\\\g<0>", piece)
+            lines[k] = "".join(pieces)
 
 
 def outdated(app: Any, env: Any, added: set[str], changed: set[str], removed: set[str]) -> list[str]:
@@ -152,20 +155,25 @@ def outdated(app: Any, env: Any, added: set[str], changed: set[str], removed: se
 
 
 def write_vega(app: Any) -> None:
-    """The chart library, from the installed package to the site's static files."""
+    """The chart library, from the installed package to the site's static files.
+
+    As a classic script: browsers load no modules from disk.
+    """
     import vl_convert
 
     target = ROOT / "_build" / "vega" / "vega.js"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(vl_convert.javascript_bundle(), encoding="utf8")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(f"(() => {{{vl_convert.javascript_bundle()}}})();", encoding="utf8")
     app.config.html_static_path.append(str(target.parent))
 
 
-#: Before anything is drawn: the reader's own choice, else the system's. The stock theme flashes light first.
+#: Before anything is drawn: the reader's own choice, else the system's (the stock theme flashes light). Paper is light.
 EARLY_MODE = """(() => {
   const html = document.documentElement, dark = matchMedia("(prefers-color-scheme: dark)").matches;
   if (!["light", "dark"].includes(html.dataset.theme)) html.dataset.theme = dark ? "dark" : "light";
+  let shown;
+  addEventListener("beforeprint", () => { shown = html.dataset.theme; html.dataset.theme = "light"; });
+  addEventListener("afterprint", () => { html.dataset.theme = shown; });
 })();"""
 #: Summaries in the search results are fetched from the pages, which browsers refuse for files on disk.
 SEARCH_FROM_DISK = 'if (location.protocol === "file:") DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;'
@@ -176,14 +184,14 @@ def page_scripts(app: Any, pagename: str, templatename: str, context: dict[str, 
     body = context.get("body", "")
     app.add_js_file(None, body=EARLY_MODE, priority=1)
     if "vega-chart" in body:
-        app.add_js_file("vega.js", type="module")
-        app.add_js_file("charts.js", type="module")
+        app.add_js_file("vega.js", loading_method="defer")
+        app.add_js_file("charts.js", loading_method="defer")
     if "ledger-filter" in body:
-        app.add_js_file("ledger.js", type="module")
+        app.add_js_file("ledger.js", loading_method="defer")
     if pagename == "search":
         app.add_js_file(None, body=SEARCH_FROM_DISK)
     if os.environ.get("BOOK_VERSIONS"):  # set where the book is published beside its other versions
-        app.add_js_file("versions.js", type="module")
+        app.add_js_file("versions.js", loading_method="defer")
     if doctree is not None:
         context["body"] = body + page_links(pagename)
     context["script_files"] = [
