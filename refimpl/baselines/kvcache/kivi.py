@@ -7,8 +7,8 @@ fine; values have no such channels, and a scale per token keeps an error within 
 quantised when all of its tokens are there: hence the window of exact tokens, which also serves quality.
 
 One difference: the authors empty the keys' window whenever it is full, so that between 0 and ``window`` of them are
-exact. Here keys and values leave together and ``window`` tokens are exact at any time, ``group`` - 1 more at most. Scale
-and least value are fp16.
+exact. Here keys and values leave together and ``window`` tokens are exact at any time, ``group`` - 1 more at most.
+Scale and least value are fp16.
 """
 
 from __future__ import annotations

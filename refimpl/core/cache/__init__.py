@@ -13,6 +13,6 @@ from refimpl.core.cache.policy import LayerShape, Policy, check_rank
 from refimpl.core.cache.rope import Rotary, rotate, unrotate
 
 __all__ = [
-    "NAME", "CompressedCache", "Dense", "KVLayer", "LayerShape", "Mask", "New", "Policy", "Rotary", "Segment", "TailLayer",
-    "WindowLayer", "attend", "check_rank", "fingerprint", "prefill", "rotate", "unrotate", "weights",
+    "NAME", "CompressedCache", "Dense", "KVLayer", "LayerShape", "Mask", "New", "Policy", "Rotary", "Segment",
+    "TailLayer", "WindowLayer", "attend", "check_rank", "fingerprint", "prefill", "rotate", "unrotate", "weights",
 ]  # fmt: skip

@@ -121,7 +121,8 @@ class Ticket:
     def __init__(self, layer: KVLayer) -> None:
         self.layer = layer
 
-    def _refuse(self) -> NoReturn:
+    @staticmethod
+    def _refuse() -> NoReturn:
         raise OptionError(
             f"attn_implementation: a compressed cache holds no key and value tensors, so only {NAME!r} can attend to "
             f"it; call model.set_attn_implementation({NAME!r})"
@@ -132,7 +133,7 @@ class Ticket:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        next(a for a in args if isinstance(a, cls))._refuse()
+        cls._refuse()
 
 
 class Segment:

@@ -285,7 +285,7 @@ class CompressedCache(Cache):
         for index, (layer, numbers) in enumerate(zip(cache.layers, about["numbers"], strict=True)):
             start = f"{index}."
             parts = {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}
-            _set_layer_state(layer, parts, numbers)
+            _set_layer_state(layer, parts, numbers, model)
         return cache
 
 
@@ -320,9 +320,12 @@ def _layer_state(layer: Any) -> tuple[dict[str, Tensor], dict[str, int]]:
     return parts, {"cumulative_length": layer.cumulative_length}
 
 
-def _set_layer_state(layer: Any, parts: dict[str, Tensor], numbers: dict[str, int]) -> None:
+def _set_layer_state(
+    layer: Any, parts: dict[str, Tensor], numbers: dict[str, int], model: PreTrainedModel
+) -> None:
     if isinstance(layer, KVLayer):
         layer.set_state((parts, numbers))
+        layer.dtype, layer.device, layer.is_initialized = model.dtype, model.device, bool(parts)
     elif parts:
         layer.lazy_initialization(parts["keys"], parts["values"])
         layer.keys, layer.values = parts["keys"], parts["values"]
@@ -390,6 +393,11 @@ def prefill(
     if input_ids.shape[1] == 0:
         raise OptionError("input_ids has no token; feed at least one")
     before = cache.get_seq_length()
+    if attention_mask is not None and attention_mask.shape[1] != before + input_ids.shape[1]:
+        raise OptionError(
+            f"attention_mask covers {attention_mask.shape[1]} tokens, but the cache and the prompt have "
+            f"{before + input_ids.shape[1]}; pass the mask of the whole sequence"
+        )
     with cache.prompt():
         for first in range(0, input_ids.shape[1], chunk):
             last = min(first + chunk, input_ids.shape[1])

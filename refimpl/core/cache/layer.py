@@ -280,9 +280,6 @@ class KVLayer(CacheLayerMixin, abc.ABC):
         self.parts = dict(state[0])
         for name, value in state[1].items():
             setattr(self, name, value)
-        for tensor in self.parts.values():
-            if tensor.is_floating_point() and not self.is_initialized:
-                self.lazy_initialization(tensor, tensor)
 
     def extend(self, dim: int = 2, **tensors: Tensor) -> None:
         """Append to parts along a dimension; a part that is missing begins here."""
