@@ -35,7 +35,7 @@ metric_list:
     aggregation: mean
     higher_is_better: true"""
 _FREE = """\
-doc_to_target: answer
+doc_to_target: continuation
 metric_list:
   - metric: acc
     aggregation: mean
@@ -96,6 +96,7 @@ def _document(item: Item) -> dict[str, object]:
         "id": item.id,
         "prompt": item.prompt,
         "answer": item.answer,
+        "continuation": f" {item.answer}",  # lm-eval's loglikelihood joins nothing itself
         "choices": choices,
         "gold": choices.index(item.answer),
     }

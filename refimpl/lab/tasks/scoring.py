@@ -173,7 +173,10 @@ def _batches(encoded: list[Encoded]) -> Iterator[list[int]]:
     for k in sorted(range(len(encoded)), key=lambda k: -len(encoded[k].prompt)):
         mine = max(1, len(encoded[k].longer))
         logits = 1 + sum(len(ids) - 1 for ids in encoded[k].longer)
-        if batch and ((copies + mine) * width > _TOKENS or positions + logits > _POSITIONS):
+        full = (copies + mine) * width > _TOKENS or positions + logits > _POSITIONS
+        # Padding costs as much as text; very small batches cost more, as packed layers are unpacked for each.
+        uneven = len(encoded[k].prompt) < 0.8 * width and 4 * copies * width > _TOKENS
+        if batch and (full or uneven):
             yield batch
             batch, copies, positions = [], 0, 0
         width = len(encoded[batch[0] if batch else k].prompt)
