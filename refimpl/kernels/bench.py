@@ -1,0 +1,307 @@
+"""How fast the kernels are, for people with a GPU: each launch beside PyTorch, and as a fraction of what a GPU can do.
+
+What a GPU can do is measured on it, by a large copy and a large matrix product: the figures of a data sheet hold at
+clocks and temperatures of their own. The least time of a launch is then the larger of its bytes over the bandwidth and
+its operations over the rate of the products (the roofline), and its fraction of the roofline is least over measured.
+
+Before a kernel is timed its result is compared with PyTorch's: a wrong kernel has no speed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from refimpl.kernels.audit import all_kernels, launches, versions, write_json
+from refimpl.kernels.launch import Launch
+from refimpl.kernels.quant_matmul import dequantise
+from refimpl.kernels.sparse_matvec import unpack
+from refimpl.kernels.traffic import minimum
+
+Timer = Callable[[Callable[[], Any]], float]  # runs a function, says how many milliseconds it takes
+TOLERANCE = 0.02  # relative error (Frobenius) of 16-bit results; a sum that is wrong somewhere is far beyond
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU by what was measured on it.
+
+    Attributes:
+        name: as it calls itself.
+        bandwidth: bytes a second, read and written by a copy.
+        flops: operations a second of a dense product, by dtype ("bfloat16", "float16").
+    """
+
+    name: str
+    bandwidth: float
+    flops: dict[str, float]
+
+    def least(self, moved: int, operations: int, dtype: str) -> float:
+        """Milliseconds below which no kernel that moves and computes so much can stay.
+
+        Example:
+            >>> Device("demo", 1e12, {"float16": 1e14}).least(2_000_000, 100_000_000, "float16")
+            0.002
+        """
+        return 1e3 * max(moved / self.bandwidth, operations / self.flops[dtype])
+
+
+@dataclass(frozen=True)
+class Row:
+    """One launch, timed.
+
+    Attributes:
+        kernel, variant: as in `refimpl.kernels.audit`.
+        least: milliseconds by the roofline.
+        times: milliseconds of "kernel", "torch" (weights expanded, then multiplied), "torch.compile" (the same,
+            compiled) and "dense" (16-bit weights that were never compressed).
+        error: of the kernel's result against PyTorch's in fp32, relative Frobenius norm.
+    """
+
+    kernel: str
+    variant: str
+    least: float
+    times: dict[str, float]
+    error: float
+
+    @property
+    def fraction(self) -> float:
+        """Of the roofline: 1 is as fast as the GPU can."""
+        return self.least / self.times["kernel"]
+
+
+# --- tensors -----------------------------------------------------------------------------------------------------
+
+_PAIRS = (0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110)  # first position, second position << 2
+
+
+def materialise(launch: Launch, device: torch.device | str, seed: int = 0) -> Launch:
+    """The launch with random tensors of the kind each argument holds: legal 2:4 positions, small scales, counters at 0.
+
+    Example:
+        >>> materialise(launches("sparse_matvec")["fp16 576->192"], "cpu").arguments["values"].dtype
+        torch.float16
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    bits = launch.constants.get("BITS", 8)
+
+    def fill(name: str, like: Tensor) -> Tensor:
+        made = torch.empty(like.shape, dtype=like.dtype, device=device)
+        if name == "positions":
+            pairs = torch.tensor(_PAIRS, device=device, dtype=torch.int64)
+            picked = pairs[torch.randint(6, (8, *like.shape), generator=generator, device=device)]
+            shifts = 4 * torch.arange(8, device=device)[:, None, None]
+            word = (picked << shifts).sum(0)
+            return torch.where(word >= 2**31, word - 2**32, word).to(torch.int32)
+        if name == "zero":
+            return made.random_(0, 2**bits, generator=generator)
+        if name == "arrived":
+            return made.zero_()
+        if not like.is_floating_point():
+            return made.random_(-(2**31), 2**31 - 1, generator=generator)
+        made.normal_(generator=generator)
+        return made.mul_(0.01).abs_() if name == "scale" else made
+
+    arguments = {
+        name: fill(name, value) if isinstance(value, Tensor) else value for name, value in launch.arguments.items()
+    }  # fmt: skip
+    return Launch(
+        launch.kernel, launch.grid, arguments, launch.constants, launch.num_warps, launch.num_stages
+    )
+
+
+def expand(launch: Launch) -> Tensor:
+    """The dense matrix of a launch, [out, in], in the dtype of x.
+
+    Example:
+        >>> launch = materialise(launches("sparse_matvec")["fp16 576->192"], "cpu")
+        >>> (expand(launch) != 0).float().mean().item()   # two of four
+        0.5
+    """
+    given: dict[str, Any] = launch.arguments
+    if "positions" in given:
+        dense = unpack(given["values"], given["positions"])
+    else:
+        dense = dequantise(given["planes"], given["scale"], given["zero"], launch.constants["BITS"]).T
+    return dense.to(given["x"].dtype)
+
+
+def _multiply(launch: Launch, dense: Tensor) -> Tensor:
+    """What the launch computes, given the dense matrix."""
+    given: dict[str, Any] = launch.arguments
+    y = torch.nn.functional.linear(given["x"], dense, given["bias"])
+    return y + given["u"] @ given["B"] if "u" in given else y
+
+
+def operations(launch: Launch) -> int:
+    """Floating-point operations that the kernel's format needs.
+
+    Example:
+        >>> operations(launches("sparse_matvec")["bf16 4096->4096"])
+        16777216
+    """
+    given: dict[str, Any] = launch.arguments
+    rows, n_in, n_out = given["x"].shape[0], given["x"].shape[1], given["y"].shape[1]
+    dense = rows * n_in * n_out if "positions" in given else 2 * rows * n_in * n_out
+    return dense + (2 * rows * given["u"].shape[1] * n_out if "u" in given else 0)
+
+
+# --- measure -----------------------------------------------------------------------------------------------------
+
+
+def do_bench(function: Callable[[], Any]) -> float:
+    """Median milliseconds of a call on the GPU, the L2 emptied before each."""
+    from triton import testing
+
+    return float(testing.do_bench(function, return_mode="median"))
+
+
+def compile_anew(function: Callable[[], Any]) -> Callable[[], Any]:
+    """`torch.compile` with nothing remembered: the same lines compile for every launch, which it would soon refuse."""
+    torch.compiler.reset()
+    compiled: Callable[[], Any] = torch.compile(function)
+    return compiled
+
+
+def measure_device(
+    device: torch.device | str, time: Timer = do_bench, size: int = 2**30, width: int = 8192
+) -> Device:
+    """Bandwidth by a copy of `size` bytes, operations by a product of two matrices of `width` squared.
+
+    Example:
+        >>> measure_device("cpu", lambda function: 2.0, size=1000, width=10).bandwidth   # 2000 bytes in 2 ms
+        1000000.0
+    """
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    bandwidth = 2 * size / (time(lambda: target.copy_(source)) / 1e3)
+    flops = {}
+    for dtype in (torch.float16, torch.bfloat16):
+        # random, not zeros: a GPU that multiplies zeros draws less power and clocks higher
+        a, b = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
+        flops[str(dtype).removeprefix("torch.")] = 2 * width**3 / (time(partial(torch.matmul, a, b)) / 1e3)
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else str(device)
+    return Device(name, bandwidth, flops)
+
+
+def measure(
+    kernel: str,
+    variant: str,
+    launch: Launch,
+    device: Device,
+    time: Timer = do_bench,
+    compile: Callable[[Callable[[], Any]], Callable[[], Any]] = compile_anew,
+) -> Row:
+    """Check one launch, then time it and its rivals.
+
+    Args:
+        launch: with tensors where they are computed, as `materialise` makes them.
+        device: from `measure_device`.
+        time, compile: others than the defaults for tests.
+
+    Raises:
+        RuntimeError: the kernel's result is not PyTorch's.
+    """
+    given: dict[str, Any] = launch.arguments
+
+    def run_kernel() -> None:
+        if given.get("arrived") is not None:
+            given["arrived"].zero_()  # part of each call, as in the op
+        launch()
+
+    def expand_and_multiply() -> Tensor:
+        return _multiply(launch, expand(launch))
+
+    dense = expand(launch)
+    run_kernel()
+    expected = given["x"].float() @ dense.float().T
+    if "u" in given:
+        expected += given["u"].float() @ given["B"].float()
+    if given["bias"] is not None:
+        expected += given["bias"].float()
+    error = ((given["y"].float() - expected).norm() / expected.norm()).item()
+    if not error < TOLERANCE:
+        raise RuntimeError(
+            f"{kernel}, {variant}: the kernel is off by {error:.3g} (relative) on {device.name}, where at most "
+            f"{TOLERANCE} is rounding; it is wrong there, so it is not timed. Please report it with the versions "
+            f"{versions()}"
+        )
+    times = {
+        "kernel": time(run_kernel),
+        "torch": time(expand_and_multiply),
+        "torch.compile": time(compile(expand_and_multiply)),
+        "dense": time(lambda: _multiply(launch, dense)),
+    }
+    dtype = str(given["x"].dtype).removeprefix("torch.")
+    least = device.least(minimum(launch), operations(launch), dtype)
+    return Row(kernel, variant, least, times, error)
+
+
+# --- run ---------------------------------------------------------------------------------------------------------
+
+
+def run(kernels: list[str] | None = None, out: Path | None = None, progress: bool = True) -> list[Row]:
+    """Time every launch that kernel files list, on the current GPU.
+
+    Args:
+        kernels: names of kernel files; None is all.
+        out: JSON file to write: versions, the device as measured, rows.
+        progress: show a bar.
+
+    Raises:
+        RuntimeError: no GPU, kernels defined under ``TRITON_INTERPRET=1``, no kernel of that name, or a kernel that
+            computes something else than PyTorch.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            "timing kernels needs a GPU that PyTorch can use (torch.cuda.is_available() is False here: no NVIDIA or "
+            "AMD GPU, no driver, or a PyTorch for CPUs). Without one, `refimpl kernels audit` reads the compiled code"
+        )
+    names = kernels if kernels is not None else all_kernels()
+    jobs = [(kernel, variant, launch) for kernel in names for variant, launch in launches(kernel).items()]
+    if any(not hasattr(launch.kernel, "device_caches") for _, _, launch in jobs):
+        raise RuntimeError("TRITON_INTERPRET=1 is set: it would time the interpreter; unset it")
+    device = measure_device("cuda")
+    rows = []
+    for kernel, variant, launch in tqdm(jobs, desc="kernels", unit="launch", disable=not progress):
+        rows.append(measure(kernel, variant, materialise(launch, "cuda"), device))
+        if out is not None:  # after each: a run of minutes may be interrupted
+            write_json(
+                out, {"versions": versions(), "device": asdict(device), "rows": [asdict(row) for row in rows]}
+            )
+    return rows
+
+
+def load(path: Path) -> tuple[Device, list[Row]]:
+    """A file of `run`."""
+    value = json.loads(path.read_text())
+    return Device(**value["device"]), [Row(**row) for row in value["rows"]]
+
+
+def table(rows: Iterable[Row]) -> str:
+    """The rows as a Markdown table; times in microseconds.
+
+    Example:
+        >>> row = Row("demo", "fp16 64->64", 0.010, {"kernel": 0.0125, "torch": 0.1, "torch.compile": 0.05,
+        ...     "dense": 0.04}, 0.0)
+        >>> print(table([row]).splitlines()[-1])
+        | demo | fp16 64->64 | 12.5 | 80 % | 100.0 | 50.0 | 40.0 |
+    """
+    lines = [
+        "| kernel | launch | kernel, us | of the roofline | torch, us | torch.compile, us | dense, us |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        rest = " | ".join(f"{1e3 * row.times[arm]:.1f}" for arm in ("torch", "torch.compile", "dense"))
+        lines.append(
+            f"| {row.kernel} | {row.variant} | {1e3 * row.times['kernel']:.1f} | {100 * row.fraction:.0f} % | {rest} |"
+        )
+    return "\n".join(lines)
