@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import quote_plus
 
 import choosing
+import courses
 
 import refimpl
 from refimpl.core.io import data_path
@@ -87,7 +88,7 @@ class Door:
 DOORS = (
     Door("Read", ("notebooks/tour",), "A model pruned, quantized and repaired in five minutes"),
     Door("Study", ("book/lowrank",), "A chapter with exercises that check your answer"),
-    Door("Teach", ("book/courses", "book/how_we_measure"), "Objectives, minutes and a syllabus"),
+    Door("Teach", ("book/course_planner", "book/how_we_measure"), "Objectives, minutes and a syllabus"),
     Door("Use", ("book/choosing_a_method", "book/language_models"), "Which method for which budget"),
 )
 
@@ -406,6 +407,22 @@ def classifier_bench(chart: Chart) -> str:
     return "\n\n".join(parts) or NOTHING
 
 
+def code_table() -> str:
+    """The official code of each paper that has one, and its licence; papers with a chapter first."""
+    codes = tomllib.loads((ROOT / "book" / "codes.toml").read_text(encoding="utf8"))
+    rows = [
+        [
+            paper.name,
+            "chapter" if paper.status == "chapter" else "planned",
+            f"`{codes[paper.slug]['repository']}`",
+            codes[paper.slug]["licence"] or "no licence file found",
+        ]
+        for paper in sorted(papers(), key=lambda paper: paper.status != "chapter")
+        if paper.slug in codes
+    ]
+    return table(["Paper", "State", "Repository on GitHub", "Licence"], rows)
+
+
 # -- choosing a method --
 
 
@@ -516,6 +533,10 @@ GENERATED: dict[str, Callable[[Chart], str]] = {
     "welcome_chart": welcome_chart,
     "language_models": bench,
     "classifiers": classifier_bench,
+    "codes": lambda chart: code_table(),
+    "planner": lambda chart: courses.planner(),
+    "syllabus": lambda chart: courses.syllabus(),
+    "exercises": lambda chart: courses.exercises(),
     "choosing_language": lambda chart: choosing_language(),
     "choosing_classifiers": lambda chart: choosing_classifiers(),
     "api": lambda chart: reference_overview(),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -176,3 +178,44 @@ def test_docstrings_cannot_turn_into_markup(script) -> None:
     lines = ["Scores |x| * y, `name`s and ``a * b``.", "", ">>> 2 * 3", "6"]
     script("refimpl_book").docstring_lines(None, "function", "f", None, None, lines)
     assert lines == ["Scores \\|x\\| \\* y, `name`\\ s and ``a * b``.", "", ">>> 2 * 3", "6"]
+
+
+def test_versions_are_published_side_by_side(script, tmp_path: Path) -> None:
+    publish = script("publish").publish
+    book, site = tmp_path / "html", tmp_path / "pages"
+    book.mkdir()
+    (book / "index.html").write_text("first")
+    site.mkdir()
+    assert publish(book, site, "v1.2") == ["v1.2"]
+    assert publish(book, site, "v1.10") == ["v1.10", "v1.2"]
+    (book / "index.html").write_text("second")
+    assert publish(book, site, "latest") == ["latest", "v1.10", "v1.2"]
+    assert json.loads((site / "versions.json").read_text()) == ["latest", "v1.10", "v1.2"]
+    assert (site / "v1.2" / "index.html").read_text() == "first"
+    assert (site / "latest" / "index.html").read_text() == "second"
+    assert "url=latest/index.html" in (site / "index.html").read_text()
+    with pytest.raises(SystemExit, match="must be"):
+        publish(book, site, "../elsewhere")
+
+
+def test_workflow_renders_reads_and_publishes() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "pages.yml").read_text())
+    assert workflow[True]["push"]["tags"] == ["v*"]  # YAML 1.1 reads the key "on" as true
+    steps = workflow["jobs"]["publish"]["steps"]
+    commands = [step.get("run", "") for step in steps]
+    places = [
+        next(k for k, run in enumerate(commands) if part in run)
+        for part in ("make site", "tests/browser", "publish.py")
+    ]
+    assert places == sorted(places), "what the browser objects to is not published"
+    assert steps[0]["with"]["fetch-depth"] == 0, "the ledger checks commits"
+
+
+def test_official_codes_belong_to_papers(script) -> None:
+    pages = script("pages")
+    codes = pages.tomllib.loads((ROOT / "book" / "codes.toml").read_text())
+    assert set(codes) <= {paper.slug for paper in pages.papers()}
+    assert {paper.slug for paper in pages.chapters()} <= set(codes), (
+        "a chapter names the licence of its paper's code"
+    )
+    assert pages.code_table().count("\n") == len(codes) + 1
