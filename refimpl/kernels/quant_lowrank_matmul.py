@@ -251,7 +251,7 @@ def quant_lowrank_matmul(
     """
     flat, inner = x.reshape(-1, x.shape[-1]), u.reshape(-1, u.shape[-1])
     y = torch_matmul(flat, inner, planes, scale, zero, B, bias, bits)
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], B.shape[1])
 
 
 @quant_lowrank_matmul.register_kernel("cuda")

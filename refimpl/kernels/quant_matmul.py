@@ -656,8 +656,8 @@ def torch_matmul(
     """
     (rows, n_in), (groups, n_out) = x.shape, scale.shape
     if rows > 16:
-        y = x @ dequantise(planes, scale, zero, bits).to(x.dtype)
-        return y if bias is None else y + bias.to(x.dtype)
+        weight = dequantise(planes, scale, zero, bits).to(x.dtype)
+        return x @ weight if bias is None else torch.addmm(bias.to(x.dtype), x, weight)
     group = n_in // groups
     values = x.to(torch.float32).unflatten(1, (groups, group)).transpose(0, 1)  # [groups, rows, group]
     steps = scale.to(torch.float32).unsqueeze(1)
@@ -708,7 +708,7 @@ def quant_matmul(
         [[16.0, 16.0]]
     """
     flat = x.reshape(-1, x.shape[-1])
-    return torch_matmul(flat, planes, scale, zero, bias, bits).view(*x.shape[:-1], -1)
+    return torch_matmul(flat, planes, scale, zero, bias, bits).view(*x.shape[:-1], planes.shape[1])
 
 
 def capability(x: Tensor) -> tuple[int, int] | None:
@@ -717,7 +717,7 @@ def capability(x: Tensor) -> tuple[int, int] | None:
 
 
 @quant_matmul.register_kernel("cuda")
-def _(
+def _cuda(
     x: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int
 ) -> Tensor:
     flat = x.reshape(-1, x.shape[-1]).contiguous()
@@ -733,7 +733,7 @@ def _(
 
 
 @quant_matmul.register_fake
-def _(
+def _fake(
     x: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], planes.shape[1])
