@@ -379,7 +379,9 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
             set_tensor(module, name, parameter.to(dtype))
         if isinstance(module, (PackedLinear, ServedLinear)):
             module.dtype = dtype
-        if isinstance(module, ServedSparseLinear) or (isinstance(module, PackedLinear) and module.bits is None):
+        if isinstance(module, ServedSparseLinear) or (
+            isinstance(module, PackedLinear) and module.bits is None
+        ):
             module.values = module.values.to(dtype)
 
 
