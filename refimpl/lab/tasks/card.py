@@ -180,13 +180,16 @@ def score(
         >>> 0 <= card.mean("copying", "free") <= card.mean("copying", "restricted") <= 1
         True
     """
-    chosen = _chosen(tasks, size)
+    chosen = chosen_items(tasks, size)
     start = time.perf_counter()
     scores = {name: score_items(model, tokenizer, found, progress, name) for name, found in chosen.items()}
     return ScoreCard(scores, time.perf_counter() - start)
 
 
-def _chosen(tasks: Sequence[str] | Mapping[str, Sequence[Item]] | None, size: str) -> dict[str, list[Item]]:
+def chosen_items(
+    tasks: Sequence[str] | Mapping[str, Sequence[Item]] | None, size: str
+) -> dict[str, list[Item]]:
+    """Items by task, from names or from items that are given."""
     if isinstance(tasks, Mapping):
         return {name: list(found) for name, found in tasks.items()}
     if isinstance(tasks, str):
@@ -203,7 +206,7 @@ def ceiling(
 ) -> ScoreCard:
     """The card of a model on disk, scored once and then read from the cache.
 
-    The cache knows a card by the hashes of the weights, of the tokenizer, of the items and of this package's source.
+    The cache knows a card by the hashes of the weights, of the tokenizer, of the items and of the source that scores.
 
     Args:
         name_or_path: as for `refimpl.lab.models.load`; the model has to have a tokenizer.
@@ -218,11 +221,11 @@ def ceiling(
         >>> card.mean("copying", "chance")
         0.25
     """
-    chosen = _chosen(tasks, size)
+    chosen = chosen_items(tasks, size)
     dtype = dtype or models.compute_dtype()
     folder = models.folder(models.smollm2_path() if name_or_path == "smollm2" else name_or_path)
     files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json"))
-    marks = [fetch.sha256(path) for path in files] + [str(dtype), module_hash("refimpl.lab.tasks")]
+    marks = [fetch.sha256(path) for path in files] + [str(dtype), module_hash("refimpl.lab.tasks.scoring")]
     scores: dict[str, Scores] = {}
     loaded: Any = None
     for task, found in chosen.items():

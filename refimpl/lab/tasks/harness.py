@@ -8,7 +8,7 @@ from pathlib import Path
 
 from refimpl.core.errors import OptionError
 from refimpl.core.io import atomic_write
-from refimpl.lab.tasks.card import _chosen
+from refimpl.lab.tasks.card import chosen_items
 from refimpl.lab.tasks.items import Item
 from refimpl.lab.tasks.made import number
 
@@ -71,7 +71,7 @@ def export_lm_eval(
         raise OptionError(f"folder={str(folder)!r} is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
     names = []
-    for task, found in _chosen(tasks, size).items():
+    for task, found in chosen_items(tasks, size).items():
         data = folder / f"{task}.json"
         with atomic_write(data) as temporary:
             temporary.write_text(
