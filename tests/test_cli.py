@@ -142,7 +142,7 @@ def test_names_on_the_command_line_are_those_of_the_package() -> None:
 # -- help, completion, start-up --
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "kernels audit"])
+@pytest.mark.parametrize("command", [*COMMANDS, "kernels audit", "kernels bench"])
 def test_help_has_an_example(command: str) -> None:
     shown = run(*command.split(), "--help")
     assert shown.exit_code == 0 and f"Example: refimpl {command}" in " ".join(shown.stdout.split())

@@ -340,7 +340,7 @@ def test_two_methods_on_a_model_of_your_own_and_out_again(
 ) -> None:
     """Qwen-like: quantise and repair, evaluate, and load the packed base with its adapter without refimpl."""
     out, base, adapter = tmp_path / "out", tmp_path / "base", tmp_path / "adapter"
-    ran("compress", own["qwen3"], "GPTQ", "EoRA", "--set", "GPTQ.group_size=32", "--set", "GPTQ.symmetric=True",
+    ran("compress", own["qwen3"], "GPTQ", "EoRA", "--set", "GPTQ.group_size=32",
         "--set", "EoRA.rank=4", "--calibration", text_file, *FIRST, "--dtype", "float32", "--out", out)  # fmt: skip
     assert "perplexity" in ran("evaluate", out, "--on", text_file, *FIRST)
     assert "low-rank path" in ran("export", out), "says which formats can hold it, and why not"
@@ -388,3 +388,20 @@ def test_kernels_audit_prints_a_table_and_names_unknown_kernels(
     assert next(iter(found)) in shown.stdout and "sm_80" in shown.stdout
     rows = json.loads((tmp_path / "audit.json").read_text())["rows"]
     assert shown.exit_code == (1 if any(row["spills"] for row in rows) else 0)
+
+
+def test_kernels_bench_says_that_it_needs_a_gpu_and_shows_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    from refimpl.kernels import bench
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "needs a GPU" in refused(RefimplError, "kernels", "bench")
+    assert "did you mean 'sparse_matvec'" in refused(OptionError, "kernels", "bench", "sparse_matve")
+    times = {"kernel": 0.0125, "torch": 0.1, "torch.compile": 0.05, "dense": 0.04}
+    asked: list[Any] = []
+    row = bench.Row("sparse_matvec", "demo", 0.010, times, 0.0)
+    monkeypatch.setattr(bench, "run", lambda names, out: asked.append((names, out)) or [row])
+    assert "80 %" in ran("kernels", "bench", "sparse_matvec", "--out", tmp_path / "b.json")
+    assert asked == [(["sparse_matvec"], tmp_path / "b.json")]

@@ -88,11 +88,11 @@ def export(
     if to is not Format.peft:
         copy_companions(folder, out)
     typer.echo(f"Saved: {', '.join(str(path) for path in (out, adapter) if path is not None)}")
-    # the README of the export knows what to write; the last folder's loads everything
-    last = adapter or out
-    code = re.search(
-        r"```python\n(.*?)```", (last / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL
-    )
-    if code:
-        typer.echo(f"\nLoad it without refimpl (more in {last / 'README.md'}):\n")
-        typer.echo(code[1].replace("THIS FOLDER", str(last)).rstrip())
+    readme = out / "README.md"  # the export knows how it is loaded
+    code = re.search(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), flags=re.DOTALL)
+    if code is not None:
+        typer.echo(f"\nLoad it without refimpl (more in {readme}):\n")
+        typer.echo(code[1].replace("THIS FOLDER", str(out)).rstrip())
+    if code is not None and adapter is not None:
+        typer.echo("\nfrom peft import PeftModel\n")
+        typer.echo(f'model = PeftModel.from_pretrained(model, "{adapter}")')

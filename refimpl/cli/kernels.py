@@ -44,6 +44,26 @@ def audit(
         raise RefimplError(f"{len(spilling)} of {len(rows)} launches spill registers, {spilling[0]} for one")
 
 
+@app.command(epilog="Example: refimpl kernels bench quant_matmul --out bench.json")
+def bench(
+    names: Names = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write, with the device as measured.")] = None,
+) -> None:
+    """Time kernels on the GPU of this machine, beside PyTorch and against the roofline measured on it."""
+    require("triton", "kernels")
+    with waiting("Loading the kernels"):
+        from refimpl.kernels import audit as auditing
+        from refimpl.kernels import bench as timing
+    chosen = _known(names, auditing.all_kernels())
+    try:
+        rows = timing.run(chosen, out)
+    except RuntimeError as error:
+        raise RefimplError(str(error)) from error
+    typer.echo(timing.table(rows))
+    if out is not None:
+        typer.echo(f"\nWritten: {out}")
+
+
 def _known(names: list[str] | None, known: list[str]) -> list[str] | None:
     for name in names or ():
         if name not in known:
