@@ -42,7 +42,13 @@ COMPRESSION = [
     "refimpl.core.stats",
     "refimpl.lab.text",
 ]
-DEPENDS = [*COMPRESSION, "refimpl.lab.metrics", "refimpl.lab.tasks"]
+DEPENDS = [
+    *COMPRESSION,
+    "refimpl.lab.metrics",
+    "refimpl.lab.tasks.items",
+    "refimpl.lab.tasks.made",
+    "refimpl.lab.tasks.scoring",
+]
 
 RANK = 64
 SCALE = "SmolLM2, 135M weights; 13 compressed models"
@@ -56,21 +62,39 @@ class Size:
     sequences: int
     length: int
     windows: dict[str, tuple[int, int]]  # corpus: (windows, tokens each)
-    items: int | None  # of each task; None for all
+    items: dict[str, int]  # of each task, at most
     rank: int
     arms: tuple[str, ...] | None = None
 
 
 SIZES = {
-    "study": Size(None, 32, 512, {"wikipedia": (24, 512), "python": (16, 512)}, None, RANK),
+    "study": Size(
+        layers=None,
+        sequences=32,
+        length=512,
+        windows={"wikipedia": (24, 512), "python": (16, 512)},
+        items=dict.fromkeys(tasks.TASKS, 128) | {"cloze": 500},  # facts are short, so all of them
+        rank=RANK,
+    ),
     "live": Size(
-        None, 8, 512, {"wikipedia": (12, 512), "python": (12, 512)}, 60, RANK,
-        ("GPTQ 3-bit g64", "SparseGPT 50%"),
+        layers=None,
+        sequences=8,
+        length=512,
+        windows={"wikipedia": (12, 512), "python": (12, 512)},
+        items=dict.fromkeys(tasks.TASKS, 60),
+        rank=RANK,
+        arms=("GPTQ 3-bit g64", "SparseGPT 50%"),
     ),
     "quick": Size(
-        1, 2, 64, {"wikipedia": (2, 64), "python": (2, 64)}, 4, 16, ("RTN 3-bit g64", "SparseGPT 2:4")
+        layers=1,
+        sequences=2,
+        length=64,
+        windows={"wikipedia": (2, 64), "python": (2, 64)},
+        items=dict.fromkeys(tasks.TASKS, 4),
+        rank=16,
+        arms=("RTN 3-bit g64", "SparseGPT 2:4"),
     ),
-}  # fmt: skip
+}
 
 BASES: dict[str, Method] = {
     **{f"RTN {bits}-bit g{group}": RTN(bits, group) for bits, group in ((4, 64), (3, 32), (3, 64))},
@@ -222,14 +246,15 @@ class _Run:
             if not self.results.has(arm, corpus):
                 found = perplexity(model, tokens, batch_size=8, progress=False)
                 self.results.add_perplexity(arm, corpus, 0, found, cost=bits)
-        chosen = {task: _spread(tasks.items(task, "full"), self.size.items) for task in tasks.TASKS}
+        chosen = {task: _spread(tasks.items(task, "full"), most) for task, most in self.size.items.items()}
         card = tasks.score(model, self.tokenizer, chosen, progress=False)
         tasks.add_scores(self.results, arm, 0, card, cost=bits)
 
 
-def _spread(items: list[tasks.Item], n: int | None) -> list[tasks.Item]:
-    """n items from all over the list, or all."""
-    return items if n is None else items[:: max(1, len(items) // n)][:n]
+def _spread(items: list[tasks.Item], most: int) -> list[tasks.Item]:
+    """Items from all over the list."""
+    n = min(most, len(items))
+    return [items[k * len(items) // n] for k in range(n)]
 
 
 def _unpack(model: nn.Module) -> None:
