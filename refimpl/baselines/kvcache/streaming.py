@@ -101,6 +101,9 @@ class StreamingLayer(TailLayer):
             tail,
         ]
 
+    def room(self) -> int:
+        return max(self.window, 64)  # the result is the same for any number; this one bounds time and memory
+
     def settle(self, new: New, mass: Tensor | None) -> None:
         surplus = self.seen - self.start - self.window
         if surplus > 0:
