@@ -184,9 +184,7 @@ VARIANTS = (
     *(((1, *shape, 4, 64, True), 64) for shape in ((576, 1536), (1536, 576), (576, 192))),
     *(((1, *shape, 4, 64, True), 128) for shape in ((4096, 4096), (4096, 14336), (14336, 4096))),
     *(((1, 4096, 4096, bits, 64, False), 128) for bits in base.BITS),
-    *(((base.MATVEC_ROWS, 4096, 14336, bits, 64, False), 128) for bits in base.BITS),
-    *(((16, 4096, 14336, bits, 64, False), 128) for bits in base.BITS),
-    *(((512, 4096, 14336, bits, 64, False), 128) for bits in base.BITS),
+    *(((rows, 4096, 14336, bits, 64, False), 128) for rows in (base.MATVEC_ROWS, 16, 512) for bits in (3, 4)),
     ((512, 576, 1536, 4, 96, True), 40),
 )
 
