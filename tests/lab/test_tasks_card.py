@@ -168,3 +168,22 @@ def test_cached_cards_are_json(monkeypatch, tmp_path):
     tasks.ceiling("llama-small", ["copying"], dtype=torch.float32, progress=False)
     (file,) = (tmp_path / "scores").iterdir()
     assert set(json.loads(file.read_text())) == {"ids", "free", "restricted", "loglik", "chance"}
+
+
+def test_a_compressed_model_scores_like_its_weights():
+    from refimpl import RTN, compress
+    from refimpl.core.sites import find_sites
+
+    found = {"few": tasks.items("copying", "card")[:8]}
+    dense, packed, plain = (small.load("llama-small") for _ in range(3))
+    compress(packed, RTN(3, 32), torch.randint(0, 1024, (2, 16)), progress=False)
+    layers = {site.name: site.module for site in find_sites(packed)}
+    with torch.no_grad():
+        for site in find_sites(plain):
+            site.module.weight.copy_(layers[site.name].to_dense())
+    of_packed, of_plain, of_dense = (
+        tasks.score(model, small.tokenizer(), found, progress=False).scores["few"].loglik
+        for model in (packed, plain, dense)
+    )
+    np.testing.assert_allclose(of_packed, of_plain, atol=1e-3)
+    assert np.abs(of_dense - of_plain).max() > 0.01
