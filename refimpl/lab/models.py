@@ -332,7 +332,12 @@ def read_gguf(gguf: Path) -> LlamaForCausalLM:
 
 
 def clean_config(config: LlamaConfig) -> LlamaConfig:
-    """The configuration without what only describes the GGUF it came from."""
+    """The configuration without what only describes the GGUF it came from.
+
+    Example:
+        >>> clean_config(LlamaConfig(rms_norm_eps=9.999999747378752e-06)).rms_norm_eps
+        1e-05
+    """
     fields = config.to_dict()
     for name in (
         "quantization_config",

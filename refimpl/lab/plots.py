@@ -82,6 +82,11 @@ def points(results: Results, condition: str, seed: int = 0, reference: str = "de
 
     Raises:
         OptionError: no such arm, or an arm without a cost.
+
+    Example:
+        >>> from refimpl.core.io import data_path
+        >>> points(Results.load(data_path("results") / "eora.json"), "wikipedia")[0].bits
+        16
     """
     base = results.perplexity(reference, condition, seed)
     arms = dict.fromkeys(
@@ -157,6 +162,12 @@ def classifier_points(results: Results, condition: str, reference: str = "dense"
 
     Raises:
         OptionError: no such arm, an arm without bytes or flops, or arms measured on different images.
+
+    Example:
+        >>> from refimpl.core.io import data_path
+        >>> results = Results.load(data_path("results") / "layerwise_calibration.json")
+        >>> classifier_points(results, "digits resnet")[0].method
+        'dense'
     """
     found: dict[str, dict[str, dict[str, list[float]]]] = {}
     for record in results.records():

@@ -418,6 +418,14 @@ def rule_commit(path: str | Path) -> dict[str, str]:
 
     Raises:
         RuleNotCommitted: no checkout, or the file is untracked or has changes.
+
+    Example:
+        >>> import tempfile
+        >>> try:
+        ...     rule_commit(Path(tempfile.mkdtemp()) / "study.py")
+        ... except RuleNotCommitted as error:
+        ...     print("in no git checkout" in str(error))
+        True
     """
     path = Path(path).resolve()
     try:
@@ -440,12 +448,22 @@ def rule_commit(path: str | Path) -> dict[str, str]:
 
 
 def utc(seconds: int) -> datetime:
-    """Seconds since 1970 as a time with its zone."""
+    """Seconds since 1970 as a time with its zone.
+
+    Example:
+        >>> utc(0).isoformat()
+        '1970-01-01T00:00:00+00:00'
+    """
     return datetime.fromtimestamp(seconds, timezone.utc)
 
 
 def git(folder: Path, *arguments: str) -> str:
-    """Output of a git command run in `folder`, without the final newline."""
+    """Output of a git command run in `folder`, without the final newline.
+
+    Example:
+        >>> git(Path(), "--version").startswith("git version")
+        True
+    """
     command = ["git", "-C", str(folder), *arguments]
     return subprocess.run(
         command, check=True, capture_output=True, text=True, encoding="utf-8"

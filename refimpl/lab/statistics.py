@@ -42,12 +42,22 @@ class Interval:
 
 
 def ratio(gap: np.ndarray) -> np.ndarray:
-    """Ratio of two perplexities from the gap of their mean negative log-likelihoods; 1 is no effect."""
+    """Ratio of two perplexities from the gap of their mean negative log-likelihoods; 1 is no effect.
+
+    Example:
+        >>> float(ratio(np.array(0.0)))
+        1.0
+    """
     return np.exp(gap)
 
 
 def difference(gap: np.ndarray) -> np.ndarray:
-    """The mean difference itself; 0 is no effect."""
+    """The mean difference itself; 0 is no effect.
+
+    Example:
+        >>> float(difference(np.array(0.5)))
+        0.5
+    """
     return gap
 
 
