@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help book test env models site clean distclean
+.PHONY: help book test env models site student clean distclean
 
 # The package asks for a lower bound only. The book's own environment names the version that its numbers were made with.
 TORCH := torch==2.13.0
@@ -53,6 +53,9 @@ site: $(READY)  ## render the book from the committed outputs, warnings as error
 
 test: models  ## run the tests and every notebook at its quick size
 	REFIMPL_PROFILE=quick $(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout 300 $(PYTEST) $(if $(filter tests,$(PYTEST)),notebooks) $(PYTEST_ARGS)
+
+student: $(READY)  ## the notebooks without their solutions, in _build/student/
+	@$(BIN)/python scripts/student.py _build/student
 
 clean:  ## remove what was built; the environment and the model cache stay
 	rm -rf _build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,8 +1,8 @@
 """refimpl: small tested implementations of papers that make neural networks smaller.
 
-The five names most people need:
+The names most people need:
 
-    from refimpl import compress, GPTQ, EoRA, save, load
+    from refimpl import compress, GPTQ, EoRA, save, load, serve
 """
 
 from __future__ import annotations
@@ -10,29 +10,49 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from refimpl.baselines import GPTQ, RTN, ActSVD, LoftQ, Magnitude, PlainSVD, SparseGPT, Wanda
-from refimpl.baselines.activations import QuantizeActivations
-from refimpl.core.compress import Plan, Report, compress, plan
-from refimpl.core.io import load, save
-from refimpl.lowrank import EoRA
-
 if TYPE_CHECKING:
+    from refimpl.baselines import GPTQ, RTN, ActSVD, LoftQ, Magnitude, PlainSVD, SparseGPT, Wanda
+    from refimpl.baselines.activations import QuantizeActivations
     from refimpl.baselines.adaround import AdaRound
+    from refimpl.core.compress import Plan, Report, compress, plan
+    from refimpl.core.export import export_compressed_tensors, export_dense, export_peft
+    from refimpl.core.io import load, save
+    from refimpl.core.serve import serve
+    from refimpl.lowrank import EoRA
     from refimpl.methods import METHODS
     from refimpl.quantization import AdaQuant
 
 __version__ = "0.1.0"
 
+# Loaded when first asked for: torch takes a second, and a command line that lists papers does not need it.
+_WHERE = {
+    "baselines": ("GPTQ", "RTN", "ActSVD", "LoftQ", "Magnitude", "PlainSVD", "SparseGPT", "Wanda"),
+    "baselines.activations": ("QuantizeActivations",),
+    "baselines.adaround": ("AdaRound",),
+    "core.compress": ("Plan", "Report", "compress", "plan"),
+    "core.export": ("export_compressed_tensors", "export_dense", "export_peft"),
+    "core.io": ("load", "save"),
+    "core.serve": ("serve",),
+    "lowrank": ("EoRA",),
+    "methods": ("METHODS",),
+    "quantization": ("AdaQuant",),
+}
+_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
+
 __all__ = [
     "GPTQ", "METHODS", "RTN", "ActSVD", "AdaQuant", "AdaRound", "EoRA", "LoftQ", "Magnitude", "Plan", "PlainSVD",
-    "QuantizeActivations", "Report", "SparseGPT", "Wanda", "compress", "load", "plan", "save",
+    "QuantizeActivations", "Report", "SparseGPT", "Wanda", "compress", "export_compressed_tensors", "export_dense",
+    "export_peft", "load", "plan", "save", "serve",
 ]  # fmt: skip
-
-# Methods that train bring the training loop, whose imports take a second: loaded when first asked for.
-_LATER = {"AdaQuant": "quantization", "AdaRound": "baselines.adaround", "METHODS": "methods"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'refimpl' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"refimpl.{_LATER[name]}"), name)
+    value = getattr(importlib.import_module(f"refimpl.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -52,6 +52,19 @@ def test_public_names_load_no_classroom() -> None:
     assert run.stdout.strip() == "[]"
 
 
+def test_the_package_itself_loads_nothing_heavy() -> None:
+    code = "import sys, refimpl; print([n for n in ('torch', 'transformers', 'numpy') if n in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there() -> None:
+    import refimpl
+
+    assert set(refimpl.__all__) == set(refimpl._MODULE_OF)
+    assert all(getattr(refimpl, name) is not None for name in refimpl.__all__)
+
+
 def test_a_blocked_extra_is_named() -> None:
     code = (
         "import sys\n"
