@@ -209,6 +209,12 @@ def weights(
         slots: of the queries.
         scaling: factor of the scores.
         softcap: scores become ``softcap * tanh(score / softcap)``; None leaves them.
+
+    Example:
+        >>> x = torch.ones(1, 1, 2, 4)
+        >>> mask = mask_rule(batch_size=1, q_length=2, kv_length=2, mask_function=causal_mask_function)
+        >>> weights(x[:, :, None], [Dense(x, x, range(2))], mask, range(2), 0.5, None).tolist()
+        [[[[[1.0, 0.0], [0.5, 0.5]]]]]
     """
     pieces = []
     for segment in segments:
@@ -281,7 +287,13 @@ def mask_rule(
     device: torch.device | str = "cpu",
     **rule: Any,
 ) -> Mask:
-    """What transformers calls for a mask under this attention; see `transformers.masking_utils.sdpa_mask`."""
+    """What transformers calls for a mask under this attention; see `transformers.masking_utils.sdpa_mask`.
+
+    Example:
+        >>> rule = mask_rule(batch_size=1, q_length=2, kv_length=2, mask_function=causal_mask_function)
+        >>> rule.block(range(2), range(2)).flatten().tolist()
+        [True, False, True, True]
+    """
     return Mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
                 attention_mask=attention_mask, device=device, **rule)  # fmt: skip
 
@@ -296,7 +308,13 @@ def attention(
     softcap: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls for attention under this name: [B, Hq, Q, d] to [B, Q, Hq, d], and no weights."""
+    """What transformers calls for attention under this name: [B, Hq, Q, d] to [B, Q, Hq, d], and no weights.
+
+    Example:
+        >>> x = torch.ones(1, 2, 3, 4)
+        >>> attention(torch.nn.Identity(), x, x, x, None)[0].shape
+        torch.Size([1, 3, 2, 4])
+    """
     if options.get("s_aux") is not None:
         raise OptionError(
             f"{type(module).__name__} has learned attention sinks, which {NAME!r} attention does not know; "
@@ -329,7 +347,13 @@ def plain(
     scaling: float,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Exactly what "sdpa" computes."""
+    """Exactly what "sdpa" computes.
+
+    Example:
+        >>> x = torch.ones(1, 2, 3, 4)
+        >>> plain(torch.nn.Identity(), x, x, x, None, scaling=0.5)[0].unique().tolist()
+        [1.0]
+    """
     dense = mask.tensor if isinstance(mask, Mask) else mask
     return sdpa_attention_forward(module, query, key, value, dense, scaling=scaling, **options)
 

@@ -98,6 +98,10 @@ def find_rotary(model: nn.Module, layer_type: str | None) -> Rotary | None:
     Args:
         model: a decoder of transformers.
         layer_type: as in ``config.layer_types``; models with one embedding for all layers ignore it.
+
+    Example:
+        >>> find_rotary(nn.Linear(2, 2), None) is None
+        True
     """
     for module in model.modules():
         name = f"{layer_type}_" if hasattr(module, f"{layer_type}_inv_freq") else ""
