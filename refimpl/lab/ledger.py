@@ -185,7 +185,7 @@ def current_data(recorded: Mapping[str, str]) -> dict[str, str]:
         {'python': "another interpreter's", 'my own text': '12'}
     """
     now = dict(recorded)
-    for name in {"smollm2", "wikipedia", "news"} & set(recorded):
+    for name in {"smollm2", "wikipedia", "news", "tasks"} & set(recorded):
         try:
             with fetch.cached_only():
                 now[name] = _data_hash(name)
@@ -199,6 +199,10 @@ def _data_hash(name: str) -> str:
         from refimpl.lab.models import smollm2_hash  # transformers: seconds that a ledger without it saves
 
         return smollm2_hash()
+    if name == "tasks":
+        from refimpl.lab.tasks import items, items_hash
+
+        return items_hash([*items("cloze"), *items("summary")])
     from refimpl.lab.text import corpus_hash
 
     return corpus_hash(name)

@@ -277,6 +277,9 @@ def run(out: Path, profile: str = "study") -> Results:
     """
     data = {corpus: text.corpus_hash(corpus) for corpus in ("wikipedia", "python")}
     data["smollm2"] = models.smollm2_hash()
+    data["tasks"] = tasks.items_hash(
+        [*tasks.items("cloze"), *tasks.items("summary")]
+    )  # the others follow from code
     dtype = str(models.compute_dtype()).removeprefix("torch.")
     results = Results.start(out, paper="tasks", study=__name__, depends=DEPENDS, data=data, profile=profile,
                             dtype=dtype, provisional=profile != "study")  # fmt: skip
