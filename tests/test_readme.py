@@ -6,6 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from refimpl.core.layers import PackedLinear
 
@@ -15,7 +18,7 @@ README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encodi
 def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from refimpl.lab import models, text
 
-    code, _ = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    code, exports, _ = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     calibration = text.calibration
     monkeypatch.setattr(models, "load", lambda name: (models.smollm2(layers=1), models.tokenizer()))
     monkeypatch.setattr(
@@ -25,22 +28,36 @@ def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     names: dict = {}
     exec(code, names)
     assert (tmp_path / "smaller" / "config.json").is_file()
-    assert names["model"](names["tokens"].ids[:1, :8]).logits.isfinite().all()
+    ids = names["tokens"].ids[:1, :8]
+    assert names["model"](ids).logits.isfinite().all()
+    exec(exports, names)
+    whole, packed = (AutoModelForCausalLM.from_pretrained(folder) for folder in ("whole", "packed"))
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("plain"), "repair")
+    reference = names["model"](ids).logits.float()
+    for exported in (whole, adapted):
+        assert torch.allclose(
+            exported(ids).logits.float(), reference, atol=0.05 * reference.abs().max().item()
+        )
+    assert torch.equal(packed(ids).logits, names["quantised"](ids).logits)
 
 
 def test_welcome_page_shows_the_same_code() -> None:
     welcome = (Path(__file__).resolve().parent.parent / "book" / "welcome.md").read_text(encoding="utf8")
-    code, _ = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    code, *_ = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     assert code in welcome
 
 
 def test_readme_training_runs() -> None:
     """In fewer steps, which is all that differs."""
-    _, code = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    *_, code = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     names: dict = {}
-    exec(code.replace("steps=700", "steps=20").replace("start=70, frequency=35", "start=2, frequency=1"), names)
+    exec(
+        code.replace("steps=700", "steps=20").replace("start=70, frequency=35", "start=2, frequency=1"), names
+    )
     packed = [layer for layer in names["model"].modules() if isinstance(layer, PackedLinear)]
-    left = sum(layer.nonzeros for layer in packed) / sum(layer.in_features * layer.out_features for layer in packed)
+    left = sum(layer.nonzeros for layer in packed) / sum(
+        layer.in_features * layer.out_features for layer in packed
+    )
     assert len(packed) == 10 and left == pytest.approx(0.1, abs=0.001)
 
 
