@@ -134,6 +134,8 @@ def _canonical(node: object) -> str:
         return f"[{','.join(_canonical(item) for item in node if not _is_docstring(item))}]"
     if not isinstance(node, ast.AST):
         return ascii(node)
+    if isinstance(node, ast.JoinedStr):  # Python 3.12.0 to 3.12.3 end some f-strings with an empty constant
+        node.values = [part for part in node.values if getattr(part, "value", None) != ""]
     fields = [
         f"{name}={_canonical(value)}"
         for name, value in sorted(ast.iter_fields(node))
@@ -418,19 +420,20 @@ def run(kernels: list[str] | None = None, out: Path | None = None, progress: boo
         RuntimeError: no kernel of that name, or as `audit`.
     """
     names = kernels if kernels is not None else all_kernels()
+    sources = {name: source_hash(name) for name in names}
     rows = audit([(kernel, variant) for kernel in names for variant in launches(kernel)], progress)
     if out is not None:
-        keep(out, names, rows, load(out)["rows"] if out.exists() else [])
+        keep(out, sources, rows, load(out)["rows"] if out.exists() else [])
     return rows
 
 
-def keep(out: Path, kernels: list[str], rows: list[Any], before: list[Any]) -> None:
-    """Write rows with the hashes of the kernels they belong to; rows of other kernels in the file stay."""
-    sources = json.loads(out.read_text())["sources"] if out.exists() else {}
-    every = [*(row for row in before if row.kernel not in kernels), *rows]
+def keep(out: Path, sources: dict[str, str], rows: list[Any], before: list[Any]) -> None:
+    """Write rows with the hashes of the kernels they are of; rows of other kernels in the file stay."""
+    known = json.loads(out.read_text())["sources"] if out.exists() else {}
+    every = [*(row for row in before if row.kernel not in sources), *rows]
     write_json(out, {
         "versions": versions(),
-        "sources": {**sources, **{name: source_hash(name) for name in kernels}},
+        "sources": {**known, **sources},
         "rows": [asdict(row) for row in sorted(every, key=lambda row: row.kernel)],
     })  # fmt: skip
 
