@@ -170,7 +170,7 @@ def plan(
     if few:
         more = B.nbytes + u.shape[1] * u.itemsize
         grid, tensors, constants, warps = base.matvec_arguments(x, planes, scale, zero, bias, y, bits, more)
-        constants["RANKS"] = min(2 * constants["TILE"], max(4, 1 << (B.shape[0] - 1).bit_length()))
+        constants["RANKS"] = min(32, max(4, 1 << (B.shape[0] - 1).bit_length()))
     else:
         grid, tensors, constants, warps = base.dot_arguments(x, planes, scale, zero, bias, y, bits)
         constants["RANKS"] = 16 if B.shape[0] <= 16 else 32

@@ -114,12 +114,15 @@ def _codes(planes: Tensor, bits: int) -> Tensor:
         words = inputs * width // 32
         part = octets[row : row + words]  # [words, 4, out]
         if width < 8:
+            mask = (2**width - 1) << low
             fields = torch.empty(words, 4, 8 // width, n_out, dtype=torch.uint8, device=planes.device)
             for index in range(8 // width):
-                fields[:, :, index] = (part >> (width * index)) & (2**width - 1)
+                up = low - width * index
+                moved = part << up if up > 0 else part >> -up
+                torch.bitwise_and(moved, mask, out=fields[:, :, index])
             part = fields
         part = part.reshape(inputs, n_out)
-        codes = part if codes is None else codes | (part << low)
+        codes = part if codes is None else codes.bitwise_or_(part)
         row, low = row + words, low + width
     assert codes is not None
     return codes
@@ -498,7 +501,7 @@ def matvec_shape(rows: int, n_in: int, n_out: int, bits: int, group: int, least:
         if room >= (8 * n_out * split if split > 1 else 0) or (block == 512 and not found[0]):
             found = max(found, (min(blocks * split, _TARGET_PROGRAMS), -block, split))
     programs, block, split = found
-    # eight warps with eight outputs a thread, or four where the sums of several rows need the registers
+    # eight warps of eight outputs a thread, or of four where the sums of several rows need the registers
     side_by_side = (2048 if rows <= 2 else 1024) // -block
     tile = min(side_by_side, 1 << (-(-segments // split) - 1).bit_length())
     return -block, split, tile
@@ -535,7 +538,8 @@ def matvec_arguments(
                  **_shared(x, n_out, split, blocks), "n_in": n_in, "n_out": n_out}  # fmt: skip
     constants = {"ROWS": rows, "BITS": bits, "SEGMENT": segment, "SEGMENTS_PER_SCALE": per_scale, "TILE": tile,
                  "BLOCK": block, "SPLIT": split}  # fmt: skip
-    return (blocks, split), arguments, constants, max(1, min(8, tile * block // 128))
+    outputs = 256 if rows <= 2 else 128  # of a warp: eight outputs a thread share each load of x
+    return (blocks, split), arguments, constants, max(1, min(8, tile * block // outputs))
 
 
 def dot_arguments(
@@ -644,7 +648,9 @@ def variants() -> dict[str, Launch]:
 
 # --- op ----------------------------------------------------------------------------------------------------------
 
-_SLAB = 2**17  # weights unpacked at a time on a CPU: they stay in its cache
+_SLAB = (
+    2**20
+)  # weights unpacked at a time on a CPU: fewer calls than caches would like, but not one large array
 
 
 def torch_matmul(
