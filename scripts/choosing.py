@@ -29,7 +29,7 @@ def name(point: Entry) -> str:
 
 
 def language_table(points: Sequence[Entry], scores: dict[str, float], table: Callable[..., str]) -> str:
-    """Compressed language models on the frontier of bits and perplexity, with the mean score of the tasks where known."""
+    """Compressed language models on the frontier of bits and perplexity, with the tasks' mean score where known."""
     best = frontier(
         [p for p in points if p.method not in ("dense", "source")], lambda p: p.bits, lambda p: p.perplexity
     )

@@ -18,6 +18,7 @@ from urllib.parse import quote_plus
 
 import choosing
 import courses
+import task_pages
 
 import refimpl
 from refimpl.core.io import data_path
@@ -181,8 +182,9 @@ VERDICTS = {
 
 @cache
 def ledger_rows() -> tuple[dict[str, Any], ...]:
-    """The ledger's rows; several pages show them, and comparing hashes takes seconds."""
-    return tuple(ledger.table())
+    """The ledger's rows on papers; several pages show them, and comparing hashes takes seconds."""
+    slugs = {paper.slug for paper in papers()}
+    return tuple(row for row in ledger.table() if row["paper"] in slugs)
 
 
 def verdict_badge(verdict: str) -> str:
@@ -539,6 +541,7 @@ GENERATED: dict[str, Callable[[Chart], str]] = {
     "exercises": lambda chart: courses.exercises(),
     "choosing_language": lambda chart: choosing_language(),
     "choosing_classifiers": lambda chart: choosing_classifiers(),
+    **task_pages.GENERATED,
     "api": lambda chart: reference_overview(),
     "api_core": lambda chart: reference("core"),
     "api_methods": lambda chart: reference("methods"),

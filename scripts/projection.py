@@ -1,6 +1,7 @@
 """How long .ci/run would take with all chapters: the fixed part, plus each chapter's share times the number of papers.
 
-A chapter's share is the measured time of its notebook, its tests (tests/<part>/test_<slug>*.py) and its page.
+A chapter's share is the measured time of its notebook, its tests (tests/<part>/test_<slug>*.py, tests/studies) and its
+page, read in a browser included.
 
     python scripts/projection.py steps.tsv tests.xml
 """
@@ -18,7 +19,8 @@ LIMIT_MINUTES = 60
 
 def belongs(case: ET.Element, paper: Paper) -> bool:
     place = (case.get("file") or "").replace("\\", "/")
-    return place == paper.notebook or place.startswith(f"tests/{paper.part}/test_{paper.slug}")
+    own = (f"tests/{paper.part}/test_{paper.slug}", f"tests/studies/test_{paper.slug}")
+    return place == paper.notebook or place.startswith(own)
 
 
 def main(steps_file: Path, tests_file: Path) -> int:
@@ -36,7 +38,8 @@ def main(steps_file: Path, tests_file: Path) -> int:
     pages = len(list(Path("_build/html").glob("book/*.html"))) + len(
         list(Path("_build/html").glob("notebooks/**/*.html"))
     )
-    page = (steps["book pages"] + steps["page test"]) / max(pages, 1)
+    browser = sum(float(case.get("time", 0)) for case in cases if "tests/browser" in (case.get("file") or ""))
+    page = (steps["book pages"] + browser) / max(pages, 1)
     each = own / len(chapters) + page
     total = sum(steps.values())
     fixed = total - each * len(chapters)

@@ -34,6 +34,10 @@ def chapters() -> list[str]:
     return [paper.slug for paper in papers() if paper.status == "chapter"]
 
 
+def studies() -> list[str]:
+    return [*chapters(), "tasks"]  # the last is the study of a page without a paper
+
+
 Part = Annotated[
     str | None,
     typer.Option(
@@ -87,7 +91,7 @@ def fetch(
 
 def study(
     slug: Annotated[
-        str, typer.Argument(help="A paper with a chapter, such as eora.", autocompletion=chapters)
+        str, typer.Argument(help="A paper with a chapter, such as eora; or tasks.", autocompletion=studies)
     ],
     profile: Annotated[Profile, typer.Option(help="Size of the experiment.")] = Profile.study,
     out: Annotated[
@@ -96,7 +100,7 @@ def study(
     ] = None,
 ) -> None:
     """Run a paper's experiment and write its results file. An interrupted run is resumed."""
-    known = chapters()
+    known = studies()
     if slug not in known:
         raise OptionError(f"slug={slug!r} has no study; use {nearest(slug, known)}")
     if importlib.util.find_spec(f"refimpl.studies.{slug}") is None:

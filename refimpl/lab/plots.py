@@ -251,8 +251,9 @@ def task_points(
 ) -> list[TaskPoint]:
     """The models of a study that recorded tasks, as points.
 
-    The score of several tasks is the mean of their scores. Intervals are from a paired bootstrap over items of the
-    difference to the reference, put on the reference's score: items that are hard for every model do not widen them.
+    The score of several tasks is the mean of their scores. Intervals are from a paired bootstrap over items (those
+    about one text together) of the difference to the reference, put on the reference's score: items that are hard for
+    every model do not widen them.
 
     Args:
         results: of a study that recorded each item of task T under the condition "task T"
@@ -265,34 +266,40 @@ def task_points(
     Raises:
         OptionError: no such arm or task, or an arm without a cost.
     """  # fmt: skip
+    from refimpl.lab.tasks.items import group  # brings corpora along, which no other chart needs
+
     arms = dict.fromkeys(
         record.arm for record in results.records() if record.condition == f"task {tasks[0]}" and record.metric == metric
     )  # fmt: skip
 
-    def items(arm: str) -> tuple[list[str], np.ndarray]:
-        names, values = [], []
+    def items(arm: str) -> tuple[list[str], np.ndarray, np.ndarray]:
+        names, values, weights = [], [], []
         for task in tasks:
             scores = results.values(arm, f"task {task}", metric=metric)
             names += [f"{task} {name}" for name in scores]
+            values += scores.values()
             # every task weighs the same, however many items it has: their mean is the mean over tasks
-            values.append(np.array(list(scores.values())) / (len(tasks) * len(scores)))
-        weighted = np.concatenate(values)
-        return names, weighted * len(weighted)
+            weights += len(scores) * [1 / (len(tasks) * len(scores))]
+        return names, np.array(values) * weights, np.array(weights)
 
-    names, base = items(reference)
+    names, base, weights = items(reference)
+    # items about one text are no independent witnesses
+    where = np.unique([group(item) for item in names], return_inverse=True)[1]
+    sizes = np.bincount(where, weights)
     found = []
     for arm in arms:
-        theirs, values = items(arm)
+        theirs, values, _ = items(arm)
         if theirs != names:
             raise OptionError(f"arm {arm!r} answered other items than {reference!r} under {tasks}")
         bits = results.cost(arm, condition, metric="nll")
         if bits is None:
             raise OptionError(f"arm {arm!r} was recorded without a cost; pass its bits per weight as `cost`")
-        gap = paired_bootstrap(values, base, statistic=difference)
+        a, b = np.bincount(where, values), np.bincount(where, base)
+        gap = paired_bootstrap(a, b, sizes, statistic=difference)
         method, _, label = arm.partition(" ")
-        low, high = (float(np.clip(base.mean() + end, 0, 1)) for end in (gap.low, gap.high))
+        low, high = (float(np.clip(base.sum() + end, 0, 1)) for end in (gap.low, gap.high))
         perplexity = results.perplexity(arm, condition).value
-        found.append(TaskPoint(method, bits, perplexity, float(values.mean()), low, high, label))
+        found.append(TaskPoint(method, bits, perplexity, float(values.sum()), low, high, label))
     return found
 
 

@@ -52,6 +52,18 @@ def test_tasks_weigh_the_same_whatever_their_size(results: Results) -> None:
     assert gptq.score == pytest.approx(0.75)  # (0.5 + 1) / 2, not 30 of 50
 
 
+def test_items_about_one_text_are_resampled_together(results: Results) -> None:
+    for arm, right in (("dense", 1.0), ("GPTQ 3-bit", 0.0)):
+        for text in range(4):  # ten questions on each of four texts; the model loses one text as a whole
+            value = right if text == 0 else 1.0
+            results.add(
+                *(Record("demo", arm, "task texts", 0, f"{text}#{k}", "restricted", value) for k in range(10))
+            )
+    _, gptq = task_points(results, ["texts"])
+    assert gptq.score == 0.75
+    assert gptq.low is not None and gptq.low < 0.45  # four witnesses, not forty
+
+
 def test_other_items_are_refused(results: Results) -> None:
     scores(results, "RTN 3-bit", "facts", [1] * 5)
     with pytest.raises(OptionError, match="RTN 3-bit.*other items"):
