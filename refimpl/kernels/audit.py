@@ -106,26 +106,46 @@ def launches(kernel: str) -> dict[str, Launch]:
     return found
 
 
-def source_hash(kernel: str) -> str:
-    """SHA-256 of what runs in a kernel file and in the kernel files it imports: no comments, no docstrings.
+def fingerprint(kernel: str) -> str:
+    """SHA-256 of what the machine code of a kernel file depends on, and nothing else.
+
+    That is the source of its ``@jit`` functions and of those in the kernel files it imports, without comments and
+    docstrings, and the launches it lists: types and shapes of arguments, constants, warps, stages.
 
     Example:
-        >>> len(source_hash("sparse_matvec"))
+        >>> len(fingerprint("sparse_matvec"))
         64
     """
-    seen: dict[str, str] = {}
-    _collect(kernel, seen)
-    return hashlib.sha256("\n".join(f"{name} {seen[name]}" for name in sorted(seen)).encode()).hexdigest()
+    functions: dict[str, list[str]] = {}
+    _collect(kernel, functions)
+    described = [[name, *_described(launch)] for name, launch in launches(kernel).items()]
+    return hashlib.sha256(json.dumps([sorted(functions.items()), described]).encode()).hexdigest()
 
 
-def _collect(kernel: str, seen: dict[str, str]) -> None:
+def _collect(kernel: str, functions: dict[str, list[str]]) -> None:
     tree = ast.parse(Path(refimpl.kernels.__path__[0], f"{kernel}.py").read_text(encoding="utf-8"))
-    seen[kernel] = _canonical(tree)
+    functions[kernel] = [
+        _canonical(node)
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and any("jit" in ast.dump(mark) for mark in node.decorator_list)
+    ]
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("refimpl.kernels."):
-            name = (node.module or "").rpartition(".")[2]
-            if name not in seen:
-                _collect(name, seen)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("refimpl.kernels"):
+            package = node.module == "refimpl.kernels"
+            for name in (
+                [alias.name for alias in node.names] if package else [str(node.module).rpartition(".")[2]]
+            ):
+                if name not in functions:
+                    _collect(name, functions)
+
+
+def _described(launch: Launch) -> list[object]:
+    arguments = [
+        [name, str(value.dtype), *value.shape] if isinstance(value, Tensor) else [name, value]
+        for name, value in launch.arguments.items()
+    ]
+    constants = sorted(launch.constants.items())
+    return [launch.kernel.__name__, launch.grid, arguments, constants, launch.num_warps, launch.num_stages]
 
 
 def _canonical(node: object) -> str:
@@ -420,42 +440,42 @@ def run(kernels: list[str] | None = None, out: Path | None = None, progress: boo
         RuntimeError: no kernel of that name, or as `audit`.
     """
     names = kernels if kernels is not None else all_kernels()
-    sources = {name: source_hash(name) for name in names}
+    prints = {name: fingerprint(name) for name in names}
     rows = audit([(kernel, variant) for kernel in names for variant in launches(kernel)], progress)
     if out is not None:
-        keep(out, sources, rows, load(out)["rows"] if out.exists() else [])
+        keep(out, prints, rows, load(out)["rows"] if out.exists() else [])
     return rows
 
 
-def keep(out: Path, sources: dict[str, str], rows: list[Any], before: list[Any]) -> None:
-    """Write rows with the hashes of the kernels they are of; rows of other kernels in the file stay."""
-    known = json.loads(out.read_text())["sources"] if out.exists() else {}
-    every = [*(row for row in before if row.kernel not in sources), *rows]
+def keep(out: Path, prints: dict[str, str], rows: list[Any], before: list[Any]) -> None:
+    """Write rows with the fingerprints of the kernels they are of; rows of other kernels in the file stay."""
+    known = json.loads(out.read_text())["fingerprints"] if out.exists() else {}
+    every = [*(row for row in before if row.kernel not in prints), *rows]
     write_json(out, {
         "versions": versions(),
-        "sources": {**known, **sources},
+        "fingerprints": {**known, **prints},
         "rows": [asdict(row) for row in sorted(every, key=lambda row: row.kernel)],
     })  # fmt: skip
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A file of `run`: its "versions", "sources" and "rows" (of `Row`)."""
+    """A file of `run`: its "versions", "fingerprints" and "rows" (of `Row`)."""
     value: dict[str, Any] = json.loads(path.read_text())
     return {**value, "rows": [_row(row) for row in value["rows"]]}
 
 
 def stale(path: Path) -> list[str]:
-    """Kernels whose source is not the one that was audited, or that were not audited at all.
+    """Kernels that are not what was audited, or were not audited at all; by `fingerprint`.
 
     Example:
         >>> import tempfile
         >>> file = Path(tempfile.mkdtemp(), "audit.json")
-        >>> _ = file.write_text('{"sources": {}, "rows": []}')
+        >>> _ = file.write_text('{"fingerprints": {}, "rows": []}')
         >>> stale(file) == all_kernels()
         True
     """
-    known = json.loads(path.read_text())["sources"]
-    return [kernel for kernel in all_kernels() if known.get(kernel) != source_hash(kernel)]
+    known = json.loads(path.read_text())["fingerprints"]
+    return [kernel for kernel in all_kernels() if known.get(kernel) != fingerprint(kernel)]
 
 
 def versions() -> dict[str, str]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from refimpl.kernels.audit import all_kernels, elsewhere, keep, launches, source_hash
+from refimpl.kernels.audit import all_kernels, elsewhere, fingerprint, keep, launches
 from refimpl.kernels.launch import Launch
 
 SCRATCH = ("partials", "arrived")  # arguments that an implementation makes for itself: no part of the minimum
@@ -206,11 +206,11 @@ def run(kernels: list[str] | None = None, out: Path | None = None, progress: boo
         RuntimeError: Triton is not installed, no kernel of that name, or a launch fails.
     """
     names = kernels if kernels is not None else all_kernels()
-    sources = {name: source_hash(name) for name in names}
+    prints = {name: fingerprint(name) for name in names}
     jobs = [(kernel, variant) for kernel in names for variant in launches(kernel)]
     rows = [_row(value) for value in elsewhere("traffic", jobs, progress, interpret=True)]
     if out is not None:
-        keep(out, sources, rows, load(out)["rows"] if out.exists() else [])
+        keep(out, prints, rows, load(out)["rows"] if out.exists() else [])
     return rows
 
 
@@ -226,7 +226,7 @@ def _row(value: dict[str, Any]) -> Row:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A file of `run`: its "versions", "sources" and "rows" (of `Row`)."""
+    """A file of `run`: its "versions", "fingerprints" and "rows" (of `Row`)."""
     value: dict[str, Any] = json.loads(path.read_text())
     return {**value, "rows": [_row(row) for row in value["rows"]]}
 
