@@ -440,8 +440,9 @@ def run(kernels: list[str] | None = None, out: Path | None = None, progress: boo
         RuntimeError: no kernel of that name, or as `audit`.
     """
     names = kernels if kernels is not None else all_kernels()
-    prints = {name: fingerprint(name) for name in names}
-    rows = audit([(kernel, variant) for kernel in names for variant in launches(kernel)], progress)
+    jobs = [(kernel, variant) for kernel in names for variant in launches(kernel)]
+    prints = {name: fingerprint(name) for name in names}  # before: they may be edited meanwhile
+    rows = audit(jobs, progress)
     if out is not None:
         keep(out, prints, rows, load(out)["rows"] if out.exists() else [])
     return rows

@@ -206,8 +206,8 @@ def run(kernels: list[str] | None = None, out: Path | None = None, progress: boo
         RuntimeError: Triton is not installed, no kernel of that name, or a launch fails.
     """
     names = kernels if kernels is not None else all_kernels()
-    prints = {name: fingerprint(name) for name in names}
     jobs = [(kernel, variant) for kernel in names for variant in launches(kernel)]
+    prints = {name: fingerprint(name) for name in names}
     rows = [_row(value) for value in elsewhere("traffic", jobs, progress, interpret=True)]
     if out is not None:
         keep(out, prints, rows, load(out)["rows"] if out.exists() else [])
