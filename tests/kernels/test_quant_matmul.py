@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
 from typing import Any
 
@@ -252,3 +255,17 @@ def test_cuda_implementation_launches_or_warns_once(
     assert [str(warning.message).partition(";")[0] for warning in caught] == expected
     assert len(launched) == (2 if dtype == torch.float16 else 0)
     assert quant._cuda(arguments["x"][:0], *list(arguments.values())[1:]).shape == (0, 24)
+
+
+def test_subnormal_numbers_are_not_flushed() -> None:
+    """The matrix-vector kernel multiplies subnormal numbers; a compiler that flushes them makes every weight zero."""
+    code = (
+        "from refimpl.kernels import audit\n"
+        "launch = audit.launches('quant_matmul')['bf16 576->192, 4 bits, g64, symmetric']\n"
+        "ptx, amd = audit._compile(launch, 'sm_90').asm['ptx'], audit._compile(launch, 'gfx942').asm['amdgcn']\n"
+        "assert 'fma.rn.f32' in ptx and 'ftz' not in ptx\n"
+        "assert '.amdhsa_float_denorm_mode_32 3' in amd\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
