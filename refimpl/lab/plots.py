@@ -273,7 +273,9 @@ def task_points(
     )  # fmt: skip
 
     def items(arm: str) -> tuple[list[str], np.ndarray, np.ndarray]:
-        names, values, weights = [], [], []
+        names: list[str] = []
+        values: list[float] = []
+        weights: list[float] = []
         for task in tasks:
             scores = results.values(arm, f"task {task}", metric=metric)
             names += [f"{task} {name}" for name in scores]
