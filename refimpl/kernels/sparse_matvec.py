@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from refimpl.kernels.launch import Launch, warn_once
-from refimpl.kernels.quant_matmul import jit, store_rows
+from refimpl.kernels.quant_matmul import jit, store_rows, triton
 
 try:
     import triton.language as tl
@@ -190,7 +190,7 @@ def unsupported(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | Non
         return f"activations are {x.dtype}, the kernel takes float16 and bfloat16"
     if values.dtype != x.dtype:
         return f"values are {values.dtype} and activations {x.dtype}, the kernel takes one dtype"
-    if tl is None:
+    if triton is None:
         return "triton is not installed (pip install 'refimpl[kernels]')"
     if values.numel() >= 2**31:
         return f"the matrix has {values.numel()} values, the kernel counts to 2**31"
