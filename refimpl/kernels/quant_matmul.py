@@ -549,9 +549,7 @@ def dot_arguments(
     (rows, n_in), n_out = x.shape, planes.shape[1]
     group = n_in // scale.shape[0]
     tile = min(128, max(16, 1 << (rows - 1).bit_length()))
-    block = (
-        64 if 16 < tile < 128 else 128
-    )  # in between four warps have no registers for more, eight too little work
+    block = 128 if rows > 64 else 64
     k = math.gcd(64, group)
     grid = (-(-rows // tile), -(-n_out // block))
     split = 1 if rows > 64 else max(1, min(_TARGET_PROGRAMS // (grid[0] * grid[1]), n_in // (4 * k)))
