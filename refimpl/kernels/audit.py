@@ -48,7 +48,7 @@ class Row:
         warps: of a program.
         loads: width in bits of the global loads of each tensor, with how many there are in the code, as
             ``{"planes": {128: 4}}``. On AMD they are not told apart ("all").
-        main: the tensor that is read most: the largest argument.
+        main: the weights: the largest argument but activations, result and scratch space.
         tensor_core: tensor-core instructions in the code (HMMA, HGMMA, IMMA, MFMA).
         instructions: in the whole kernel.
         per_load: instructions of the main loop for each 128-bit load in it; None if no loop has one. While a warp loads
@@ -279,23 +279,28 @@ def instructions(sass: str) -> list[tuple[int, str, str]]:
 
 
 def per_load(code: list[tuple[int, str, str]]) -> float | None:
-    """Instructions for each 128-bit load, in the loop that has most of them (the innermost such loop).
+    """Instructions for each 128-bit load in the main loop: of the innermost loops with such loads, the longest.
 
     Example:
         >>> per_load([(0, "MOV", ""), (16, "LDG.E.128", "R4"), (32, "FFMA", ""), (48, "BRA", "0x10")])
         3.0
     """
-    best: tuple[int, int] | None = None
-    for address, opcode, operands in code:
+    loops: list[tuple[int, int, int, int]] = []  # first and last address, instructions, wide loads
+    for last, opcode, operands in code:
         target = re.search(r"0x([0-9a-f]+)", operands) if opcode.startswith("BRA") else None
-        if target is None or int(target[1], 16) >= address:
+        if target is None or int(target[1], 16) >= last:
             continue
-        body = [op for at, op, _ in code if int(target[1], 16) <= at <= address]
-        wide = sum(op.startswith(("LDG", "LDGSTS")) and ".128" in op for op in body)
-        # of nested loops with the same loads the smaller is the innermost; an outer one adds loads made once in a while
-        if wide and (best is None or len(body) < best[1]):
-            best = (wide, len(body))
-    return None if best is None else best[1] / best[0]
+        first = int(target[1], 16)
+        body = [op for at, op, _ in code if first <= at <= last]
+        wide = sum(op.startswith("LDG") and ".128" in op for op in body)  # LDGSTS among them
+        if wide:
+            loops.append((first, last, len(body), wide))
+    innermost = [
+        (length, wide)
+        for first, last, length, wide in loops
+        if not any(first <= f and end <= last and (f, end) != (first, last) for f, end, _, _ in loops)
+    ]
+    return None if not innermost else max(innermost)[0] / max(innermost)[1]
 
 
 def _tool(name: str) -> str:
@@ -357,7 +362,11 @@ def _read(kernel: str, variant: str, launch: Launch, target: str) -> Row:
         if isinstance(launch.arguments.get(name), Tensor) or launch.arguments.get(name) not in (None, 1)
     ]  # fmt: skip
     read = _read_amd(compiled) if target in AMD else _read_nvidia(compiled, names)
-    tensors = {name: value for name, value in launch.arguments.items() if isinstance(value, Tensor)}
+    tensors = {
+        name: value
+        for name, value in launch.arguments.items()
+        if isinstance(value, Tensor) and name not in ("x", "u", "y", "partials", "arrived")
+    }
     return Row(
         kernel=kernel, variant=variant, target=target, shared=compiled.metadata.shared, warps=launch.num_warps,
         main=max(tensors, key=lambda name: tensors[name].nbytes), **read,
