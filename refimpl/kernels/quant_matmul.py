@@ -30,6 +30,8 @@ try:
     import triton.language as tl
 except ModuleNotFoundError:  # no wheels for macOS and Windows: the formats and the torch path work there
     triton = None
+if triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+    triton = None  # has no tuples of tensors, which hold the sums of several rows
 
 BITS = (2, 3, 4, 8)
 MATVEC_ROWS = 4  # above, unpacking once for tensor cores beats multiplying on the ordinary ones for every row
@@ -40,7 +42,7 @@ _LONGEST_SEGMENT = 8  # chunks a thread sums before it applies the scale
 
 
 def jit(function: Any) -> Any:
-    """`triton.jit`, or the function itself where triton is not installed."""
+    """`triton.jit`, or the function itself where triton is not installed or too old."""
     return function if triton is None else triton.jit(function)
 
 
@@ -466,7 +468,7 @@ def unsupported(
     if dtype not in _DTYPES:
         return f"x is {str(dtype).removeprefix('torch.')}, not float16 or bfloat16"
     if triton is None:
-        return "triton is not installed (pip install 'refimpl[kernels]')"
+        return "triton 3.3 or later is not installed (pip install 'refimpl[kernels]')"
     if rows > MATVEC_ROWS and capability is not None and capability < (8, 0):
         return f"triton has no tensor-core products for compute capability {capability[0]}.{capability[1]}"
     return None

@@ -191,7 +191,7 @@ def unsupported(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | Non
     if values.dtype != x.dtype:
         return f"values are {values.dtype} and activations {x.dtype}, the kernel takes one dtype"
     if triton is None:
-        return "triton is not installed (pip install 'refimpl[kernels]')"
+        return "triton 3.3 or later is not installed (pip install 'refimpl[kernels]')"
     if values.numel() >= 2**31:
         return f"the matrix has {values.numel()} values, the kernel counts to 2**31"
     return None
