@@ -92,8 +92,12 @@ def _exercises_of(path: Path) -> Iterator[Exercise]:
 
 
 def all_exercises() -> list[Exercise]:
-    """The exercises of the tour and of every chapter, in reading order."""
-    notebooks = ["notebooks/tour.ipynb", *(paper.notebook for paper in chapters())]
+    """The exercises of the tour, of the page on kernels and of every chapter, in reading order."""
+    notebooks = [
+        "notebooks/tour.ipynb",
+        "notebooks/kernels.ipynb",
+        *(paper.notebook for paper in chapters()),
+    ]
     return [exercise for name in notebooks for exercise in _exercises_of(ROOT / name)]
 
 
@@ -136,18 +140,23 @@ def pages() -> dict[str, str]:
     names = [entry["file"] for part in toc["parts"] for entry in part["chapters"]]
     titles = {}
     for name in names:
-        path = ROOT / f"{name}.md"
-        if path.is_file():
-            titles[name] = path.read_text(encoding="utf8").partition("\n")[0].removeprefix("# ")
+        page, notebook = ROOT / f"{name}.md", ROOT / f"{name}.ipynb"
+        if page.is_file():
+            text = page.read_text(encoding="utf8")
+        else:
+            text = "".join(json.loads(notebook.read_text(encoding="utf8"))["cells"][0]["source"])
+        titles[name] = text.partition("\n")[0].removeprefix("# ")
     return titles
 
 
 def _links(*names: str) -> str:
     """Links to those of the pages that are there."""
     known = pages()
-    return " and ".join(
-        f"[{known[name]}]({name.removeprefix('book/')}.md)" for name in names if name in known
-    )
+
+    def target(name: str) -> str:
+        return f"../{name}.ipynb" if name.startswith("notebooks/") else f"{name.removeprefix('book/')}.md"
+
+    return " and ".join(f"[{known[name]}]({target(name)})" for name in names if name in known)
 
 
 def _tasks(paper: Paper) -> str:
@@ -192,7 +201,7 @@ def _page_weeks() -> list[Week]:
         ),
         Week(
             "From a compressed model to a fast one",
-            _links("book/kernels"),
+            _links("notebooks/kernels"),
             "Bytes, not operations, decide how fast one token is generated. Read one kernel line by line.",
             "page",
         ),

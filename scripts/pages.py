@@ -194,6 +194,16 @@ def verdict_badge(verdict: str) -> str:
     )
 
 
+def why_blind(row: dict[str, Any]) -> str:
+    """Why a claim counts as untested although there are numbers."""
+    if row["paper_effect"] is None:
+        return "the chapter says why"
+    return (
+        f"the rule was not met, and the study as a whole could have missed an effect of the paper's size "
+        f"({row['paper_effect']:.2g}); the number shown is the least favourable of its settings"
+    )
+
+
 def claim_card(row: dict[str, Any], paper: Paper) -> str:
     """One claim: the verdict, what the paper reports and what we measured, and against what."""
     doubts = [f"stale: {', '.join(row['stale'])} changed since"] if row["stale"] else []
@@ -206,6 +216,11 @@ def claim_card(row: dict[str, Any], paper: Paper) -> str:
         "Compared with": row["control"],
         "Scale": row["scale"],
         "Smallest visible effect": f"{row['mde']:.2g}",
+        **(
+            {"Why not tested": why_blind(row)}
+            if row["verdict"] == ledger.Verdict.CANNOT_BE_TESTED.value
+            else {}
+        ),
         "Rule": row["rule"],
     }
     shown = "".join(f"<div><dt>{name}</dt><dd>{html.escape(text)}</dd></div>" for name, text in facts.items())
@@ -320,6 +335,7 @@ def bench(chart: Chart) -> str:
     for group in by_sevens(methods):
         chosen = [*common, *(p for p in points if p.method in group)]
         drawing = plots.quality_chart(chosen)
+        parts.append(f"**{', '.join(group)}**:")
         parts.append(chart(drawing.to_dict(), plots.describe(chosen)))
     rows = [
         [

@@ -37,17 +37,24 @@ def without_solutions(text: str) -> str:
 def without_answer(source: str) -> str:
     """A code cell with an open answer, in which what `check` compares with cannot be read off.
 
-    Encoded is the call of `check` with the functions it names that this cell defines, unless all it names is something
-    of the package or of an earlier cell.
+    Encoded is the call of `check` with the functions it names that this cell defines or imports, unless all it names is
+    something of an earlier cell.
     """
     tree = ast.parse(source)
     checks = [node for node in tree.body if _is_check(node)]
-    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    made_here: dict[str, ast.stmt] = {
+        node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)
+    } | {
+        alias.asname or alias.name: node
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and len(node.names) == 1
+        for alias in node.names
+    }
     hidden: list[ast.stmt] = []
     for node in checks:
         expected = node.value.args[1]  # type: ignore[attr-defined]
-        if isinstance(expected, ast.Name) and expected.id in functions:
-            hidden += [functions[expected.id], node]
+        if isinstance(expected, ast.Name) and expected.id in made_here:
+            hidden += [made_here[expected.id], node]
         elif not isinstance(expected, (ast.Name, ast.Attribute)):
             hidden.append(node)
     if not hidden:
@@ -131,8 +138,8 @@ def build(target: Path, source: Path = ROOT / "notebooks") -> list[Path]:
 
 README = """# Notebooks for a class
 
-The chapters without their solutions. Install refimpl (`pip install 'refimpl[lab]'`, or `pip install '.[lab]'` in a
-checkout of the book) and start with tour.ipynb. An exercise says "Not attempted yet" until you replace its dots.
+The chapters without their solutions. Install refimpl (`pip install '.[lab,kernels]'` in a checkout of
+the book) and start with tour.ipynb. An exercise says "Not attempted yet" until you replace its dots.
 """
 
 

@@ -38,7 +38,7 @@
       const width = widths[k];
       const narrow = width < 600;
       const config = ink(dark);
-      config.legend.columns = narrow ? 3 : 5;
+      config.legend.columns = width < 420 ? 2 : narrow ? 3 : 5;
       Object.assign(config.axis, { titleLimit: width - 60, titleFontSize: narrow ? 9 : 11 });
       config.axisY = { titleLimit: 300 };
       spec.width = width;

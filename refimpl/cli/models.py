@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from refimpl.core.errors import CheckpointError, OptionError, nearest
+from refimpl.core.errors import CalibrationError, CheckpointError, OptionError, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -136,7 +136,13 @@ def own_text(
         raise OptionError(
             f"{option} {source} is neither a file or folder nor {nearest(source, text.CORPORA)}"
         )
-    tokens = text.from_texts(path, tokenizer, length)
+    try:
+        tokens = text.from_texts(path, tokenizer, length)
+    except CalibrationError as error:
+        raise OptionError(
+            f"{option} {source}: no text in it has {length} tokens in one piece; give more text, or --length with a "
+            "smaller number"
+        ) from error
     chosen = torch.randperm(len(tokens.ids), generator=torch.Generator().manual_seed(draw))
     return dataclasses.replace(
         tokens, ids=tokens.ids[chosen], units=[tokens.units[k] for k in chosen.tolist()]

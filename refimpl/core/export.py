@@ -867,7 +867,10 @@ def _what(source: _Source) -> str:
 
 
 def _not_here(adapter: bool) -> str:
-    lines = ["The tokenizer is not here: save it beside the model with its own `save_pretrained`."]
+    lines = [
+        "A tokenizer is no part of an export: if there is none here, save it beside the model with its own "
+        "`save_pretrained`."
+    ]
     if adapter:
         lines.append("The low-rank paths are not here: they are a PEFT adapter in a folder of their own.")
     return "\n".join(f"- {line}" for line in lines)

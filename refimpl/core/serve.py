@@ -19,7 +19,7 @@ class ServeReport:
 
     Attributes:
         model: the model, changed in place.
-        served: names of the layers that run on kernels now.
+        served: names of the layers that run on kernels now, where there is a GPU.
         left: layers that stay as they were, in whole or in part, by name, with the reason. They work as before.
     """
 
@@ -28,9 +28,8 @@ class ServeReport:
     left: dict[str, str]
 
     def __str__(self) -> str:
-        text = (
-            f"{len(self.served)} of {len(set(self.served) | set(self.left))} compressed layers run on kernels"
-        )
+        every = len(set(self.served) | set(self.left))
+        text = f"{len(self.served)} of {every} compressed layers are in the layout of the kernels"
         reasons: dict[str, list[str]] = {}
         for name, reason in self.left.items():
             reasons.setdefault(reason, []).append(name)
@@ -61,7 +60,7 @@ def serve(model: nn.Module, progress: bool = True) -> ServeReport:
         ...     intermediate_size=64, vocab_size=50))
         >>> _ = compress(model, RTN(bits=4, group_size=32), progress=False)
         >>> print(serve(model))
-        7 of 7 compressed layers run on kernels
+        7 of 7 compressed layers are in the layout of the kernels
         >>> model.model.layers[0].mlp.up_proj
         ServedLinear(32 -> 64, 4 bits, groups of 32)
     """

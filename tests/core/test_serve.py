@@ -127,7 +127,7 @@ def test_what_has_no_kernel_stays_and_says_why(layer: CompressedLayer, reason: s
     model = nn.Sequential(packed(), layer)
     report = serve(model)
     assert report.left == {"1": reason} and report.served == ["0"] and model[1] is layer
-    assert str(report) == f"1 of 2 compressed layers run on kernels\n1: {reason}"
+    assert str(report) == f"1 of 2 compressed layers are in the layout of the kernels\n1: {reason}"
 
 
 def test_a_layer_served_in_part_is_named_on_both_sides() -> None:
