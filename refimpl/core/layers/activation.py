@@ -49,9 +49,7 @@ class ActivationQuantizer(nn.Module):
         zero = torch.round(-self.zero.float() / step).clamp(0, levels)
         # clipped before it is rounded: the limits are integers, so the order does not matter
         codes = torch.clamp(x.float() / step, -zero, levels - zero)
-        codes = (
-            codes + (codes.round() - codes).detach()
-        )  # straight through, for whoever tunes what lies before it
+        codes = codes + (codes.round() - codes).detach()  # straight through, for whoever tunes what lies before it
         return (step * codes).to(x.dtype)
 
     @property
