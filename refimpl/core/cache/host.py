@@ -33,7 +33,7 @@ _FORMAT = 1
 
 
 def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))  # transformers renamed it in 5.24
     if isinstance(cache, CompressedCache):
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         cache._expect(module, hidden, kwargs.get("position_embeddings"))
