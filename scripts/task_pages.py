@@ -53,15 +53,16 @@ def score_table(metric: str) -> str:
     for k, point in sorted(enumerate(mean), key=lambda at: at[1].perplexity):
         cells = [name(point), f"{point.bits:.2f}", f"{point.perplexity:.1f}"]
         cells += [f"{100 * each[task][k].score:.0f}" for task in tasks.TASKS]
-        low, high = (100 * (end or 0.0) for end in (point.low, point.high))
-        rows.append([*cells, f"{100 * point.score:.1f} ({low:.1f} to {high:.1f})"])
+        rows.append([*cells, f"{100 * point.score:.1f}"])
     if metric == "restricted":
         card = tasks.card_from(results(), "dense")
         chances = [100 * card.mean(task, "chance") for task in tasks.TASKS]
         rows.append(
             ["guessing", "", "", *(f"{c:.0f}" for c in chances), f"{sum(chances) / len(chances):.1f}"]
         )
-    return table(["Model", "Bits", "Perplexity", *NAMES.values(), "Mean (95 %)"], rows)
+    widest = max(50 * ((point.high or 0.0) - (point.low or 0.0)) for point in mean)
+    note = f"95 % intervals of the means, paired with the dense model: at most ±{widest:.1f} points."
+    return f"{table(['Model', 'Bits', 'Perplexity', *NAMES.values(), 'Mean'], rows)}\n\n{note}"
 
 
 def bench(chart: Chart) -> str:
