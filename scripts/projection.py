@@ -14,7 +14,8 @@ from pathlib import Path
 
 from refimpl.papers import Paper, papers
 
-LIMIT_MINUTES = 60
+GOAL_MINUTES = 60
+LIMIT_MINUTES = 90  # a slow or busy machine must not fail a change; a suite that grew by half must
 
 
 def belongs(case: ET.Element, paper: Paper) -> bool:
@@ -50,7 +51,7 @@ def main(steps_file: Path, tests_file: Path) -> int:
     count = len(papers())
     print(
         f"Projection at {count} chapters: {fixed:.0f} s + {count} x {each:.1f} s = {projected:.1f} minutes "
-        f"(limit {LIMIT_MINUTES})"
+        f"(goal {GOAL_MINUTES}, limit {LIMIT_MINUTES}){'; ABOVE THE GOAL' if projected > GOAL_MINUTES else ''}"
     )
     return projected > LIMIT_MINUTES
 
