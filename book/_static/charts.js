@@ -46,6 +46,7 @@
       if (box.closest(".welcome")) { // the first page fits one screen
         if (window.innerWidth < 640) spec.height = 140;
         config.legend.title = null;
+        config.legend.columns = narrow ? 3 : 5; // its names are short
       }
       delete spec.config;
       for (const param of spec.params ?? []) {
