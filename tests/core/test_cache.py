@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+import json
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
 from refimpl.baselines.kvcache import H2O, KIVI, Full, SnapKV, StreamingLLM, ThinK
 from refimpl.core.cache import (
+    ByContent,
     CompressedCache,
     LayerShape,
     New,
@@ -30,6 +34,7 @@ from refimpl.core.cache import (
 )
 from refimpl.core.cache import attention as attention_module
 from refimpl.core.cache.attention import Ticket
+from refimpl.core.cache.content import describe
 from refimpl.core.errors import CheckpointError, OptionError
 
 LENGTH = 41
@@ -56,6 +61,49 @@ class Unrotated(Policy):
 
     def nbytes(self, shape: LayerShape, length: int) -> int:
         return length * shape.token_bytes
+
+
+@dataclass(frozen=True)
+class Pair(ByContent):
+    """Factors of one layer, as a fitted policy holds them."""
+
+    A: Tensor
+    B: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Plain:
+    basis: Tensor
+
+
+@dataclass(frozen=True)
+class Fitted(Policy):
+    """A policy of the tests that holds tensors in every kind of container."""
+
+    pairs: tuple[Pair, ...]
+    ranks: tuple[tuple[int, ...], ...] = ((1, 2), (3,))
+    table: dict[int, list[Plain]] | None = None
+    base: Policy = KIVI(bits=4, window=11, group=8, value_group=8)
+    share: float = 0.1
+
+    def layer(self, shape: LayerShape, streamed: bool) -> Any:
+        return self.base.layer(shape, streamed)
+
+    def nbytes(self, shape: LayerShape, length: int) -> int:
+        return self.base.nbytes(shape, length)
+
+
+def fitted(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Fitted:
+    draw = torch.Generator().manual_seed(seed)
+    whole = torch.randn(8, 6, generator=draw).to(dtype)
+    # a view, a transposed one, a scalar, an empty tensor and a shared one
+    pairs = (
+        Pair(whole[2:4], whole.t()),
+        Pair(torch.tensor(3)),
+        Pair(torch.ones(0, 2), whole),
+        Pair(whole, whole),
+    )
+    return Fitted(pairs, table={2: [Plain(torch.arange(3) > seed)]})
 
 
 class Turned(Segment):
@@ -564,6 +612,89 @@ def test_files_of_others_are_refused(tmp_path: Path, make: Callable[[str], PreTr
         CompressedCache.load(path, model)
     save_file({"a": torch.ones(1)}, path)
     with pytest.raises(CheckpointError, match="no cache written by refimpl"):
+        CompressedCache.load(path, model)
+
+
+def test_a_policy_with_tensors_can_be_kept(tmp_path: Path) -> None:
+    policy, path = fitted(), tmp_path / "policy.safetensors"
+    policy.save(path)
+    loaded = Policy.load(path)
+    assert loaded == policy and isinstance(loaded, Fitted) and loaded.config() == policy.config()
+    assert isinstance(loaded.ranks, tuple) and isinstance(loaded.ranks[0], tuple)
+    assert loaded.table is not None and loaded.table.keys() == {2} and isinstance(loaded.base, KIVI)
+    assert loaded.pairs[0].A.dtype == torch.bfloat16 and loaded.pairs[1].A.shape == ()
+    assert torch.equal(loaded.pairs[0].B, policy.pairs[0].B)  # type: ignore[arg-type]
+    with safe_open(path, framework="pt") as file:
+        assert len(file.keys()) == 6  # what occurs three times is written once
+    for plain in LOSSY:
+        plain.save(path)
+        assert type(plain).load(path) == plain
+    with pytest.raises(CheckpointError, match="holds a ThinK, not a KIVI"):
+        KIVI.load(path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        Policy.load(path)
+    save_file({"a": torch.ones(1)}, path)
+    with pytest.raises(CheckpointError, match="no policy written by refimpl"):
+        Policy.load(path)
+    with pytest.raises(OptionError, match=r"share=.*: a Linear cannot be told in a file"):
+        replace(policy, share=torch.nn.Linear(1, 1)).save(path)  # type: ignore[arg-type]
+    assert "a" in load_file(path)  # the old file is as it was
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"kind": "KIVI", "module": "refimpl.baselines.kvcache.kivi", "config": {"beats": 4}}, "cannot be built again"),
+        ({"kind": "Nothing", "module": "refimpl.baselines.kvcache.kivi", "config": {}}, "no dataclass Nothing"),
+        ({"kind": "KIVI", "module": "refimpl.nowhere", "config": {}}, "no dataclass KIVI in refimpl.nowhere"),
+        ({"kind": "Popen", "module": "subprocess", "config": {"args": "false"}}, "no dataclass Popen"),
+        ({"kind": "X", "module": "antigravity", "config": {}}, "no dataclass X in antigravity"),
+        ({"tensor": "sha256:0"}, "is not in the file"),
+    ],
+)  # fmt: skip
+def test_what_a_file_tells_is_not_taken_on_trust(tree: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "policy.safetensors"
+    save_file({}, path, {"refimpl-policy": json.dumps({"format": 1} | tree)})
+    with pytest.raises(CheckpointError, match=message):
+        Policy.load(path)
+    assert "antigravity" not in sys.modules  # only modules of refimpl are imported
+
+
+def test_policies_with_tensors_compare_by_content() -> None:
+    policy = fitted()
+    assert policy == fitted() and hash(policy) == hash(fitted()) and policy != fitted(1)
+    assert policy != replace(policy, share=0.2) and policy != SMALL_KIVI and SMALL_KIVI != "KIVI"
+    assert policy != fitted(0, torch.float32)
+    assert replace(policy, pairs=policy.pairs[:1]) != policy
+    text = repr(policy)
+    assert text.startswith(
+        "Fitted(pairs=(Pair(A=bfloat16[2, 6], B=bfloat16[6, 8]), Pair(A=int64[], B=None), "
+    )
+    assert (
+        "... 4 in all), ranks=((1, 2), (3,)), table={2: [Plain(basis=bool[3])]}, base=KIVI(bits=4, " in text
+    )
+    assert "tensor(" not in text and len(text) < 350
+    told = [describe(Pair(torch.arange(6).view(*shape))) for shape in ((2, 3), (3, 2))]
+    assert told[0] != told[1]  # the same numbers in another shape are another tensor
+
+
+def test_a_cache_knows_the_tensors_of_its_policy(
+    tmp_path: Path, make: Callable[[str], PreTrainedModel]
+) -> None:
+    model, path = make("llama"), tmp_path / "a.safetensors"
+    cache = fitted().cache(model)
+    prefill(model, cache, batch((0,))["input_ids"])
+    cache.save(path)
+    assert path.stat().st_size < cache.nbytes + 20_000  # the cache's tensors only
+    given = fitted()
+    loaded = CompressedCache.load(path, model, given)
+    assert loaded.policy is given and same_state(loaded, cache)
+    with pytest.raises(CheckpointError, match="not the one this cache was made with: another pairs, table"):
+        CompressedCache.load(path, model, fitted(1))
+    with pytest.raises(CheckpointError, match="made with: a Fitted of "):
+        CompressedCache.load(path, model, SMALL_KIVI)
+    with pytest.raises(CheckpointError, match=r"the file alone does not bring back .*pass policy="):
         CompressedCache.load(path, model)
 
 

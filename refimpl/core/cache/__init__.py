@@ -7,12 +7,14 @@ A policy (a short dataclass, see `refimpl.baselines.kvcache`) makes a `Compresse
 """
 
 from refimpl.core.cache.attention import NAME, Dense, Mask, Segment, attend, weights
+from refimpl.core.cache.content import ByContent
 from refimpl.core.cache.host import CompressedCache, fingerprint, prefill
 from refimpl.core.cache.layer import KVLayer, New, TailLayer, WindowLayer
 from refimpl.core.cache.policy import LayerShape, Policy, check_rank
 from refimpl.core.cache.rope import Rotary, rotate, unrotate
 
 __all__ = [
-    "NAME", "CompressedCache", "Dense", "KVLayer", "LayerShape", "Mask", "New", "Policy", "Rotary", "Segment",
-    "TailLayer", "WindowLayer", "attend", "check_rank", "fingerprint", "prefill", "rotate", "unrotate", "weights",
+    "NAME", "ByContent", "CompressedCache", "Dense", "KVLayer", "LayerShape", "Mask", "New", "Policy", "Rotary",
+    "Segment", "TailLayer", "WindowLayer", "attend", "check_rank", "fingerprint", "prefill", "rotate", "unrotate",
+    "weights",
 ]  # fmt: skip

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from refimpl.core.cache.attention import NAME
+from refimpl.core.cache.content import describe, read_told
 from refimpl.core.cache.layer import KVLayer
 from refimpl.core.cache.policy import LayerShape, Policy, policy_from
 from refimpl.core.cache.rope import find_rotary
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _HOOKED = "_refimpl_cache_hook"
-_FORMAT = 1
+_ABOUT, _FORMAT = "refimpl-cache", 2
 
 
 def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -239,12 +239,11 @@ class CompressedCache(Cache):
             "format": _FORMAT,
             "model": fingerprint(model),
             "streamed": self.streamed,
-            "policy": {"kind": type(self.policy).__name__, "module": type(self.policy).__module__,
-                       "config": self.policy.config()},
+            "policy": describe(self.policy),
             "numbers": numbers,
         }  # fmt: skip
         with atomic_write(path) as temporary:
-            save_file(tensors, temporary, {"refimpl-cache": json.dumps(about)})
+            save_file(tensors, temporary, {_ABOUT: json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel, policy: Policy | None = None) -> CompressedCache:
@@ -258,18 +257,7 @@ class CompressedCache(Cache):
         Raises:
             CheckpointError: not a cache of ours, damaged, of another model, or of another policy.
         """
-        path = Path(path)
-        try:
-            with safe_open(path, framework="pt", device=str(model.device)) as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"path={str(path)!r} cannot be read ({error}); save the cache again"
-            ) from error
-        if "refimpl-cache" not in metadata:
-            raise CheckpointError(f"path={str(path)!r} is no cache written by refimpl")
-        about = json.loads(metadata["refimpl-cache"])
+        about, tensors = read_told(path, _ABOUT, "cache", model.device)
         if about["format"] != _FORMAT:
             raise CheckpointError(
                 f"path={str(path)!r}: format {about['format']} needs another version of refimpl"

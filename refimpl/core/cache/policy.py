@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import abc
-import hashlib
-import importlib
+import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from refimpl.core.cache.content import ByContent, describe, read_told, rebuild
 from refimpl.core.cache.layer import KVLayer
 from refimpl.core.cache.rope import Rotary
 from refimpl.core.errors import CheckpointError, OptionError
+from refimpl.core.io import atomic_write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from refimpl.core.cache.host import CompressedCache
+
+P = TypeVar("P", bound="Policy")
+_ABOUT, _FORMAT = "refimpl-policy", 1
 
 
 @dataclass(frozen=True)
@@ -81,24 +87,20 @@ def check_rank(name: str, rank: int, shape: LayerShape) -> None:
 
 
 @dataclass(frozen=True)
-class Policy(abc.ABC):
+class Policy(ByContent, abc.ABC):
     """Base of all ways of keeping a compressed cache; a subclass is a frozen dataclass of hyper-parameters.
+
+    Tensors (fitted factors, say) may be among them: see `ByContent` and `save`.
 
     Attributes:
         prefills: how a prompt may be taken in, the default first. "exact": it is attended to as it came and compressed
             when it ends. "streamed": its tokens are compressed as they come, as if each had been decoded, so memory
             is bounded at any length and every query feels the compression.
         knob: the field that a budget sets; None if there is nothing to set.
-        kinds: all policies by class name, for caches read from files.
     """
 
     prefills: ClassVar[tuple[str, ...]] = ("exact", "streamed")
     knob: ClassVar[str | None] = None
-    kinds: ClassVar[dict[str, type[Policy]]] = {}
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        Policy.kinds[cls.__name__] = cls
 
     @abc.abstractmethod
     def layer(self, shape: LayerShape, streamed: bool) -> KVLayer:
@@ -189,27 +191,64 @@ class Policy(abc.ABC):
         return CompressedCache(model, self, budget, bytes_per_token, length, prefill)
 
     def config(self) -> dict[str, Any]:
-        """The hyper-parameters as JSON; tensors stand in by their digest."""
+        """The hyper-parameters as JSON; tensors stand in by a digest, wherever they are."""
+        return {field.name: describe(getattr(self, field.name), name=field.name) for field in fields(self)}
 
-        def plain(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-                return f"sha256:{hashlib.sha256(data).hexdigest()}"
-            if isinstance(value, (list, tuple)):
-                return [plain(item) for item in value]
-            if isinstance(value, dict):
-                return {str(key): plain(item) for key, item in value.items()}
-            return value
+    def save(self, path: str | Path) -> None:
+        """Write the policy to a safetensors file, tensors included (fitted factors, trained bases).
 
-        return {field.name: plain(getattr(self, field.name)) for field in fields(self)}
+        Tensors may be fields, or stand in tuples, lists, dictionaries and dataclasses; one that occurs twice is
+        written once.
+
+        Args:
+            path: the file.
+
+        Raises:
+            OptionError: a field that holds something else than numbers, texts, tensors and containers of these.
+
+        Example:
+            >>> import tempfile, pathlib
+            >>> from refimpl.baselines.kvcache import SnapKV
+            >>> path = pathlib.Path(tempfile.mkdtemp()) / "policy.safetensors"
+            >>> SnapKV(capacity=64).save(path)
+            >>> Policy.load(path)
+            SnapKV(capacity=64, window=32, kernel=5)
+        """
+        tensors: dict[str, Tensor] = {}
+        about = {"format": _FORMAT} | describe(self, tensors)
+        with atomic_write(path) as temporary:
+            # a tensor cut out of another one must stand alone in a file
+            save_file({name: tensor.clone() for name, tensor in tensors.items()}, temporary,
+                      {_ABOUT: json.dumps(about)})  # fmt: skip
+
+    @classmethod
+    def load(cls: type[P], path: str | Path, device: torch.device | str = "cpu") -> P:
+        """Read a policy written by `save`.
+
+        Args:
+            path: the file.
+            device: where its tensors go.
+
+        Raises:
+            CheckpointError: not a policy of ours, damaged, of another kind, or of a class that is not known here.
+        """
+        about, tensors = read_told(path, _ABOUT, "policy", device)
+        if about["format"] != _FORMAT:
+            raise CheckpointError(
+                f"path={str(path)!r}: format {about['format']} needs another version of refimpl"
+            )
+        policy = rebuild(about, tensors)
+        if not isinstance(policy, cls):
+            raise CheckpointError(f"path={str(path)!r} holds a {about['kind']}, not a {cls.__name__}")
+        return policy
 
 
 def policy_from(description: dict[str, Any], given: Policy | None) -> Policy:
     """The policy a saved cache was made with.
 
     Args:
-        description: "kind", "module" and "config" as saved.
-        given: the policy itself, needed if it has tensors; its hyper-parameters must be the saved ones.
+        description: as `describe` tells a policy.
+        given: the policy itself, needed if it has tensors; hyper-parameters and tensors must be those of then.
 
     Raises:
         CheckpointError: the policy is unknown, or another one was given.
@@ -220,15 +259,21 @@ def policy_from(description: dict[str, Any], given: Policy | None) -> Policy:
     """
     kind, module = description["kind"], description["module"]
     if given is not None:
-        if type(given).__name__ != kind or given.config() != description["config"]:
+        found = describe(given)
+        if found != description:
+            names = [name for name in found["config"] | description["config"]
+                     if found["config"].get(name) != description["config"].get(name)]  # fmt: skip
             raise CheckpointError(
-                f"policy={given!r} is not the one this cache was made with: {kind} {description['config']}"
+                f"policy={given!r} is not the one this cache was made with: "
+                + (f"another {', '.join(names)}" if found["kind"] == kind else f"a {kind} of {module}")
             )
         return given
-    if kind not in Policy.kinds and module.startswith("refimpl."):
-        importlib.import_module(module)
-    if kind not in Policy.kinds or "sha256:" in str(description["config"]):
+    try:
+        policy = rebuild(description, {})
+    except CheckpointError as error:
         raise CheckpointError(
-            f"this cache was made with {kind} of {module}, which cannot be rebuilt from a file; pass policy="
-        )
-    return Policy.kinds[kind](**description["config"])
+            f"this cache was made with {kind} of {module}, which the file alone does not bring back ({error}); pass "
+            "policy="
+        ) from error
+    assert isinstance(policy, Policy)
+    return policy

@@ -1,0 +1,233 @@
+"""Policies and what they hold, tensors included: compared and shown by content, told as JSON, built from it again."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from refimpl.core.errors import CheckpointError, OptionError
+
+_SHOWN = 3  # entries printed of a sequence that holds tensors
+
+
+class ByContent:
+    """Base of frozen dataclasses that hold tensors, also inside tuples, lists, dictionaries and other dataclasses.
+
+    The methods that `dataclass` writes ask a tensor for its truth and print its numbers. These compare the numbers
+    (wherever they lie), print types and shapes, and hash in no time.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Factors(ByContent):
+        ...     A: Tensor
+        ...     rank: int = 2
+        >>> Factors(torch.ones(4, 2)), Factors(torch.ones(4, 2)) == Factors(torch.ones(4, 2))
+        (Factors(A=float32[4, 2], rank=2), True)
+    """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        methods: dict[str, Callable[..., Any]] = {"__eq__": _equal, "__hash__": _hash, "__repr__": _shown}
+        for name, method in methods.items():  # `dataclass` leaves alone what stands in the class itself
+            if name not in cls.__dict__:
+                setattr(cls, name, method)
+
+
+def _equal(self: Any, other: Any) -> Any:
+    return _same(self, other) if type(self) is type(other) else NotImplemented
+
+
+def _hash(self: Any) -> int:
+    return hash(_outline(self))
+
+
+def _shown(self: Any) -> str:
+    inside = [f"{f.name}={_text(getattr(self, f.name))}" for f in fields(self) if f.repr]
+    return f"{type(self).__qualname__}({', '.join(inside)})"
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b.to(a.device))
+    if type(a) is type(b) and isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if type(a) is type(b) and isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(value, b[key]) for key, value in a.items())
+    if type(a) is type(b) and is_dataclass(a):
+        return all(_same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a) if f.compare)
+    return bool(a == b)
+
+
+def _outline(value: Any) -> Any:
+    """Something that can be hashed, equal for equal values."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.shape
+    if isinstance(value, (list, tuple)):
+        return tuple(_outline(item) for item in value)
+    if isinstance(value, dict):
+        return frozenset((key, _outline(item)) for key, item in value.items())
+    if is_dataclass(value):
+        return type(value), *(_outline(getattr(value, f.name)) for f in fields(value) if f.compare)
+    return value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if isinstance(value, (list, tuple)):
+        texts = [_text(item) for item in value]
+        if len(texts) > _SHOWN and any(_holds_tensor(item) for item in value):
+            texts = [*texts[:_SHOWN], f"... {len(texts)} in all"]
+        left, right = "[]" if isinstance(value, list) else "()"
+        return f"{left}{', '.join(texts)}{',' if right == ')' and len(texts) == 1 else ''}{right}"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key!r}: {_text(item)}' for key, item in value.items())}}}"
+    if is_dataclass(value) and not isinstance(value, (ByContent, type)):
+        return _shown(value)
+    return repr(value)
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(_holds_tensor(item) for item in value)
+    if isinstance(value, dict):
+        return any(_holds_tensor(item) for item in value.values())
+    if is_dataclass(value):
+        return any(_holds_tensor(getattr(value, f.name)) for f in fields(value))
+    return isinstance(value, Tensor)
+
+
+def describe(value: Any, tensors: dict[str, Tensor] | None = None, name: str = "value") -> Any:
+    """A value as JSON that `rebuild` takes; a tensor stands in by a digest of its dtype, shape and numbers.
+
+    Args:
+        value: None, a number, a text, a tensor, or tuples, lists, dictionaries and dataclasses of these.
+        tensors: collects the tensors by digest; None drops them.
+        name: what the error calls the value.
+
+    Raises:
+        OptionError: something else is in it.
+
+    Example:
+        >>> describe((1, {"a": torch.zeros(2)}))["tuple"][0]
+        1
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Tensor):
+        data = value.detach().cpu().contiguous()
+        digest = hashlib.sha256(f"{data.dtype}{tuple(data.shape)}".encode())
+        digest.update(data.flatten().view(torch.uint8).numpy().data)
+        key = f"sha256:{digest.hexdigest()}"
+        if tensors is not None:
+            tensors[key] = data
+        return {"tensor": key}
+    if isinstance(value, list):
+        return [describe(item, tensors, f"{name}[{i}]") for i, item in enumerate(value)]
+    if type(value) is tuple:
+        return {"tuple": [describe(item, tensors, f"{name}[{i}]") for i, item in enumerate(value)]}
+    if isinstance(value, dict) and all(isinstance(key, (int, str)) for key in value):
+        return {"dict": [[key, describe(item, tensors, f"{name}[{key!r}]")] for key, item in value.items()]}
+    if is_dataclass(value) and not isinstance(value, type):
+        kind = type(value)
+        config = {f.name: describe(getattr(value, f.name), tensors, f.name) for f in fields(value) if f.init}
+        return {"kind": kind.__qualname__, "module": kind.__module__, "config": config}
+    raise OptionError(
+        f"{name}={value!r}: a {type(value).__name__} cannot be told in a file; use numbers, texts, tensors, and "
+        "tuples, lists, dictionaries or dataclasses of these"
+    )
+
+
+def rebuild(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The value that `describe` told.
+
+    Args:
+        tree: JSON.
+        tensors: by digest.
+
+    Raises:
+        CheckpointError: a tensor is missing, or a class is unknown. Only modules of refimpl are imported to find one.
+
+    Example:
+        >>> tensors = {}
+        >>> rebuild(describe([torch.ones(2), (1, 2), {3: "x"}], tensors), tensors)
+        [tensor([1., 1.]), (1, 2), {3: 'x'}]
+    """
+    if isinstance(tree, list):
+        return [rebuild(item, tensors) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if "tensor" in tree:
+        if tree["tensor"] not in tensors:
+            raise CheckpointError(f"the tensor {tree['tensor']} is not in the file")
+        return tensors[tree["tensor"]]
+    if "tuple" in tree:
+        return tuple(rebuild(item, tensors) for item in tree["tuple"])
+    if "dict" in tree:
+        return {key: rebuild(item, tensors) for key, item in tree["dict"]}
+    kind = _class(tree["kind"], tree["module"])
+    config = {name: rebuild(item, tensors) for name, item in tree["config"].items()}
+    try:
+        return kind(**config)
+    except TypeError as error:  # written by a version with other fields
+        raise CheckpointError(f"{tree['kind']} of {tree['module']} cannot be built again: {error}") from error
+
+
+def _class(kind: str, module: str) -> type:
+    if module not in sys.modules and module.partition(".")[0] == "refimpl":
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError:
+            pass
+    found: Any = sys.modules.get(module)
+    for name in kind.split("."):
+        found = getattr(found, name, None)
+    if not (isinstance(found, type) and is_dataclass(found)):
+        raise CheckpointError(
+            f"no dataclass {kind} in {module}; import the module that defines it, or use the version of refimpl that "
+            "wrote the file"
+        )
+    return found
+
+
+def read_told(
+    path: str | Path, key: str, what: str, device: torch.device | str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A safetensors file that tells its content as JSON in the metadata.
+
+    Args:
+        path: the file.
+        key: of the JSON among the metadata.
+        what: the file is expected to be, for messages.
+        device: of the tensors.
+
+    Returns:
+        The JSON, and the tensors by name.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not such a file.
+    """
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"path={str(path)!r} cannot be read ({error}); save the {what} again"
+        ) from error
+    if key not in metadata:
+        raise CheckpointError(f"path={str(path)!r} is no {what} written by refimpl")
+    return json.loads(metadata[key]), tensors
