@@ -27,6 +27,7 @@ from refimpl.core.cache import (
     Rotary,
     Segment,
     WindowLayer,
+    cache_argument,
     check_rank,
     prefill,
     rotate,
@@ -185,7 +186,7 @@ def answer(model: PreTrainedModel, way: str, cache: Any = None, new: int = 9) ->
     # a repeated prompt, so that looking up finds something
     inputs = {k: v[:1].repeat(1, 2) for k, v in batch((0,), 20).items()} if way == "lookup" else batch()
     torch.manual_seed(1)
-    return model.generate(**inputs, past_key_values=cache, max_new_tokens=new, eos_token_id=None,
+    return model.generate(**inputs, **cache_argument(cache), max_new_tokens=new, eos_token_id=None,
                           **{"do_sample": False} | WAYS[way]).tolist()  # fmt: skip
 
 
@@ -198,7 +199,7 @@ def steps(model: PreTrainedModel, cache: Any, pieces: list[int], pads: tuple[int
         for size in pieces:
             last = first + size
             logits.append(model(inputs["input_ids"][:, first:last], attention_mask=inputs["attention_mask"][:, :last],
-                                position_ids=positions[:, first:last], past_key_values=cache).logits)  # fmt: skip
+                                position_ids=positions[:, first:last], **cache_argument(cache)).logits)  # fmt: skip
             first = last
     return torch.cat(logits, 1)
 
@@ -291,7 +292,7 @@ def test_smollm2(smollm2_folder: Path) -> None:
     for policy in LOSSLESS:
         cache = policy.cache(model, budget=1.0, length=64)
         assert torch.equal(
-            model.generate(**inputs, max_new_tokens=6, do_sample=False, past_key_values=cache), expected
+            model.generate(**inputs, max_new_tokens=6, do_sample=False, **cache_argument(cache)), expected
         )
 
 
@@ -329,7 +330,7 @@ def test_a_prompt_in_chunks_is_the_prompt_in_one_piece(
     direct = policy.cache(model)
     with torch.no_grad():
         positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        model(**inputs, position_ids=positions, past_key_values=direct)
+        model(**inputs, position_ids=positions, **cache_argument(direct))
         mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
         token = {
             "input_ids": torch.full((2, 1), 9),
@@ -339,7 +340,7 @@ def test_a_prompt_in_chunks_is_the_prompt_in_one_piece(
         if not any(pads):  # what stands for padding may be anything
             direct.finish()
             assert same_state(whole, chunked) and same_state(whole, direct)
-        answers = [model(**token, past_key_values=cache).logits for cache in (whole, chunked, direct)]
+        answers = [model(**token, **cache_argument(cache)).logits for cache in (whole, chunked, direct)]
     assert torch.allclose(answers[0], answers[1], atol=1e-5) and torch.allclose(
         answers[0], answers[2], atol=1e-5
     )
@@ -352,9 +353,9 @@ def test_prompt_lookup_finds_the_tokens_of_the_same_policy(
     model = make("llama")
     inputs = {k: v.repeat(1, 2) for k, v in batch((0,), 20).items()}
     greedy = model.generate(**inputs, max_new_tokens=20, do_sample=False, eos_token_id=None,
-                            past_key_values=policy.cache(model, prefill="streamed"))  # fmt: skip
+                            **cache_argument(policy.cache(model, prefill="streamed")))  # fmt: skip
     cache = policy.cache(model, prefill="streamed")
-    found = model.generate(**inputs, max_new_tokens=20, do_sample=False, eos_token_id=None, past_key_values=cache,
+    found = model.generate(**inputs, max_new_tokens=20, do_sample=False, eos_token_id=None, **cache_argument(cache),
                            prompt_lookup_num_tokens=5)  # fmt: skip
     assert torch.equal(found, greedy)
 
@@ -401,12 +402,12 @@ def test_what_a_forward_pass_brought_can_be_taken_back(
             first = sum(sizes[:-1])
             if sizes[-1]:
                 with torch.no_grad():
-                    model(inputs[:, first : first + sizes[-1]], past_key_values=one)
+                    model(inputs[:, first : first + sizes[-1]], **cache_argument(one))
         cache.crop(-removed)
         assert cache.get_seq_length() == direct.get_seq_length() == sum(pieces) - removed
         with torch.no_grad():
             for one in (cache, direct):
-                logits.append(model(torch.full((2, 1), 7), past_key_values=one).logits)
+                logits.append(model(torch.full((2, 1), 7), **cache_argument(one)).logits)
         assert torch.allclose(*logits, atol=1e-5)
         assert same_state(cache, direct)
 
@@ -424,7 +425,7 @@ def test_cropping_further_back(make: Callable[[str], PreTrainedModel]) -> None:
     layer = kivi.layers[0]
     assert (kivi.get_seq_length(), layer.start, layer.parts["key_codes"].shape[2]) == (21, 16, 2)
     assert torch.allclose(layer.parts["keys"], known)
-    steps_after = model(torch.full((2, 9), 7), past_key_values=kivi).logits
+    steps_after = model(torch.full((2, 9), 7), **cache_argument(kivi)).logits
     assert torch.isfinite(steps_after).all() and kivi.get_seq_length() == 30
     for policy, pieces in ((H2O(capacity=19), [30, 1]), (SnapKV(capacity=17, window=6), [30, 1]),
                            (StreamingLLM(window=14), [30, 1]), (SnapKV(capacity=17, window=6), [30])):  # fmt: skip
@@ -454,7 +455,7 @@ def test_rows_can_be_reordered_repeated_and_selected(
         tokens = torch.tensor([[5], [9]])[rows]
         with torch.no_grad():
             return model(tokens, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
-                         past_key_values=of).logits  # fmt: skip
+                         **cache_argument(of)).logits  # fmt: skip
 
     expected = more(cache.copy(), [0, 1])
     for change, rows in (
@@ -482,7 +483,7 @@ def test_what_has_left_the_window_is_never_rewritten(
     grown = False
     for token in range(20):
         with torch.no_grad():
-            model(torch.full((2, 1), 3 + token), past_key_values=cache)
+            model(torch.full((2, 1), 3 + token), **cache_argument(cache))
         for name, old in before.items():
             assert torch.equal(layer.parts[name][:, :, : old.shape[2]], old)
             grown |= layer.parts[name].shape[2] > old.shape[2]
@@ -558,7 +559,7 @@ def test_several_turns(make: Callable[[str], PreTrainedModel]) -> None:
                 tokens[index] = owner.generate(
                     tokens[index],
                     attention_mask=mask,
-                    past_key_values=cache,
+                    **cache_argument(cache),
                     max_new_tokens=5,
                     do_sample=False,
                     eos_token_id=None,
@@ -586,7 +587,7 @@ def test_one_document_many_questions(
         asked = torch.cat([document, batch((0,), 6, seed)["input_ids"]], 1)
         for owner, cache in ((model, prepared), (twin, loaded)):
             answers.append(
-                owner.generate(asked, past_key_values=cache.copy(), max_new_tokens=6, do_sample=False)
+                owner.generate(asked, **cache_argument(cache.copy()), max_new_tokens=6, do_sample=False)
             )
         assert torch.equal(answers[-1], answers[-2])
     assert loaded.nbytes == prepared.nbytes and loaded.get_seq_length() == 50
@@ -708,10 +709,10 @@ def test_other_attention_cannot_work(implementation: str, make: Callable[[str], 
     steps(model, cache, [20])
     model.set_attn_implementation(implementation)
     with pytest.raises(OptionError, match=f"attn_implementation='{implementation}' .* only 'refimpl' can"):
-        model(torch.ones(2, 1, dtype=torch.long), past_key_values=cache)
+        model(torch.ones(2, 1, dtype=torch.long), **cache_argument(cache))
     assert cache.get_seq_length() == 20  # nothing was lost
     model.set_attn_implementation("refimpl")
-    model(torch.ones(2, 1, dtype=torch.long), past_key_values=cache)
+    model(torch.ones(2, 1, dtype=torch.long), **cache_argument(cache))
     ticket: Any = Ticket(cache.layers[0])
     for use in (
         lambda: ticket.shape,
@@ -727,30 +728,30 @@ def test_a_cache_belongs_to_its_model(make: Callable[[str], PreTrainedModel]) ->
     cache = Full().cache(model)
     ids = batch((0,))["input_ids"]
     with pytest.raises(OptionError, match="made for another model"):
-        other(ids, past_key_values=cache)  # never prepared
+        other(ids, **cache_argument(cache))  # never prepared
     Full().cache(other)
     with pytest.raises(OptionError, match="made for another model"):
-        other(ids, past_key_values=cache)  # prepared for its own caches
-    model(ids, past_key_values=cache)
+        other(ids, **cache_argument(cache))  # prepared for its own caches
+    model(ids, **cache_argument(cache))
     model.bfloat16()
     with pytest.raises(OptionError, match="holds torch.float32"):
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], **cache_argument(cache))
     model.float()
     with pytest.raises(OptionError, match="holds 1 sequences, but 2 came"):
-        model(ids[:, :1].repeat(2, 1), past_key_values=cache)
+        model(ids[:, :1].repeat(2, 1), **cache_argument(cache))
 
 
 def test_a_closed_cache_says_so(make: Callable[[str], PreTrainedModel]) -> None:
     model = make("llama")
     cache = Full().cache(model)
-    model(batch((0,))["input_ids"], past_key_values=cache)
+    model(batch((0,))["input_ids"], **cache_argument(cache))
     cache.close()
     for use in (
         lambda: cache.reorder_cache(torch.tensor([0])),
         cache.get_seq_length,
         lambda: cache.crop(-1),
         cache.copy,
-        lambda: model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache),
+        lambda: model(torch.ones(1, 1, dtype=torch.long), **cache_argument(cache)),
     ):
         with pytest.raises(OptionError, match="was closed"):
             use()
@@ -784,9 +785,9 @@ def test_wrong_options(
     with pytest.raises(OptionError, match="attention_mask covers 5 tokens"):
         prefill(model, cache, **batch((1,)) | {"attention_mask": short})
     with pytest.raises(OptionError, match="attention_mask covers 5 tokens"):
-        model(batch((1,))["input_ids"], attention_mask=short, past_key_values=H2O().cache(model))
+        model(batch((1,))["input_ids"], attention_mask=short, **cache_argument(H2O().cache(model)))
     with pytest.raises(OptionError, match="two-dimensional mask"):
-        model(torch.ones(1, 2, dtype=torch.long), past_key_values=SMALL_KIVI.cache(model),
+        model(torch.ones(1, 2, dtype=torch.long), **cache_argument(SMALL_KIVI.cache(model)),
               attention_mask=torch.zeros(1, 1, 2, 2))  # fmt: skip
 
 
@@ -801,9 +802,9 @@ def test_unusual_positions_are_refused(make: Callable[[str], PreTrainedModel]) -
     ids = batch((0,))["input_ids"]
     far = torch.arange(LENGTH).unsqueeze(0) + 40
     with pytest.raises(OptionError, match="pass position_ids"):
-        model(ids, position_ids=far, past_key_values=Unrotated().cache(model))
+        model(ids, position_ids=far, **cache_argument(Unrotated().cache(model)))
     model(
-        ids, position_ids=far, past_key_values=SMALL_KIVI.cache(model)
+        ids, position_ids=far, **cache_argument(SMALL_KIVI.cache(model))
     )  # keys as they come: any positions will do
     from refimpl.core.cache.rope import find_rotary
 
@@ -821,7 +822,7 @@ def test_devices(
         cache = policy.cache(model)
         logits = prefill(model, cache, torch.ones(2, 40, dtype=torch.long, device="cuda"), chunk=16)
         for _ in range(3):
-            logits = model(torch.ones(2, 1, dtype=torch.long, device="cuda"), past_key_values=cache).logits
+            logits = model(torch.ones(2, 1, dtype=torch.long, device="cuda"), **cache_argument(cache)).logits
         assert logits.device.type == "cuda"
         assert all(tensor.device.type == "cuda" for layer in cache.layers for tensor in layer.parts.values())
 
@@ -831,5 +832,5 @@ def test_a_deep_copy_is_a_cache_of_its_own(make: Callable[[str], PreTrainedModel
     cache = SMALL_KIVI.cache(model)
     prefill(model, cache, batch((0,))["input_ids"])
     other = copy.deepcopy(cache)
-    model(torch.ones(1, 1, dtype=torch.long), past_key_values=other)
+    model(torch.ones(1, 1, dtype=torch.long), **cache_argument(other))
     assert (cache.get_seq_length(), other.get_seq_length()) == (LENGTH, LENGTH + 1)

@@ -3,18 +3,18 @@
 A policy (a short dataclass, see `refimpl.baselines.kvcache`) makes a `CompressedCache` for a model:
 
     cache = SnapKV().cache(model, budget=0.2, length=2048)
-    model.generate(**inputs, past_key_values=cache)
+    model.generate(**inputs, cache=cache)   # before transformers 5.24: past_key_values=cache
 """
 
 from refimpl.core.cache.attention import NAME, Dense, Mask, Segment, attend, weights
 from refimpl.core.cache.content import ByContent
-from refimpl.core.cache.host import CompressedCache, fingerprint, prefill
+from refimpl.core.cache.host import CompressedCache, cache_argument, fingerprint, prefill
 from refimpl.core.cache.layer import KVLayer, New, TailLayer, WindowLayer
 from refimpl.core.cache.policy import LayerShape, Policy, check_rank
 from refimpl.core.cache.rope import Rotary, rotate, unrotate
 
 __all__ = [
     "NAME", "ByContent", "CompressedCache", "Dense", "KVLayer", "LayerShape", "Mask", "New", "Policy", "Rotary",
-    "Segment", "TailLayer", "WindowLayer", "attend", "check_rank", "fingerprint", "prefill", "rotate", "unrotate",
-    "weights",
+    "Segment", "TailLayer", "WindowLayer", "attend", "cache_argument", "check_rank", "fingerprint", "prefill", "rotate",
+    "unrotate", "weights",
 ]  # fmt: skip

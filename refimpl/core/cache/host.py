@@ -8,13 +8,14 @@ import json
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import Cache, DynamicLayer
 
 from refimpl.core.cache.attention import NAME
@@ -29,11 +30,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _HOOKED = "_refimpl_cache_hook"
+# transformers 5.24 renamed the argument, and warns at every use of the old name
+ARGUMENT = (
+    "cache"
+    if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    else "past_key_values"
+)
 _ABOUT, _FORMAT = "refimpl-cache", 2
 
 
+def cache_argument(cache: Cache | None) -> dict[str, Cache | None]:
+    """The cache as a keyword argument of a model or of ``generate``, by the name that this transformers has for it.
+
+    Example:
+        >>> list(cache_argument(None)) in (["cache"], ["past_key_values"])   # from 5.24 on, and before
+        True
+    """
+    return {ARGUMENT: cache}
+
+
 def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    cache = kwargs.get("cache", kwargs.get("past_key_values"))  # transformers renamed it in 5.24
+    cache = kwargs.get(ARGUMENT)
     if isinstance(cache, CompressedCache):
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         cache._expect(module, hidden, kwargs.get("position_embeddings"))
@@ -51,7 +68,7 @@ def _attention_modules(model: nn.Module) -> list[nn.Module]:
 class CompressedCache(Cache):
     """A cache whose full-attention layers keep less; made by ``policy.cache(model)``, whose arguments it takes.
 
-    It goes where any cache of transformers goes: ``past_key_values`` of a model or of ``generate``, with sampling,
+    It goes where any cache of transformers goes, into a model or ``generate`` (see `cache_argument`), with sampling,
     beams, prompt lookup, left padding and several turns. It belongs to the model it was made for.
 
     Attributes:
@@ -117,9 +134,7 @@ class CompressedCache(Cache):
     @property
     def layers(self) -> list[Any]:  # type: ignore[override]
         if self._layers is None:
-            raise OptionError(
-                "past_key_values: this cache was closed; make a new one with policy.cache(model)"
-            )
+            raise OptionError("cache: this one was closed; make a new one with policy.cache(model)")
         return self._layers
 
     @layers.setter
@@ -134,7 +149,7 @@ class CompressedCache(Cache):
         index: int = module.layer_idx  # type: ignore[assignment]
         if index >= len(self._modules) or self._modules[index]() is not module:
             raise OptionError(
-                "past_key_values: this cache was made for another model; make one with policy.cache(model), or save "
+                "cache: this one was made for another model; make one with policy.cache(model), or save "
                 "this one and load it for a model with the same weights"
             )
         used = module.config._attn_implementation  # type: ignore[union-attr]
@@ -161,7 +176,7 @@ class CompressedCache(Cache):
             >>> cache = KIVI(bits=4, window=0, group=8, value_group=8).cache(model)
             >>> with cache.prompt():
             ...     for token in range(16):
-            ...         _ = model(torch.tensor([[token]]), past_key_values=cache)
+            ...         _ = model(torch.tensor([[token]]), **cache_argument(cache))
             >>> sorted(cache.layers[0].parts)[:2], cache.get_seq_length()
             (['key_codes', 'key_least'], 16)
         """
@@ -394,5 +409,5 @@ def prefill(
                 known = attention_mask[:, : before + last]
                 inputs["attention_mask"] = known
                 inputs["position_ids"] = (known.long().cumsum(-1) - 1).clamp(min=0)[:, before + first :]
-            out = model(input_ids[:, first:last], past_key_values=cache, logits_to_keep=1, **inputs)
+            out = model(input_ids[:, first:last], logits_to_keep=1, **cache_argument(cache), **inputs)
     return out.logits[:, -1]

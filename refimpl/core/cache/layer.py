@@ -140,19 +140,17 @@ class KVLayer(CacheLayerMixin, abc.ABC):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._call is None:
-            raise OptionError(
-                "past_key_values: this cache was made for another model; make one with policy.cache(model)"
-            )
+            raise OptionError("cache: this one was made for another model; make one with policy.cache(model)")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if key_states.dtype != self.dtype:
             raise OptionError(
-                f"past_key_values holds {self.dtype}, but the model now computes {key_states.dtype}; make a new cache"
+                f"cache holds {self.dtype}, but the model now computes {key_states.dtype}; make a new cache"
             )
         rows = self.batch
         if rows not in (None, key_states.shape[0]):
             raise OptionError(
-                f"past_key_values holds {rows} sequences, but {key_states.shape[0]} came; call its "
+                f"cache holds {rows} sequences, but {key_states.shape[0]} came; call its "
                 f"batch_repeat_interleave (beams and several answers need one row each)"
             )
         self._states = key_states, value_states

@@ -161,7 +161,7 @@ class Policy(ByContent, abc.ABC):
         length: int | None = None,
         prefill: str | None = None,
     ) -> CompressedCache:
-        """An empty cache for a model, ready for ``model.generate(..., past_key_values=cache)``.
+        """An empty cache for a model, ready for ``model.generate(..., **cache_argument(cache))``.
 
         The model's attention is set to "refimpl", which equals "sdpa" for every other cache. Layers that attend to a
         sliding window keep the cache the library gives them: it is bounded already.
@@ -179,10 +179,11 @@ class Policy(ByContent, abc.ABC):
         Example:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
             >>> from refimpl.baselines.kvcache import SnapKV
+            >>> from refimpl.core.cache import cache_argument
             >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, num_attention_heads=2, hidden_size=16,
             ...     intermediate_size=16, vocab_size=50))
             >>> cache = SnapKV(window=4).cache(model, budget=0.5, length=64)
-            >>> _ = model.generate(torch.ones(1, 64, dtype=torch.long), past_key_values=cache, max_new_tokens=2)
+            >>> _ = model.generate(torch.ones(1, 64, dtype=torch.long), **cache_argument(cache), max_new_tokens=2)
             >>> cache.layers[0].nbytes <= 0.5 * 64 * 2 * 16 * 4 + 1 * 2 * 16 * 4   # and one token decoded since
             True
         """
