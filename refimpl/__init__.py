@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from refimpl.baselines import GPTQ, RTN, ActSVD, LoftQ, Magnitude, PlainSVD, SparseGPT, Wanda
     from refimpl.baselines.activations import QuantizeActivations
     from refimpl.baselines.adaround import AdaRound
+    from refimpl.baselines.kvcache import H2O, KIVI, SnapKV, StreamingLLM, ThinK
     from refimpl.core.compress import Plan, Report, compress, plan
     from refimpl.core.export import export_compressed_tensors, export_dense, export_peft
     from refimpl.core.io import load, save
     from refimpl.core.serve import serve
+    from refimpl.kvcache import CSKV, MatryoshkaKV
     from refimpl.lowrank import EoRA
     from refimpl.methods import METHODS
     from refimpl.quantization import AdaQuant
@@ -29,10 +31,12 @@ _WHERE = {
     "baselines": ("GPTQ", "RTN", "ActSVD", "LoftQ", "Magnitude", "PlainSVD", "SparseGPT", "Wanda"),
     "baselines.activations": ("QuantizeActivations",),
     "baselines.adaround": ("AdaRound",),
+    "baselines.kvcache": ("H2O", "KIVI", "SnapKV", "StreamingLLM", "ThinK"),
     "core.compress": ("Plan", "Report", "compress", "plan"),
     "core.export": ("export_compressed_tensors", "export_dense", "export_peft"),
     "core.io": ("load", "save"),
     "core.serve": ("serve",),
+    "kvcache": ("CSKV", "MatryoshkaKV"),
     "lowrank": ("EoRA",),
     "methods": ("METHODS",),
     "quantization": ("AdaQuant",),
@@ -40,9 +44,9 @@ _WHERE = {
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
-    "GPTQ", "METHODS", "RTN", "ActSVD", "AdaQuant", "AdaRound", "EoRA", "LoftQ", "Magnitude", "Plan", "PlainSVD",
-    "QuantizeActivations", "Report", "SparseGPT", "Wanda", "compress", "export_compressed_tensors", "export_dense",
-    "export_peft", "load", "plan", "save", "serve",
+    "CSKV", "GPTQ", "H2O", "KIVI", "METHODS", "RTN", "ActSVD", "AdaQuant", "AdaRound", "EoRA", "LoftQ", "Magnitude",
+    "MatryoshkaKV", "Plan", "PlainSVD", "QuantizeActivations", "Report", "SnapKV", "SparseGPT", "StreamingLLM", "ThinK",
+    "Wanda", "compress", "export_compressed_tensors", "export_dense", "export_peft", "load", "plan", "save", "serve",
 ]  # fmt: skip
 
 
