@@ -207,6 +207,12 @@ def _check_projections(module: nn.Module) -> None:
             f"model: CSKV replaces the projections k_proj and v_proj, but {type(module).__name__} has none; use a "
             "Llama-, Qwen- or Gemma-like model, or a policy that takes keys as they come, such as KIVI or SnapKV"
         )
+    weight = getattr(getattr(module, "k_norm", None), "weight", None)
+    if isinstance(weight, Tensor) and weight.shape[-1] != getattr(module, "head_dim", weight.shape[-1]):
+        raise OptionError(
+            f"model: k_norm of {type(module).__name__} acts on all heads at once, which CSKV does not know; use a "
+            "policy that takes keys as they come, such as KIVI or SnapKV"
+        )
 
 
 @torch.no_grad()
@@ -613,7 +619,8 @@ class CSKVLayer(WindowLayer):
         super().__init__(shape.heads, streamed, policy.window, policy.together)
         self.bits, self.sinks, self.rotary = policy.bits, policy.sinks, shape.rotation(policy)
         self.module = weakref.ref(shape.module)  # a copy of a cache shares it
-        factors, (r_K, r_V) = policy.factors[shape.index], policy.ranks(shape)
+        r_K, r_V = policy.ranks(shape)
+        factors = policy.factors[shape.index]
         k_proj, v_proj = shape.module.k_proj, shape.module.v_proj
         device = next(shape.module.parameters()).device
 
@@ -668,7 +675,9 @@ class CSKVLayer(WindowLayer):
             self._keep_sinks(keys, values, valid)
         C_K, C_V = self.parts["key_pending"][:, :, :count], self.parts["value_pending"][:, :, :count]
         if self.bits == 16:
-            self.extend(key_features=C_K, value_features=C_V)
+            self.extend(
+                key_features=C_K.clone(), value_features=C_V.clone()
+            )  # a view would keep the whole in memory
         else:
             codes, step, least = key_codes(C_K, self.group, valid)
             self.extend(key_codes=pack_bits(codes, 4), key_step=step, key_least=least)
