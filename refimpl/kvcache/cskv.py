@@ -29,7 +29,7 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,6 +58,7 @@ from refimpl.core.layers.packing import pack_bits, unpack_bits
 from refimpl.core.loop import Recipe, batches, train
 from refimpl.core.sites import Site, find_blocks
 from refimpl.core.stats import Collector
+from refimpl.kernels.lowrank_decode import Inputs, lowrank_decode, unsupported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -596,6 +597,16 @@ class Sinks(Dense):
         return self.index.unsqueeze(-2) >= 0  # they have left a window, so they lie before every query
 
 
+@lru_cache(maxsize=1)  # all layers of a forward pass ask about one mask
+def _padding_on_the_left(mask: Mask) -> Tensor | None:
+    """Slot of the first real token of each row, int [B]; None without padding; no dimension if it is elsewhere too."""
+    if mask.padding is None:
+        return None
+    first = mask.padding.int().argmax(-1)
+    gaps = mask.padding.sum(-1) + first < mask.padding.shape[-1]
+    return first.new_zeros(()) if read(gaps.any()) else first
+
+
 class CSKVLayer(WindowLayer):
     """One layer of the cache.
 
@@ -663,10 +674,13 @@ class CSKVLayer(WindowLayer):
                     "come, such as KIVI or SnapKV"
                 )
 
+    def _norm(self) -> Any:
+        return getattr(self.module(), "k_norm", None)
+
     def _normed(self, projected: Tensor) -> Tensor:
         """[B, n, h_kv] to heads [B, H, n, d], with the norm that Qwen3 and Gemma3 put on each."""
         heads = projected.unflatten(-1, (self.heads, -1))
-        norm = getattr(self.module(), "k_norm", None)
+        norm = self._norm()
         return (heads if norm is None else norm(heads)).transpose(1, 2)
 
     def store(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
@@ -768,6 +782,53 @@ class CSKVLayer(WindowLayer):
         if "sink_slots" in p:
             found.insert(0, Sinks(p["sink_keys"], p["sink_values"], p["sink_slots"]))
         return found
+
+    def _attend(self, new: New) -> tuple[Tensor, Tensor | None]:
+        inputs = self.kernel_inputs(new) if new.keys.is_cuda else None
+        if inputs is not None and unsupported(inputs) is None:
+            return lowrank_decode(*inputs), None
+        return super()._attend(new)
+
+    def kernel_inputs(self, new: New) -> Inputs | None:
+        """What `refimpl.kernels.lowrank_decode` needs for one decoded token; None for anything else."""
+        if len(new.slots) > 1 or not self.start or new.softcap is not None or self._norm() is not None:
+            return None
+        new.mask.block(new.slots, range(0))  # refuses masks that are more than causal
+        first = _padding_on_the_left(new.mask)
+        if first is not None and first.dim() == 0:
+            return None  # positions are not slots less what is padded in front
+        p = self.parts
+        seen = None
+        if first is not None or self.start < self.sinks:
+            window = torch.ones_like(p["keys"][:, 0, :, 0], dtype=torch.bool)
+            valid = new.mask.valid(range(self.start, self.seen))
+            seen = window if valid is None else valid
+            if "sink_slots" in p:
+                seen = torch.cat([p["sink_slots"][:, 0] >= 0, seen], 1)
+        bits4 = self.bits == 4
+        return Inputs(
+            query=new.query,
+            keys=p["key_codes" if bits4 else "key_features"],
+            values=p["value_codes" if bits4 else "value_features"],
+            key_factor=self.B_K,
+            value_factor=self.B_V,
+            frequencies=self.rotary.frequencies.to(new.query.device),
+            near_keys=p["keys"],
+            near_values=p["values"],
+            scaling=new.scaling,
+            key_step=p.get("key_step"),
+            key_least=p.get("key_least"),
+            value_step=p.get("value_step"),
+            value_least=p.get("value_least"),
+            key_bias=self.bias_K,
+            value_bias=self.bias_V,
+            sink_keys=p.get("sink_keys"),
+            sink_values=p.get("sink_values"),
+            first=first,
+            seen=seen,
+            hidden=self.sinks,
+            factor=self.rotary.factor,
+        )
 
     # -- taking tokens back --
 

@@ -22,9 +22,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from refimpl.core.cache import CompressedCache, LayerShape, Mask, Rotary, prefill, rotate
+from refimpl.core.cache import CompressedCache, LayerShape, Mask, Rotary, cache_argument, prefill, rotate
 from refimpl.core.errors import CalibrationError, CheckpointError, OptionError
 from refimpl.core.loop import Recipe, batches, train
+from refimpl.kernels.lowrank_decode import reference
 from refimpl.kvcache.cskv import (
     CSKV,
     CSKVLayer,
@@ -111,7 +112,7 @@ def steps(model: PreTrainedModel, cache: Any, pieces: list[int], pads: tuple[int
         for size in pieces:
             last = first + size
             logits.append(model(inputs["input_ids"][:, first:last], attention_mask=inputs["attention_mask"][:, :last],
-                                position_ids=positions[:, first:last], past_key_values=cache).logits)  # fmt: skip
+                                position_ids=positions[:, first:last], **cache_argument(cache)).logits)  # fmt: skip
             first = last
     return torch.cat(logits, 1)
 
@@ -120,7 +121,7 @@ def answer(
     model: PreTrainedModel, cache: Any = None, pads: tuple[int, ...] = (6, 0), **how: Any
 ) -> list[list[int]]:
     return model.generate(
-        **batch(pads), past_key_values=cache, max_new_tokens=8, eos_token_id=None, do_sample=False, **how
+        **batch(pads), **cache_argument(cache), max_new_tokens=8, eos_token_id=None, do_sample=False, **how
     ).tolist()
 
 
@@ -553,9 +554,9 @@ def test_padding_on_the_left_changes_nothing(
     if "bits" in options:  # groups begin at slots: a row alone has other groups, so pad it by whole ones
         padded = batch((8, 0))
     pad = 8 if "bits" in options else 6
-    together = model.generate(**padded, past_key_values=policy.cache(model), max_new_tokens=9, do_sample=False,
+    together = model.generate(**padded, **cache_argument(policy.cache(model)), max_new_tokens=9, do_sample=False,
                               eos_token_id=None)  # fmt: skip
-    alone = model.generate(padded["input_ids"][:1, pad:], past_key_values=policy.cache(model), max_new_tokens=9,
+    alone = model.generate(padded["input_ids"][:1, pad:], **cache_argument(policy.cache(model)), max_new_tokens=9,
                            do_sample=False, eos_token_id=None)  # fmt: skip
     if options.get("group", 1) in (1, pad):
         assert torch.equal(together[0, pad:], alone[0])
@@ -565,7 +566,7 @@ def test_padding_on_the_left_changes_nothing(
         logits.append(prefill(model, cache, **{k: v[rows] for k, v in padded.items()}))
         mask = torch.cat([padded["attention_mask"][rows], torch.ones(len(rows), 1, dtype=torch.long)], 1)
         with torch.no_grad():
-            logits[-1] = model(torch.full((len(rows), 1), 5), attention_mask=mask, past_key_values=cache,
+            logits[-1] = model(torch.full((len(rows), 1), 5), attention_mask=mask, **cache_argument(cache),
                                position_ids=mask.sum(1, keepdim=True) - 1).logits[-1]  # fmt: skip
     assert torch.allclose(*logits, atol=1e-4)
 
@@ -588,10 +589,10 @@ def test_what_a_forward_pass_brought_can_be_taken_back(
             one.activate_past_recording()
             first = sum(sizes[:-1])
             if sizes[-1]:
-                model(ids[:, first : first + sizes[-1]], past_key_values=one)
+                model(ids[:, first : first + sizes[-1]], **cache_argument(one))
         caches[0].crop(-removed)
         assert caches[0].get_seq_length() == caches[1].get_seq_length() == sum(pieces) - removed
-        logits = [model(torch.full((2, 1), 7), past_key_values=one).logits for one in caches]
+        logits = [model(torch.full((2, 1), 7), **cache_argument(one)).logits for one in caches]
         assert torch.allclose(*logits, atol=1e-4)
 
 
@@ -615,7 +616,7 @@ def test_cropping_further_back(
         for a, b in zip(now, whole, strict=True):
             assert torch.allclose(a, b[:, :, :keep], atol=1e-5)
     more = batch((0, 0), 30, seed=4)["input_ids"]
-    out = torch.cat([model(more[:, i : i + 5], past_key_values=cache).logits for i in range(0, 30, 5)], 1)
+    out = torch.cat([model(more[:, i : i + 5], **cache_argument(cache)).logits for i in range(0, 30, 5)], 1)
     assert torch.isfinite(out).all() and cache.get_seq_length() == keep + 30
     cache.finish()
     assert layer.start == (keep + 30 - 7) // layer.group * layer.group or layer.group == 5
@@ -644,7 +645,7 @@ def test_rows_files_and_copies(
     def more(of: CompressedCache, rows: list[int], owner: PreTrainedModel = model) -> Tensor:
         mask = torch.cat([batch()["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)[rows]
         with torch.no_grad():
-            return owner(torch.tensor([[5], [9]])[rows], attention_mask=mask, past_key_values=of,
+            return owner(torch.tensor([[5], [9]])[rows], attention_mask=mask, **cache_argument(of),
                          position_ids=mask.sum(1, keepdim=True) - 1).logits  # fmt: skip
 
     expected = more(cache.copy(), [0, 1])
@@ -680,7 +681,7 @@ def test_what_has_left_the_window_is_never_rewritten(
     stored = [n for n in parts if n.startswith(("key_", "value_", "sink_")) and "pending" not in n]
     before = {name: parts[name].clone() for name in stored}
     for token in range(12):
-        model(torch.full((2, 1), 3 + token), past_key_values=cache)
+        model(torch.full((2, 1), 3 + token), **cache_argument(cache))
         for name, old in before.items():
             assert torch.equal(cache.layers[0].parts[name][:, :, : old.shape[2]], old)
     grown = [n for n in stored if cache.layers[0].parts[n].shape[2] > before[n].shape[2]]
@@ -719,7 +720,7 @@ def test_numbers_kept_after_so_many_tokens(make: Callable[[str], PreTrainedModel
     ids = batch((0,), 40)["input_ids"]
     for t in range(1, 41):
         for cache in caches:
-            model(ids[:, t - 1 : t], past_key_values=cache)
+            model(ids[:, t - 1 : t], **cache_argument(cache))
             parts = cache.layers[1].parts
             features = [x for name, x in parts.items() if name.startswith(("key_", "value_"))]
             assert sum(x.numel() for x in features) == t * (8 + 8)
@@ -779,6 +780,97 @@ def test_five_percent_of_smollm2(smollm2_folder: Path) -> None:
     assert 0.04 * 2048 * 768 < cache.nbytes <= 0.05 * 2048 * 768
 
 
+# -- the kernel --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pads", [(0, 0), (6, 0)])
+@pytest.mark.parametrize(
+    "options", [{}, {"sinks": 0}, {"bits": 4, "group": 8}, {"window": 0}, {"window": 30}], ids=str
+)
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_the_kernel_gets_what_the_layer_attends_to(
+    name: str,
+    options: dict[str, Any],
+    pads: tuple[int, int],
+    make: Callable[[str], PreTrainedModel],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = make(name)
+    cache = policy_for(model, **options).cache(model)
+    steps(model, cache, [32], pads)
+    compared = []
+    plain = CSKVLayer._attend
+
+    def both(layer: CSKVLayer, new: Any) -> Any:
+        out, mass = plain(layer, new)
+        inputs = layer.kernel_inputs(new)
+        assert inputs is not None
+        compared.append((out, reference(inputs)))
+        return out, mass
+
+    monkeypatch.setattr(CSKVLayer, "_attend", both)
+    mask = batch(pads, 32)["attention_mask"]
+    for token in range(4):
+        mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
+        model(torch.full((2, 1), 3 + token), attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
+              **cache_argument(cache))  # fmt: skip
+    assert len(compared) == 8
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in compared)
+
+
+def test_what_the_kernel_is_not_asked(
+    make: Callable[[str], PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    inputs = CSKVLayer.kernel_inputs
+    plain = CSKVLayer._attend
+
+    def spy(layer: CSKVLayer, new: Any) -> Any:
+        asked.append(inputs(layer, new))
+        return plain(layer, new)
+
+    monkeypatch.setattr(CSKVLayer, "_attend", spy)
+    model = make("llama")
+    mask = torch.ones(2, 25, dtype=torch.long)
+    mask[0, 10:13] = 0  # padding in the middle
+    for of, pieces, attention_mask in ((make("qwen3"), [24, 1], None), (model, [24, 2], None), (model, [5, 1], None),
+                                       (model, [24, 1], mask)):  # fmt: skip
+        asked.clear()
+        cache = policy_for(of).cache(of)
+        asked.clear()
+        first = 0
+        for size in pieces:
+            known = None if attention_mask is None else attention_mask[:, : first + size]
+            position = None if known is None else (known.cumsum(-1) - 1).clamp(min=0)[:, first:]
+            of(torch.full((2, size), 5), attention_mask=known, position_ids=position, **cache_argument(cache))
+            first += size
+        assert asked and all(answer is None for answer in asked)
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 4, "group": 8}], ids=str)
+def test_a_gpu_runs_the_kernel(
+    options: dict[str, Any], make: Callable[[str], PreTrainedModel], fake_cuda: Callable[[], Any]
+) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    called: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    built: Any = make("llama").bfloat16()
+    policy = policy_for(built, **options)
+    with fake_cuda() as place:
+        model = place(built)
+        cache = policy.cache(model)
+        prefill(model, cache, torch.ones(2, 40, dtype=torch.long, device="cuda"))
+        with Watch():
+            model(torch.ones(2, 1, dtype=torch.long, device="cuda"), **cache_argument(cache))
+    assert sum("lowrank_decode" in name for name in called) == 2  # one a layer
+
+
 # -- models, dtypes, devices -------------------------------------------------------------------------------------------
 
 
@@ -828,7 +920,7 @@ def test_models_that_cannot_work_are_refused_by_name(
         lambda m, a, out: out if a[0].shape[1] == 1 else 2 * out
     )
     with pytest.raises(OptionError, match="the values of LlamaAttention are not what its projection gives"):
-        odd(batch((0,))["input_ids"], past_key_values=policy.cache(odd))
+        odd(batch((0,))["input_ids"], **cache_argument(policy.cache(odd)))
 
 
 def test_wrong_options(make: Callable[[str], PreTrainedModel]) -> None:
@@ -860,7 +952,7 @@ def test_wrong_options(make: Callable[[str], PreTrainedModel]) -> None:
         reconstruct(model, replace(good, bits=4), TEXT[:, :20])
     far = torch.arange(41).unsqueeze(0) + 40
     with pytest.raises(OptionError, match="pass position_ids"):
-        model(batch((0,))["input_ids"], position_ids=far, past_key_values=good.cache(model))
+        model(batch((0,))["input_ids"], position_ids=far, **cache_argument(good.cache(model)))
 
 
 @pytest.mark.parametrize(("name", "options"), [("qwen3", {}), ("qwen2", {"bits": 4, "group": 8})])
@@ -876,7 +968,7 @@ def test_devices(
             logits = prefill(model, cache, torch.ones(2, 40, dtype=torch.long, device="cuda"), chunk=16)
             for _ in range(3):
                 logits = model(
-                    torch.ones(2, 1, dtype=torch.long, device="cuda"), past_key_values=cache
+                    torch.ones(2, 1, dtype=torch.long, device="cuda"), **cache_argument(cache)
                 ).logits
             assert logits.device.type == "cuda"
             assert all(
