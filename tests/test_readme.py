@@ -18,7 +18,7 @@ README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encodi
 def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from refimpl.lab import models, text
 
-    code, exports, _ = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    code, exports, caches, _ = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     calibration = text.calibration
     monkeypatch.setattr(models, "load", lambda name: (models.smollm2(layers=1), models.tokenizer()))
     monkeypatch.setattr(
@@ -39,6 +39,10 @@ def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
             exported(ids).logits.float(), reference, atol=0.05 * reference.abs().max().item()
         )
     assert torch.equal(packed(ids).logits, names["quantised"](ids).logits)
+    (tmp_path / "document.txt").write_text(text.documents("wikipedia", "test")[0].text[:4000])
+    exec(caches, names)
+    assert names["answer"].shape[1] > names["document"].shape[1] + names["question"].shape[1]
+    assert names["cache"].compressed_nbytes < 0.25 * names["document"].numel() * 2 * 192 * 2
 
 
 def test_welcome_page_shows_the_same_code() -> None:
