@@ -69,9 +69,12 @@ class H2OLayer(KVLayer):
         )
         newest = torch.arange(older, count, device=best.device).expand(*best.shape[:2], -1)
         kept = torch.cat([best, newest], -1)  # [B, H, capacity]
+        # whole rows of a flat tensor: several times faster than gathering number by number
+        rows = torch.arange(kept.shape[0] * kept.shape[1], device=best.device).view(*kept.shape[:2], 1)
+        index = (rows * count + kept).flatten()
         for name, tensor in self.parts.items():
-            index = kept if tensor.dim() == 3 else kept.unsqueeze(-1).expand(-1, -1, -1, tensor.shape[-1])
-            self.parts[name] = tensor.gather(2, index)
+            taken = tensor.flatten(0, 2).index_select(0, index)
+            self.parts[name] = taken.view(*kept.shape, *tensor.shape[3:])
 
     def crop_to(self, length: int) -> None:
         raise OptionError(

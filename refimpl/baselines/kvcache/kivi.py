@@ -74,6 +74,34 @@ class Quantised(Segment):
         self.parts, self.index = parts, index
         self.bits, self.group, self.value_group = bits, group, value_group
 
+    # A scale belongs to a channel of a group of keys, or to a token and its channels: for few queries it goes into the
+    # query and into the weights, which are small, and the codes are used as they are.
+
+    def scores(self, query: Tensor, slots: range) -> Tensor:
+        if self._many(query):
+            return super().scores(query, slots)
+        p = self.parts
+        rows = query.flatten(2, 3).unsqueeze(2)  # [B, H, 1, G Q, d]
+        codes = unpack_bits(p["key_codes"], self.bits, self.group).float()  # [B, H, groups, d, group]
+        scores = (rows * p["key_step"].float().transpose(-1, -2)) @ codes + rows @ p["key_least"].float()
+        return scores.transpose(2, 3).flatten(3).unflatten(2, query.shape[2:4])
+
+    def mix(self, weights: Tensor) -> Tensor:
+        if self._many(weights):
+            return super().mix(weights)
+        p = self.parts
+        codes = unpack_bits(p["value_codes"], self.bits, self.value_group).float()
+        step, least = p["value_step"].float(), p["value_least"].float()  # [B, H, n, d / value_group, 1]
+        rows = weights.flatten(2, 3)  # [B, H, G Q, n]
+        mixed = [
+            (rows * step[:, :, None, :, j, 0]) @ codes[:, :, :, j] + rows @ least[:, :, :, j]
+            for j in range(codes.shape[3])
+        ]
+        return torch.cat(mixed, -1).unflatten(2, weights.shape[2:4])
+
+    def _many(self, rows: Tensor) -> bool:
+        return rows.shape[2] * rows.shape[3] > self.group
+
     @cached_property
     def keys(self) -> Tensor:
         p = self.parts

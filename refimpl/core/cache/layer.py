@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from refimpl.core.cache.attention import Dense, Mask, Segment, Ticket, attend, plain
+from refimpl.core.cache.attention import Dense, Mask, Segment, Ticket, attend, plain, single
 from refimpl.core.cache.rope import Rotary
 from refimpl.core.errors import OptionError
 
@@ -201,6 +201,8 @@ class KVLayer(CacheLayerMixin, abc.ABC):
             and isinstance(whole.index, range) and whole.index == range(new.mask.keys)
             and new.slots == new.mask.queries and new.softcap is None
         ):  # fmt: skip
+            if len(new.slots) == 1:
+                return single(new.query, whole.keys, whole.values, new.mask, new.scaling), None
             out, _ = plain(new.module, new.query, whole.keys, whole.values, new.mask, new.scaling)
             return out.transpose(1, 2), None
         return attend(new.query, segments, new.mask, new.slots, new.scaling, new.softcap, self.heads,

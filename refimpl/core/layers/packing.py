@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_SPREAD = {4: torch.int16, 2: torch.int32, 1: torch.int64}  # eight bits for each code of a byte
+
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Pack small unsigned integers along the last dimension.
@@ -44,10 +46,14 @@ def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
         [1, 2, 3, 0, 1, 2, 3]
     """
     mask = 2**bits - 1
-    if 8 % bits == 0:  # no code straddles a byte
-        shifts = torch.arange(0, 8, bits, device=packed.device, dtype=torch.uint8)
-        codes = (packed.unsqueeze(-1) >> shifts) & mask
-        return codes.flatten(-2)[..., :n]
+    if bits == 8:
+        return packed[..., :n]
+    if 8 % bits == 0:  # no code straddles a byte: spread each byte over a word, then read the word as bytes
+        word = packed.contiguous().to(_SPREAD[bits])
+        spread = word
+        for i in range(1, 8 // bits):
+            spread = spread | (word << ((8 - bits) * i))  # code i, at bit `bits * i`, to bit 8 i
+        return (spread & sum(mask << 8 * i for i in range(8 // bits))).view(torch.uint8)[..., :n]
     wide = torch.int32 if bits < 4 else torch.int64
     octets = packed.unflatten(-1, (-1, bits)).to(wide)
     word = octets[..., 0]
