@@ -9,10 +9,10 @@ rank is high; training the bases end to end, with ranks drawn anew for every hea
 what they are worth to the model's answer.
 
 Ours, where it differs. One basis per key-value head (the authors keep one per query head, which gives up what grouped
-queries save). Column signs are chosen so that Cayley's inverse is well conditioned (`fix_signs`); a flipped determinant
-alone leaves a third of random rotations outside 1e-5. The mean of the keys adds the same number to all scores of a
-query: it cannot change the softmax and is not trained, but centred keys round less in 16 bits. Teacher and student are
-one model: bases of full rank change nothing, so the teacher is a pass without them.
+queries save). Column signs are chosen so that Cayley's inverse is well conditioned (`fix_signs`); mending a negative
+determinant is not enough. The mean of the keys adds the same number to all scores of a query: it cannot change the
+softmax and is not trained, but centred keys round less in 16 bits. Teacher and student are one model: bases of full
+rank change nothing, so the teacher is a pass without them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,16 @@ from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
-from refimpl.core.cache import KVLayer, LayerShape, New, Policy, Segment, check_rank
+from refimpl.core.cache import (
+    ByContent,
+    KVLayer,
+    LayerShape,
+    New,
+    Policy,
+    Segment,
+    cache_argument,
+    check_rank,
+)
 from refimpl.core.device import read, read_all
 from refimpl.core.errors import CalibrationError, OptionError, nearest
 from refimpl.core.loop import History, Recipe, batches, train
@@ -45,8 +54,8 @@ Table = tuple[Ranks | None, ...]
 """Ranks of every layer of a model; None for a layer that is not compressed (a sliding window)."""
 
 
-@dataclass(frozen=True, eq=False)
-class Bases:
+@dataclass(frozen=True)
+class Bases(ByContent):
     """The bases of one layer.
 
     Attributes:
@@ -106,7 +115,9 @@ def cayley(X: Tensor) -> Tensor:
         X = X.float()
     half = (X - X.mT) / 2
     eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
-    return torch.linalg.solve(eye - half, eye + half)
+    with torch.autocast(X.device.type, enabled=False):
+        Q = torch.linalg.solve(eye - half, eye + half)
+        return Q @ (3 * eye - Q.mT @ Q) / 2  # a step of Newton: large entries of A cost the solve some digits
 
 
 def inverse_cayley(Q: Tensor) -> Tensor:
@@ -208,7 +219,7 @@ def projected(model: PreTrainedModel, bases: Sequence[Bases | None], ranks: int 
     Quicker than a real cache where many tokens come at once: perplexity, and the search for ranks.
 
     Args:
-        model: the model that will be called with ``past_key_values=``.
+        model: the model that will be called with it.
         bases: one per layer.
         ranks: as in `MatryoshkaKV`.
 
@@ -218,7 +229,7 @@ def projected(model: PreTrainedModel, bases: Sequence[Bases | None], ranks: int 
         ...     intermediate_size=16, vocab_size=50))
         >>> ids = torch.randint(50, (4, 12))
         >>> bases = pca(calibrate(model, ids))
-        >>> exact, found = model(ids).logits, model(ids, past_key_values=projected(model, bases, None)).logits
+        >>> exact, found = model(ids).logits, model(ids, **cache_argument(projected(model, bases, None))).logits
         >>> torch.allclose(exact, found, atol=1e-5)   # full rank
         True
     """
@@ -282,8 +293,8 @@ def rank_table(bases: Sequence[Bases | None], ranks: int | None | Table) -> Tabl
 # -- bases without training --
 
 
-@dataclass(frozen=True, eq=False)
-class Moments:
+@dataclass(frozen=True)
+class Moments(ByContent):
     """What PCA needs of one layer: means fp64 [H, d] and covariances fp64 [H, d, d] of rotated keys and of values."""
 
     mean_K: Tensor
@@ -327,12 +338,12 @@ def calibrate(model: PreTrainedModel, ids: Tensor, batch_size: int = 4) -> tuple
         return keys, values
 
     for batch in ids.split(batch_size):
-        model.base_model(batch.to(model.device), past_key_values=_tapped(model, look))
+        model.base_model(batch.to(model.device), **cache_argument(_tapped(model, look)))
     layers: list[Moments | None] = [None] * len(DynamicCache(config=model.config).layers)
     for layer, (sum_K, square_K, sum_V, square_V) in sums.items():
         pairs = []
         for total, square in ((sum_K, square_K), (sum_V, square_V)):
-            if not read(square.isfinite().all()):
+            if read((~square.isfinite()).sum()):
                 raise CalibrationError(
                     f"keys or values of layer {layer} are not finite; look for NaN in the weights"
                 )
@@ -475,7 +486,7 @@ class Projections(nn.Module):
                 ranks = torch.full((2, heads), self.rank, device=keys.device)
             return truncate(keys, b.Q_K, b.mu_K, ranks[0]), truncate(values, b.Q_V, b.mu_V, ranks[1])
 
-        return teacher, model(ids, past_key_values=_tapped(model, change)).logits
+        return teacher, model(ids, **cache_argument(_tapped(model, change))).logits
 
 
 def divergence(teacher: Tensor, student: Tensor) -> Tensor:
@@ -683,9 +694,7 @@ def search(
     def outputs(ranks: Sequence[int] | None) -> list[Tensor]:
         run: Any = model if error == "kl" else model.base_model
         tables = None if ranks is None else table(ranks)
-        caches = [
-            {} if tables is None else {"past_key_values": projected(model, bases, tables)} for _ in rows
-        ]
+        caches = [{} if tables is None else cache_argument(projected(model, bases, tables)) for _ in rows]
         found = [run(batch, **cache) for batch, cache in zip(rows, caches, strict=True)]
         return [out.logits if error == "kl" else out.last_hidden_state.float() for out in found]
 
@@ -736,7 +745,7 @@ class Packed(Segment):
         turned = query @ self.bases.Q_K[:, None]  # [B, H, G, Q, d]
         heads = self.packed_keys.float().split(self.ranks[0], -1)
         return torch.stack(
-            [turned[:, h, ..., : key.shape[-1]] @ key.mT.unsqueeze(1) for h, key in enumerate(heads)], 1
+            [turned[:, h, :, :, : key.shape[-1]] @ key.mT.unsqueeze(1) for h, key in enumerate(heads)], 1
         )
 
     def mix(self, weights: Tensor) -> Tensor:
@@ -777,7 +786,7 @@ class MatryoshkaLayer(KVLayer):
     @staticmethod
     def _packed(x: Tensor, Q: Tensor, mu: Tensor, columns: Tensor) -> Tensor:
         whole = ((x.float() - mu.unsqueeze(1)) @ Q).transpose(1, 2).flatten(2)  # [B, n, H d]
-        return whole[..., columns].unsqueeze(1).to(x.dtype)
+        return whole.index_select(-1, columns).unsqueeze(1).to(x.dtype)
 
     def segments(self, new: New) -> list[Segment]:
         folded = isinstance(output_matrix(new.module), FoldedOutput)
@@ -807,7 +816,7 @@ class MatryoshkaKV(Policy):
         ...     intermediate_size=16, vocab_size=50))
         >>> policy = MatryoshkaKV(pca(calibrate(model, torch.randint(50, (4, 12)))))
         >>> cache = policy.cache(model, budget=0.5, length=64)
-        >>> _ = model.generate(torch.ones(1, 8, dtype=torch.long), past_key_values=cache, max_new_tokens=2)
+        >>> _ = model.generate(torch.ones(1, 8, dtype=torch.long), max_new_tokens=2, **cache_argument(cache))
         >>> cache.policy.ranks, cache.layers[0].parts["keys"].shape
         (4, torch.Size([1, 1, 9, 8]))
     """
@@ -878,7 +887,7 @@ class FoldedOutput(nn.Linear):
         if x.shape[-1] != self.in_features:
             raise OptionError(
                 f"model: its output matrices were folded for values of ranks {self.ranks} and cannot read whole ones; "
-                "pass past_key_values=policy.cache(model), or load the model again"
+                "pass a cache of the policy they were folded for, or load the model again"
             )
         return super().forward(x)
 
@@ -922,9 +931,9 @@ def fold(model: PreTrainedModel, policy: MatryoshkaKV) -> None:
         ...     intermediate_size=16, vocab_size=50))
         >>> ids = torch.randint(50, (4, 12))
         >>> policy = MatryoshkaKV(pca(calibrate(model, ids)), ranks=3)
-        >>> before = model(ids, past_key_values=policy.cache(model)).logits
+        >>> before = model(ids, **cache_argument(policy.cache(model))).logits
         >>> fold(model, policy)
-        >>> torch.allclose(model(ids, past_key_values=policy.cache(model)).logits, before, atol=1e-5)
+        >>> torch.allclose(model(ids, **cache_argument(policy.cache(model))).logits, before, atol=1e-5)
         True
     """
     made: list[tuple[nn.Module, str, FoldedOutput]] = []
