@@ -420,16 +420,28 @@ class Fit(nn.Module):
             C_K, C_V = straight_through(C_K, rounded_K), straight_through(C_V, rounded_V)
         return C_K @ self.B_K, C_V @ self.B_V
 
-    def loss(self, X: Tensor, W_K: Tensor, W_V: Tensor) -> Tensor:
-        """Step 3: MSE of keys plus MSE of values. Rotating both sides would change nothing: it keeps lengths."""
-        K, V = self.forward(X)
-        return (X @ W_K - K).square().mean() + (X @ W_V - V).square().mean()
-
     def factors(self) -> Factors:
         """What was found."""
         return Factors(
             *(parameter.detach().clone() for parameter in (self.A_K, self.B_K, self.A_V, self.B_V))
         )
+
+
+def fit_loss(fit: nn.Module, X: Tensor, W_K: Tensor, W_V: Tensor) -> Tensor:
+    """Step 3: MSE of keys plus MSE of values. Rotating both sides would change nothing: it keeps lengths.
+
+    Args:
+        fit: a `Fit`.
+        X: inputs, fp32 [B, n, h].
+        W_K, W_V: the projections, fp32 [h, h_kv].
+
+    Example:
+        >>> W = torch.eye(2)
+        >>> fit_loss(Fit(Factors(W, W, W, W), (1, 1), None), torch.ones(1, 3, 2), W, W).item()   # half of it each
+        1.0
+    """
+    K, V = fit(X)
+    return (X @ W_K - K).square().mean() + (X @ W_V - V).square().mean()
 
 
 def reconstruct(
@@ -500,7 +512,7 @@ def reconstruct(
             W_K, W_V = (Site("", i, modules[i], name).weight.T.float() for name in ("k_proj", "v_proj"))
             fit = Fit(policy.factors[i], ranks[i], policy.together if policy.bits == 4 else None)
             fit.to(W_K.device)
-            loss = lambda fit, batch, W_K=W_K, W_V=W_V: fit.loss(batch[0].float(), W_K, W_V)  # noqa: E731
+            loss = lambda fit, batch, W_K=W_K, W_V=W_V: fit_loss(fit, batch[0].float(), W_K, W_V)  # noqa: E731
             train(
                 fit,
                 batches(torch.cat(inputs[i]), batch_size=1, seed=recipe.seed),

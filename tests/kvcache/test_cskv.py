@@ -36,6 +36,7 @@ from refimpl.kvcache.cskv import (
     closed_form,
     decode,
     factorise,
+    fit_loss,
     key_codes,
     key_features,
     moments,
@@ -189,7 +190,7 @@ def test_the_closed_form_is_the_least_loss() -> None:
     A, B = (x.float() for x in svd(W))
     fit = Fit(Factors(A, B, A, B), (rank, rank), None)
     rows = X.float().unsqueeze(0)
-    loss_of = lambda fit, batch: fit.loss(batch[0], W.float(), W.float())  # noqa: E731
+    loss_of = lambda fit, batch: fit_loss(fit, batch[0], W.float(), W.float())  # noqa: E731
     history = train(fit, batches(rows, batch_size=1), loss_of, Recipe(steps=300, lr=0.02), progress=False)
     assert history.losses[0] == pytest.approx(2 * plain, rel=1e-4)
     assert 2 * best * (1 - 1e-5) <= history.losses[-1] < 2 * best * 1.05
@@ -280,8 +281,10 @@ def test_training_for_codes_helps_the_codes(make: Callable[[str], PreTrainedMode
     handle.remove()
     W_K, W_V = layer.k_proj.weight.T, layer.v_proj.weight.T
     with torch.no_grad():
-        losses = [Fit(p.factors[1], (16, 16), 8).loss(seen[0], W_K, W_V).item() for p in (plain, trained)]
-        smooth = Fit(trained.factors[1], (16, 16), None).loss(seen[0], W_K, W_V).item()
+        losses = [
+            fit_loss(Fit(p.factors[1], (16, 16), 8), seen[0], W_K, W_V).item() for p in (plain, trained)
+        ]
+        smooth = fit_loss(Fit(trained.factors[1], (16, 16), None), seen[0], W_K, W_V).item()
     assert smooth < losses[1] < losses[0]
 
 

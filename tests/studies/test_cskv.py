@@ -1,0 +1,240 @@
+"""The study's rules say what their words say, the stored verdicts follow from the stored records, and the run runs."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from refimpl.core.io import data_path
+from refimpl.kvcache.cskv import CSKV
+from refimpl.lab import fetch, text
+from refimpl.lab.ledger import Outcome, Verdict, judge
+from refimpl.lab.metrics import Perplexity
+from refimpl.lab.records import Record, Results
+from refimpl.studies import cskv
+from refimpl.studies.cskv import Arm
+
+UNITS = [f"article {k}" for k in range(8)]
+COUNTS = np.full(len(UNITS), 896)
+BASE = 2700.0 + 40.0 * (np.arange(len(UNITS)) % 3)
+ALTERNATING = np.where(np.arange(len(UNITS)) % 2, 1.0, -1.0)
+HOLDS, PARTLY, NOT = Verdict.HOLDS, Verdict.PARTLY, Verdict.DOES_NOT_HOLD
+
+
+@pytest.fixture
+def results() -> Results:
+    return Results("cskv.json", {"paper": "cskv"})
+
+
+def put(results: Results, arm: Arm | str, level: float, spread: float = 0.0) -> None:
+    """An arm whose mean loss is ``level`` above a common one; documents differ from that by +-spread."""
+    nll = BASE + (level + spread * ALTERNATING) * COUNTS
+    results.add_perplexity(getattr(arm, "name", arm), "wikipedia", 0, Perplexity(0.0, nll, COUNTS, UNITS))
+
+
+def put_errors(results: Results, arm: str, level: float, draw: int = 0, spread: float = 0.0) -> None:
+    for k in range(60):
+        value = 0.1 * math.exp(level + spread * (1 if k % 2 else -1))
+        results.add(Record("cskv", arm, "held-out", draw, f"layer {k}", "relative_error", value))
+
+
+def rule(results: Results, identity: str) -> Outcome:
+    (claim,) = (claim for claim in cskv.CLAIMS if claim.id == identity)
+    return claim.outcome(results)
+
+
+@pytest.mark.parametrize(
+    ("levels", "verdict"),
+    [
+        ((0.0, 0.1, 0.2, 0.3), HOLDS),
+        ((0.1, 0.0, 0.2, 0.3), PARTLY),  # training beats the closed form
+        ((0.0, 0.1, 0.1, 0.3), PARTLY),
+        ((0.3, 0.2, 0.1, 0.0), NOT),
+    ],
+)
+def test_order(results: Results, levels: tuple[float, ...], verdict: Verdict) -> None:
+    for draw in range(3):
+        for arm, level in zip(("closed form", "fit", "ASVD", "SVD"), levels, strict=True):
+            put_errors(results, arm, level, draw, 0.01)
+    outcome = rule(results, "cskv-order")
+    assert outcome.verdict is verdict
+    worst = max(a - b for a, b in zip(levels, levels[1:], strict=False))
+    assert outcome.estimate == pytest.approx(math.exp(worst), rel=1e-3)
+
+
+def test_order_wants_every_draw_to_agree(results: Results) -> None:
+    for draw, gap in enumerate((0.3, 0.3, -0.1)):
+        for arm, level in (("closed form", 0.0), ("fit", gap), ("ASVD", 1.0), ("SVD", 2.0)):
+            put_errors(results, arm, level, draw)
+    outcome = rule(results, "cskv-order")
+    assert outcome.high < 1 and outcome.verdict is PARTLY
+
+
+@pytest.mark.parametrize(
+    ("random", "asvd", "verdict"),
+    [(0.5, 0.2, HOLDS), (0.1, 0.2, PARTLY), (0.0, 0.2, NOT), (0.2, 0.2, PARTLY)],
+)
+def test_start(results: Results, random: float, asvd: float, verdict: Verdict) -> None:
+    for arm, level in (("random fit", random), ("ASVD", asvd), ("fit", 0.0)):
+        put_errors(results, arm, level)
+    for draw in (1, 2):  # more draws of the others do not matter
+        put_errors(results, "ASVD", 9.0, draw)
+        put_errors(results, "fit", 9.0, draw)
+    assert rule(results, "cskv-start").verdict is verdict
+
+
+@pytest.mark.parametrize(
+    ("fit", "asvd", "verdict"),
+    [(0.1, 1.0, HOLDS), (0.49, 1.0, HOLDS), (0.51, 1.0, PARTLY), (1.0, 1.0, NOT), (1.1, 1.0, NOT)],
+)
+def test_against_asvd(results: Results, fit: float, asvd: float, verdict: Verdict) -> None:
+    put(results, "full", 0.0)
+    put(results, Arm("fit"), fit, 0.002)
+    put(results, Arm("ASVD"), asvd)
+    assert rule(results, "cskv-asvd").verdict is verdict
+
+
+@pytest.mark.parametrize(("gap", "verdict"), [(-0.05, HOLDS), (0.0, PARTLY), (0.05, NOT)])
+def test_closed_form(results: Results, gap: float, verdict: Verdict) -> None:
+    put(results, Arm(), gap, 0.002)
+    put(results, Arm("fit"), 0.0)
+    assert rule(results, "cskv-closed-form").verdict is verdict
+
+
+@pytest.mark.parametrize(
+    ("levels", "verdict"),
+    [
+        ((1.0, 0.3, 0.1), HOLDS),
+        ((1.0, 0.7, 0.1), PARTLY),  # the larger step gains more
+        ((1.0, 1.0, 0.1), NOT),
+        ((0.5, 1.0, 1.0), NOT),
+    ],
+)
+def test_window(results: Results, levels: tuple[float, ...], verdict: Verdict) -> None:
+    for window, level in zip((0, 32, 128), levels, strict=True):
+        put(results, Arm(window=window), level, 0.01 * (window == 32))
+    assert rule(results, "cskv-window").verdict is verdict
+
+
+@pytest.mark.parametrize(
+    ("ratios", "verdict"),
+    [((1.005, 1.01), HOLDS), ((1.0, 1.05), PARTLY), ((1.019, 1.05), NOT), ((1.05, 1.05), NOT)],
+)
+def test_bits(results: Results, ratios: tuple[float, float], verdict: Verdict) -> None:
+    for factors, ratio in zip(("closed form", "fit"), ratios, strict=True):
+        put(results, Arm(factors, group=32), 0.0)
+        put(results, Arm(factors), -1.0)  # another number of exact tokens: not the control
+        put(results, Arm(factors, bits=4, group=32), math.log(ratio), 0.003)
+    outcome = rule(results, "cskv-bits")
+    assert outcome.verdict is verdict and outcome.estimate == pytest.approx(max(ratios), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("gaps", "verdict"),
+    [((-0.1, -0.1), HOLDS), ((-0.1, 0.1), PARTLY), ((0.0, -0.1), PARTLY), ((0.1, 0.0), NOT)],
+)
+def test_keys(results: Results, gaps: tuple[float, float], verdict: Verdict) -> None:
+    for density, gap in zip((0.2, 0.5), gaps, strict=True):
+        put(results, Arm(density=density), 0.0)
+        put(results, Arm(density=density, key_share=0.25), gap, 0.01)
+    assert rule(results, "cskv-keys").verdict is verdict
+
+
+def test_every_arm_of_a_rule_is_run_and_has_a_name_of_its_own() -> None:
+    names = [arm.name for arm in cskv.ARMS["study"]]
+    assert len(set(names)) == len(names)
+    results = Results("cskv.json", {"paper": "cskv"})
+    put(results, "full", 0.0)
+    for arm in cskv.ARMS["study"]:
+        put(results, arm, 0.1, 0.01)
+    for arm in ("closed form", "fit", "ASVD", "SVD", "random fit"):
+        put_errors(results, arm, 0.1)
+    assert len(judge(results, cskv.CLAIMS)) == len(cskv.CLAIMS) == 7
+
+
+RECORDED = data_path("results") / "cskv.json"
+
+
+@pytest.mark.skipif(not RECORDED.exists(), reason="the study has not been run")
+def test_the_recorded_verdicts_follow_from_the_records() -> None:
+    results = Results.load(RECORDED)
+    assert results.claims, "the study is not finished: `refimpl study cskv` goes on where it stopped"
+    assert judge(results, cskv.CLAIMS) == results.claims
+
+
+@pytest.mark.slow
+def test_a_quick_run_records_its_arms_once(
+    smollm2_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"  # with its models and texts, without the factors of an earlier run
+    cache.mkdir()
+    for item in fetch.cache_folder().iterdir():
+        if item.is_dir() and item.name not in ("studies", "downloads"):
+            (cache / item.name).symlink_to(item.resolve())
+    monkeypatch.setenv("REFIMPL_CACHE", str(cache))
+    cskv._moments.cache_clear()
+
+    out = tmp_path / "cskv.json"
+    cskv.run(out, "quick")
+    first = Results.load(out)
+    assert {r.arm for r in first.records() if r.metric == "nll"} == {
+        "full",
+        *(arm.name for arm in cskv.ARMS["quick"]),
+    }
+    assert first.cost("full", "wikipedia", metric="nll") == 16
+    kept = {arm.name: first.cost(arm.name, "wikipedia", metric="nll") for arm in cskv.ARMS["quick"]}
+    # 96 tokens, 32 of them exact with their features beside them: (32 * (2 * 192 + 72) + 64 * 72) / (96 * 2 * 192)
+    assert (
+        kept["closed form"] == kept["ASVD"] == pytest.approx(16 * (32 * 456 + 64 * 72) / (96 * 384), rel=1e-5)
+    )
+    errors = {
+        arm: np.array(list(first.values(arm, "held-out", metric="relative_error").values()))
+        for arm in ("closed form", "fit", "ASVD", "SVD", "random fit")
+    }
+    assert all(len(values) == 4 and (values > 0).all() for values in errors.values())
+    assert (
+        errors["closed form"].mean()
+        < errors["ASVD"].mean()
+        < errors["SVD"].mean()
+        < errors["random fit"].mean()
+    )
+    assert errors["fit"].mean() < errors["ASVD"].mean()
+    for arm in ("moments", "closed form", "fit"):
+        assert first.values(arm, "cost", metric="forward_passes")[""] > 0
+    assert first.claims == [] and first.header["rule"] is None and first.header["profile"] == "quick"
+
+    for name in ("moments", "factorise", "reconstruct", "streamed_perplexity"):
+        monkeypatch.setattr(cskv, name, lambda *args, **options: pytest.fail("a second call works again"))
+    cskv.run(out, "quick")
+    again = Results.load(out)
+    assert list(again.records()) == list(first.records()) and len(again.header["runs"]) == 2
+
+    from refimpl.lab.models import compute_dtype, smollm2
+
+    model = smollm2(compute_dtype(), layers=2)
+    policy = cskv.fitted(model, "quick", "fit")
+    assert isinstance(policy, CSKV) and policy.factors[1].A_K.shape == (576, 36) and policy.sinks == 4
+    with torch.inference_mode():
+        policy.cache(model)
+
+
+def test_the_streamed_perplexity_of_a_full_cache_is_the_ordinary_one(smollm2_folder: Path) -> None:
+    from refimpl.baselines.kvcache import Full
+    from refimpl.lab.models import smollm2
+
+    model = smollm2(torch.float32, layers=1)
+    ids = torch.randint(0, 49000, (2, 600), generator=torch.Generator().manual_seed(0))
+    tokens = text.TokenSet(ids, ["a", "b"], "given", "given")
+    with torch.inference_mode():
+        losses = F.cross_entropy(
+            model(ids).logits[:, 299:-1].transpose(1, 2), ids[:, 300:], reduction="none"
+        ).sum(1)
+    for policy in (None, Full()):
+        found, bits = cskv.streamed_perplexity(model, policy, tokens, 300)
+        assert np.allclose(found.nll, losses.numpy(), rtol=1e-5) and bits == 32
+        assert found.counts.tolist() == [300, 300] and found.units == ["a", "b"]
