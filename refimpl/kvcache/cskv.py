@@ -563,8 +563,9 @@ class Rebuilt(Segment):
             absorbed > count * rank * width + groups * queries * count * width
         ):  # many queries: rebuilding is cheaper
             return super().mix(weights)
-        B_V = self.layer.B_V.float().unflatten(-1, (heads, -1)).transpose(0, 1).unsqueeze(1)  # [H, 1, r_V, d]
-        mixed = weights @ self.features[1].float().unsqueeze(2) @ B_V
+        mixed = weights.flatten(1, 3) @ self.features[1][:, 0].float()  # all heads share the features
+        B_V = self.layer.B_V.float().unflatten(-1, (heads, -1)).transpose(0, 1)  # [H, r_V, d]
+        mixed = (mixed.unflatten(1, (heads, -1)) @ B_V).unflatten(2, (groups, queries))
         if self.layer.bias_V is not None:  # what other segments hold has its own share of the weights
             mixed = mixed + weights.sum(-1, keepdim=True) * self.layer.bias_V.float().view(heads, 1, 1, -1)
         return mixed

@@ -192,6 +192,13 @@ def test_a_quick_run_records_its_arms_once(
     assert (
         kept["closed form"] == kept["ASVD"] == pytest.approx(16 * (32 * 456 + 64 * 72) / (96 * 384), rel=1e-5)
     )
+    # the trap: a prompt is read exactly, so a pass over it shows no loss, whatever is kept of it afterwards
+    assert first.perplexity("ASVD", "one pass").value == pytest.approx(
+        first.perplexity("full", "wikipedia").value, 1e-2
+    )
+    assert first.perplexity("ASVD", "wikipedia").value != pytest.approx(
+        first.perplexity("full", "wikipedia").value, 2e-2
+    )
     errors = {
         arm: np.array(list(first.values(arm, "held-out", metric="relative_error").values()))
         for arm in ("closed form", "fit", "ASVD", "SVD", "random fit")
