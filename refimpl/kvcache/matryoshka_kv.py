@@ -33,40 +33,29 @@ from transformers.pytorch_utils import Conv1D
 
 from refimpl.core.cache import (
     ByContent,
-    KVLayer,
     LayerShape,
-    New,
     Policy,
-    Segment,
     cache_argument,
     check_rank,
 )
 from refimpl.core.device import read, read_all
 from refimpl.core.errors import CalibrationError, OptionError, nearest
 from refimpl.core.loop import History, Recipe, batches, train
+from refimpl.kvcache.ragged import (
+    OUTPUTS,
+    Bases,
+    FoldedOutput,
+    MatryoshkaLayer,
+    Ranks,
+    output_matrix,
+    output_name,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Ranks = tuple[tuple[int, ...], tuple[int, ...]]
-"""Ranks of one layer: of the keys of each head, and of the values."""
 Table = tuple[Ranks | None, ...]
 """Ranks of every layer of a model; None for a layer that is not compressed (a sliding window)."""
-
-
-@dataclass(frozen=True)
-class Bases(ByContent):
-    """The bases of one layer.
-
-    Attributes:
-        Q_K, Q_V: fp32 [H, d, d], a basis in the columns, the most important first.
-        mu_K, mu_V: fp32 [H, d], what is taken off before projecting.
-    """
-
-    Q_K: Tensor
-    Q_V: Tensor
-    mu_K: Tensor
-    mu_V: Tensor
 
 
 # -- Cayley --
@@ -726,77 +715,6 @@ def search(
 # -- the cache --
 
 
-class Packed(Segment):
-    """All entries: heads side by side, each with as many numbers as its rank.
-
-    Args:
-        keys, values: [B, 1, n, sum of ranks].
-        bases: of the layer, on the device of the keys.
-        ranks: of the layer.
-        folded: give the values as they are stored, for an output matrix that has taken over the way back.
-    """
-
-    def __init__(self, keys: Tensor, values: Tensor, bases: Bases, ranks: Ranks, folded: bool) -> None:
-        self.packed_keys, self.packed_values = keys[:, 0], values[:, 0]
-        self.bases, self.ranks, self.folded = bases, ranks, folded
-        self.index = range(keys.shape[2])
-
-    def scores(self, query: Tensor, slots: range) -> Tensor:
-        turned = query @ self.bases.Q_K[:, None]  # [B, H, G, Q, d]
-        heads = self.packed_keys.float().split(self.ranks[0], -1)
-        return torch.stack(
-            [turned[:, h, :, :, : key.shape[-1]] @ key.mT.unsqueeze(1) for h, key in enumerate(heads)], 1
-        )
-
-    def mix(self, weights: Tensor) -> Tensor:
-        heads = self.packed_values.float().split(self.ranks[1], -1)
-        mixed = [weights[:, h] @ value.unsqueeze(1) for h, value in enumerate(heads)]  # [B, G, Q, r]
-        if self.folded:  # query heads side by side, as the output matrix reads them
-            return torch.cat([m.transpose(1, 2).flatten(2) for m in mixed], -1)[:, None, None]
-        Q, mu = self.bases.Q_V, self.bases.mu_V  # the weights of a query sum to one
-        return torch.stack([m @ Q[h, :, : m.shape[-1]].T + mu[h] for h, m in enumerate(mixed)], 1)
-
-
-class MatryoshkaLayer(KVLayer):
-    """Parts: "keys" [B, 1, n, sum of the keys' ranks], "values" [B, 1, n, sum of the values' ranks]."""
-
-    def __init__(self, bases: Bases, ranks: Ranks, heads: int) -> None:
-        super().__init__(heads, streamed=True)
-        self.bases, self.ranks = bases, ranks
-        d = bases.Q_K.shape[-1]
-        self.columns = [
-            torch.tensor([h * d + c for h, rank in enumerate(side) for c in range(rank)]) for side in ranks
-        ]
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        self._move(key_states.device)
-
-    def _move(self, device: torch.device) -> None:
-        b = self.bases
-        self.bases = Bases(b.Q_K.to(device), b.Q_V.to(device), b.mu_K.to(device), b.mu_V.to(device))
-        self.columns = [index.to(device) for index in self.columns]
-
-    def append(self, new: New) -> None:
-        self.extend(
-            keys=self._packed(new.keys, self.bases.Q_K, self.bases.mu_K, self.columns[0]),
-            values=self._packed(new.values, self.bases.Q_V, self.bases.mu_V, self.columns[1]),
-        )
-
-    @staticmethod
-    def _packed(x: Tensor, Q: Tensor, mu: Tensor, columns: Tensor) -> Tensor:
-        whole = ((x.float() - mu.unsqueeze(1)) @ Q).transpose(1, 2).flatten(2)  # [B, n, H d]
-        return whole.index_select(-1, columns).unsqueeze(1).to(x.dtype)
-
-    def segments(self, new: New) -> list[Segment]:
-        folded = isinstance(output_matrix(new.module), FoldedOutput)
-        return [Packed(self.parts["keys"], self.parts["values"], self.bases, self.ranks, folded)]
-
-    def crop_to(self, length: int) -> None:
-        for name, tensor in self.parts.items():
-            self.parts[name] = tensor[:, :, :length].clone()
-
-
 @dataclass(frozen=True)
 class MatryoshkaKV(Policy):
     """Keep the first columns of each head's keys and values in a basis of their own.
@@ -871,45 +789,6 @@ class MatryoshkaKV(Policy):
 # -- values folded into the output matrix --
 
 
-class FoldedOutput(nn.Linear):
-    """An output matrix that reads projected values: see `fold`.
-
-    Attributes:
-        ranks: of the values of each key-value head.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor, ranks: tuple[int, ...]) -> None:
-        super().__init__(weight.shape[1], weight.shape[0], device="meta")
-        self.weight, self.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
-        self.ranks = ranks
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.in_features:
-            raise OptionError(
-                f"model: its output matrices were folded for values of ranks {self.ranks} and cannot read whole ones; "
-                "pass a cache of the policy they were folded for, or load the model again"
-            )
-        return super().forward(x)
-
-
-_OUTPUTS = ("o_proj", "c_proj", "out_proj", "dense")  # what models call the matrix behind attention
-
-
-def _output_name(module: nn.Module) -> str | None:
-    return next((name for name in _OUTPUTS if isinstance(getattr(module, name, None), nn.Module)), None)
-
-
-def output_matrix(module: nn.Module) -> nn.Module | None:
-    """The matrix behind an attention module, None if it goes by a name we do not know.
-
-    Example:
-        >>> output_matrix(nn.Linear(2, 2)) is None
-        True
-    """
-    name = _output_name(module)
-    return None if name is None else getattr(module, name)
-
-
 @torch.no_grad()
 def fold(model: PreTrainedModel, policy: MatryoshkaKV) -> None:
     """Let the output matrices take over the way back from projected values: W_O' = Q_V^T W_O, bias mu_V W_O.
@@ -938,20 +817,20 @@ def fold(model: PreTrainedModel, policy: MatryoshkaKV) -> None:
     """
     made: list[tuple[nn.Module, str, FoldedOutput]] = []
     modules: dict[Any, nn.Module] = {
-        m.layer_idx: m for m in model.modules() if hasattr(m, "layer_idx") and _output_name(m)
+        m.layer_idx: m for m in model.modules() if hasattr(m, "layer_idx") and output_name(m)
     }
     for index, layer in enumerate(policy.cache(model).layers):
         if not isinstance(layer, MatryoshkaLayer):
             continue
         module, bases, ranks = modules.get(index, model), layer.bases, layer.ranks[1]
-        name = _output_name(module)
+        name = output_name(module)
         old = None if name is None else getattr(module, name)
         if isinstance(old, FoldedOutput):
             raise OptionError("model: its output matrices are folded already; load it again")
         if name is None or not isinstance(old, (nn.Linear, Conv1D)):
             raise OptionError(
                 f"model: {type(module).__name__} has no output matrix that could be folded into (found "
-                f"{type(old).__name__}, looked for {', '.join(_OUTPUTS)}); use the policy without fold"
+                f"{type(old).__name__}, looked for {', '.join(OUTPUTS)}); use the policy without fold"
             )
         heads, d = bases.Q_V.shape[:2]
         if sum(ranks) == heads * d:

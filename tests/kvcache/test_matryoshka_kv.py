@@ -16,11 +16,8 @@ from refimpl.core.cache import CompressedCache, Policy, cache_argument, prefill
 from refimpl.core.errors import CalibrationError, CheckpointError, OptionError
 from refimpl.core.loop import Recipe, batches, train
 from refimpl.kvcache.matryoshka_kv import (
-    Bases,
-    FoldedOutput,
     MatryoshkaKV,
     Moments,
-    Packed,
     Projections,
     Table,
     calibrate,
@@ -32,7 +29,6 @@ from refimpl.kvcache.matryoshka_kv import (
     fold,
     greedy,
     inverse_cayley,
-    output_matrix,
     pca,
     projected,
     random_orthogonal,
@@ -41,6 +37,7 @@ from refimpl.kvcache.matryoshka_kv import (
     search,
     truncate,
 )
+from refimpl.kvcache.ragged import Bases, FoldedOutput, Packed, output_matrix
 from refimpl.lab import small
 from refimpl.lab.lstm import windows
 

@@ -1,0 +1,150 @@
+"""The layer of a cache whose heads keep different numbers of columns, packed side by side; it knows no training.
+
+Each head's keys are taken to a basis of their own and cut, ``(k - mu) Q[:, :r]``; queries are taken to the same basis,
+so keys never come back. The weighted sum of the values does, ``v Q[:, :r]^T + mu``, unless the output matrix behind
+attention has taken that over (`FoldedOutput`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from refimpl.core.cache import ByContent, KVLayer, New, Segment
+from refimpl.core.errors import OptionError
+
+Ranks = tuple[tuple[int, ...], tuple[int, ...]]
+"""Ranks of one layer: of the keys of each head, and of the values."""
+
+
+@dataclass(frozen=True)
+class Bases(ByContent):
+    """The bases of one layer.
+
+    Attributes:
+        Q_K, Q_V: fp32 [H, d, d], a basis in the columns, the most important first.
+        mu_K, mu_V: fp32 [H, d], what is taken off before projecting.
+    """
+
+    Q_K: Tensor
+    Q_V: Tensor
+    mu_K: Tensor
+    mu_V: Tensor
+
+
+class FoldedOutput(nn.Linear):
+    """An output matrix that reads projected values: see `fold`.
+
+    Attributes:
+        ranks: of the values of each key-value head.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, ranks: tuple[int, ...]) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], device="meta")
+        self.weight, self.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
+        self.ranks = ranks
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.in_features:
+            raise OptionError(
+                f"model: its output matrices were folded for values of ranks {self.ranks} and cannot read whole ones; "
+                "pass a cache of the policy they were folded for, or load the model again"
+            )
+        return super().forward(x)
+
+
+OUTPUTS = ("o_proj", "c_proj", "out_proj", "dense")  # what models call the matrix behind attention
+
+
+def output_name(module: nn.Module) -> str | None:
+    """Its attribute that is the matrix behind attention, None if that goes by a name we do not know.
+
+    Example:
+        >>> output_name(nn.Linear(2, 2)) is None
+        True
+    """
+    return next((name for name in OUTPUTS if isinstance(getattr(module, name, None), nn.Module)), None)
+
+
+def output_matrix(module: nn.Module) -> nn.Module | None:
+    """The matrix behind attention, see `output_name`.
+
+    Example:
+        >>> output_matrix(nn.Linear(2, 2)) is None
+        True
+    """
+    name = output_name(module)
+    return None if name is None else getattr(module, name)
+
+
+def _by_group(rows: Tensor, matrix: Tensor) -> Tensor:
+    """[B, G, Q, m] times [B, m, n], which all query heads of the group share: one product, the matrix read once."""
+    return (rows.flatten(1, 2) @ matrix).unflatten(1, rows.shape[1:3])
+
+
+class Packed(Segment):
+    """All entries: heads side by side, each with as many numbers as its rank.
+
+    Args:
+        keys, values: [B, 1, n, sum of ranks].
+        bases: of the layer, on the device of the keys.
+        ranks: of the layer.
+        folded: give the values as they are stored, for an output matrix that has taken over the way back.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, bases: Bases, ranks: Ranks, folded: bool) -> None:
+        self.packed_keys, self.packed_values = keys[:, 0], values[:, 0]
+        self.bases, self.ranks, self.folded = bases, ranks, folded
+        self.index = range(keys.shape[2])
+
+    def scores(self, query: Tensor, slots: range) -> Tensor:
+        turned = query @ self.bases.Q_K[:, None]  # [B, H, G, Q, d]
+        heads = self.packed_keys.float().split(self.ranks[0], -1)
+        return torch.stack(
+            [_by_group(turned[:, h, :, :, : key.shape[-1]], key.mT) for h, key in enumerate(heads)], 1
+        )
+
+    def mix(self, weights: Tensor) -> Tensor:
+        heads = self.packed_values.float().split(self.ranks[1], -1)
+        mixed = [_by_group(weights[:, h], value) for h, value in enumerate(heads)]  # [B, G, Q, r]
+        if self.folded:  # query heads side by side, as the output matrix reads them
+            return torch.cat([m.transpose(1, 2).flatten(2) for m in mixed], -1)[:, None, None]
+        Q, mu = self.bases.Q_V, self.bases.mu_V  # the weights of a query sum to one
+        return torch.stack([m @ Q[h, :, : m.shape[-1]].T + mu[h] for h, m in enumerate(mixed)], 1)
+
+
+class MatryoshkaLayer(KVLayer):
+    """Parts: "keys" [B, 1, n, sum of the keys' ranks], "values" [B, 1, n, sum of the values' ranks]."""
+
+    def __init__(self, bases: Bases, ranks: Ranks, heads: int) -> None:
+        super().__init__(heads, streamed=True)
+        self.bases, self.ranks = bases, ranks
+        d = bases.Q_K.shape[-1]
+        self.columns = [
+            torch.tensor([h * d + c for h, rank in enumerate(side) for c in range(rank)]) for side in ranks
+        ]
+
+    def append(self, new: New) -> None:
+        b, device = self.bases, new.keys.device
+        if b.Q_K.device != device:  # a policy read from a file lies on the CPU
+            self.bases = Bases(b.Q_K.to(device), b.Q_V.to(device), b.mu_K.to(device), b.mu_V.to(device))
+            self.columns = [index.to(device) for index in self.columns]
+        self.extend(
+            keys=self._packed(new.keys, self.bases.Q_K, self.bases.mu_K, self.columns[0]),
+            values=self._packed(new.values, self.bases.Q_V, self.bases.mu_V, self.columns[1]),
+        )
+
+    @staticmethod
+    def _packed(x: Tensor, Q: Tensor, mu: Tensor, columns: Tensor) -> Tensor:
+        whole = ((x.float() - mu.unsqueeze(1)) @ Q).transpose(1, 2).flatten(2)  # [B, n, H d]
+        return whole.index_select(-1, columns).unsqueeze(1).to(x.dtype)
+
+    def segments(self, new: New) -> list[Segment]:
+        folded = isinstance(output_matrix(new.module), FoldedOutput)
+        return [Packed(self.parts["keys"], self.parts["values"], self.bases, self.ranks, folded)]
+
+    def crop_to(self, length: int) -> None:
+        for name, tensor in self.parts.items():
+            self.parts[name] = tensor[:, :, :length].clone()
