@@ -30,6 +30,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -646,7 +647,8 @@ class CSKVLayer(WindowLayer):
         r_K, r_V = policy.ranks(shape)
         factors = policy.factors[shape.index]
         k_proj, v_proj = shape.module.k_proj, shape.module.v_proj
-        device = next(shape.module.parameters()).device
+        tensors = chain(shape.module.parameters(), shape.module.buffers())  # packed weights are buffers
+        device = next(tensors).device
 
         def ours(tensor: Tensor | None) -> Any:
             return None if tensor is None else tensor.detach().to(device, shape.dtype)

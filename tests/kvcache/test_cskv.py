@@ -22,7 +22,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from refimpl.baselines import RTN
 from refimpl.core.cache import CompressedCache, LayerShape, Mask, Rotary, cache_argument, prefill, rotate
+from refimpl.core.compress import compress
 from refimpl.core.errors import CalibrationError, CheckpointError, OptionError
 from refimpl.core.loop import Recipe, batches, train
 from refimpl.kernels.lowrank_decode import reference
@@ -997,3 +999,14 @@ def test_a_layer_is_made_of_the_factors_that_were_asked_for(make: Callable[[str]
     assert isinstance(layer, CSKVLayer)
     assert (layer.A_K.shape, layer.B_V.shape) == ((64, 8), (24, 32))
     assert torch.equal(layer.B_V, policy.factors[1].B_V[:24])
+
+
+def test_compressed_weights_are_the_ones_approximated(make: Callable[[str], PreTrainedModel]) -> None:
+    model = make("llama")
+    compress(model, RTN(4, 32), TEXT)
+    found = moments(model, TEXT)
+    for index, layer in enumerate(found):
+        assert torch.equal(layer.W_K.T, model.model.layers[index].self_attn.k_proj.to_dense())
+    policy = Always(factorise(found), density=1.0, window=0, sinks=0)
+    cache = policy.cache(model, prefill="streamed")
+    torch.testing.assert_close(steps(model, cache, [41], (0,)), model(batch((0,))["input_ids"]).logits)
