@@ -135,20 +135,21 @@ def _replay(layer: KVLayer, news: Sequence[New]) -> None:
 
 
 @torch.inference_mode()
-def decode(model: PreTrainedModel, cache: CompressedCache, ids: Tensor) -> Tensor:
+def decode(model: PreTrainedModel, cache: CompressedCache, ids: Tensor, keep: int = 0) -> Tensor:
     """Feed tokens as if the model had written them, one after the other, to a copy of a cache.
 
     Args:
         model: of the cache.
         cache: stays as it is.
         ids: int64 [B, n].
+        keep: how many of the last tokens' logits are wanted; 0 for all.
 
     Returns:
-        Logits [B, n, vocabulary].
+        Logits [B, keep or n, vocabulary].
     """
     fork = cache.copy()
     fork.activate_past_recording()  # or several tokens would count as one prompt
-    return cast(Tensor, model(ids.to(model.device), **cache_argument(fork)).logits)
+    return cast(Tensor, model(ids.to(model.device), logits_to_keep=keep, **cache_argument(fork)).logits)
 
 
 @dataclass(frozen=True)
@@ -249,9 +250,10 @@ def _answers(
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
     for k, row in enumerate(rows):
         ids[k, : len(row)] = torch.tensor(row)
-    logits = decode(model, cache, ids)
+    first = min(map(len, heads)) - 1  # logits before it are not wanted, and cost more than the layers
+    logits = decode(model, cache, ids, keep=ids.shape[1] - first)
     return [
-        logits[k, len(head) - 1 : len(head) - 1 + len(answer)]
+        logits[k, len(head) - 1 - first : len(head) - 1 - first + len(answer)]
         for k, (head, answer) in enumerate(zip(heads, answers, strict=True))
     ]
 
