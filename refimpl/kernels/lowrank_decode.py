@@ -19,12 +19,39 @@ order and multiplies by B_V.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import math
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 from torch import Tensor
 
+from refimpl.kernels.launch import Launch, warn_once
+from refimpl.kernels.quant_matmul import capability, triton
+
+try:
+    import triton.language as tl
+except ModuleNotFoundError:  # no wheels for macOS and Windows: the reference works there
+    tl = None
+
 _DTYPES = (torch.float16, torch.bfloat16)
+_TARGET_PROGRAMS = 128  # about one for each multiprocessor of a large GPU: a program has eight warps
+_TILE = 128  # tokens at a time
+_GROWING = [
+    "n",
+    "span",
+    "split",
+    "near",
+    "sinks",
+    "start",
+    "hidden",
+    "rows",
+    "parts",
+]  # no code of their own for each value
+
+
+def jit(function: Any) -> Any:
+    """`triton.jit`, or the function itself where triton is not installed or too old."""
+    return function if triton is None else triton.jit(function, do_not_specialize=_GROWING)
 
 
 class Inputs(NamedTuple):
@@ -164,6 +191,398 @@ def reference(inputs: Inputs) -> Tensor:
     visible = torch.cat([seen, slots >= begin + i.hidden], 1)[:, None, None]
     weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
     return (weights @ torch.cat([near[1], values], 2)).flatten(1, 2).unsqueeze(2).to(i.query.dtype)
+
+
+# --- kernels -----------------------------------------------------------------------------------------------------
+
+
+@jit
+@no_type_check
+def _cosine(turns):
+    """Cosine of an angle in units of 2^-32 turns (int32: whole turns wrap by themselves), within 1e-6.
+
+    ``cos(a) = sin(a quarter of a turn - |a|)``, and between minus and plus a quarter four terms make a sine.
+    """
+    y = 0.25 - tl.abs(turns.to(tl.float32)) * 2.0**-32
+    z = y * y
+    return y * (6.28316404 + z * (-41.3371423 + z * (81.3407680 - 70.9934241 * z)))
+
+
+@jit
+@no_type_check
+def _sine(turns):
+    return _cosine(turns - (1 << 30))  # a quarter of a turn back
+
+
+@jit
+@no_type_check
+def dot(a, b, total, INTERPRET: tl.constexpr):
+    """``total + a b`` with fp32 sums."""
+    if INTERPRET:  # there a product of bfloat16 is wrong
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    else:
+        return tl.dot(a, b, total)
+
+
+@jit
+@no_type_check
+def online(scores, most, total):
+    """A step of a softmax in pieces (base 2, over axis 0): weights, factor for earlier sums, new maximum, new total."""
+    new = tl.maximum(most, tl.max(scores, 0))
+    level = tl.where(new == float("-inf"), 0.0, new)  # nothing seen so far
+    weights = tl.exp2(scores - level[None, :])
+    before = tl.exp2(most - level)
+    return weights, before, new, total * before + tl.sum(weights, 0)
+
+
+@jit
+@no_type_check
+def _halves(octets):
+    """The low and the high codes of bytes, less 8, in fp32: 2^23 + code is a float as it is, without a conversion."""
+    low = ((octets.to(tl.int32) & 15) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
+    high = ((octets.to(tl.int32) >> 4) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
+    return low, high
+
+
+@jit
+@no_type_check
+def _key_features(
+    keys, key_step, key_least, base, tile, end, r, dtype: tl.constexpr,
+    TILE: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Columns r of the features of tokens `tile` and on, [TILE, RANKS]. GROUP: tokens that share scales; 0: 16 bits."""
+    if GROUP == 0:
+        entry = tile + tl.arange(0, TILE)
+        inside = (entry < end)[:, None] & (r < RANK)[None, :]
+        return tl.load(keys + (base + entry)[:, None] * RANK + r[None, :], mask=inside, other=0.0)
+    else:
+        group = tile // GROUP + tl.arange(0, TILE // GROUP)
+        inside = (group * GROUP < end)[:, None, None] & (r < RANK)[None, None, :]
+        row = (base // GROUP + group)[:, None, None] * RANK + r[None, None, :]
+        octet = row * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :, None]
+        octets = tl.load(keys + octet, mask=inside, other=0)
+        step = tl.load(key_step + row, mask=inside, other=0.0).to(tl.float32)
+        middle = tl.load(key_least + row, mask=inside, other=0.0).to(tl.float32) + 8.0 * step
+        low, high = _halves(octets)
+        low = (low * step + middle).to(dtype)
+        pairs = tl.join(low, (high * step + middle).to(dtype))  # [groups, bytes, RANKS, 2]
+        return tl.reshape(tl.permute(pairs, (0, 1, 3, 2)), [TILE, RANKS])
+
+
+@jit
+@no_type_check
+def _value_features(
+    values, step, entry, seen, start, dtype: tl.constexpr,
+    RANK: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PLACES: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Columns from `start` on of the features of a tile, [TILE, WIDTH]; of codes ``(code - 8) step``, the rest comes later.
+
+    GROUPS: groups of channels that share scales; 0: 16 bits.
+    """
+    if GROUPS == 0:
+        r = start + tl.arange(0, WIDTH)
+        inside = seen[:, None] & (r < RANK)[None, :]
+        return tl.load(values + entry[:, None] * RANK + r[None, :], mask=inside, other=0.0)
+    else:
+        octet = start // 2 + tl.arange(0, WIDTH // 2)
+        inside = seen[:, None] & (octet < RANK // 2)[None, :]
+        octets = tl.load(values + entry[:, None] * (RANK // 2) + octet[None, :], mask=inside, other=0)
+        # a scale is read once; a product with ones and zeros hands it to the bytes of its group
+        hand = (tl.arange(0, PLACES)[:, None] == (octet // (RANK // (2 * GROUPS)))[None, :]).to(tl.float16)
+        wide = dot(step, hand, tl.zeros([seen.shape[0], WIDTH // 2], tl.float32), INTERPRET)
+        low, high = _halves(octets)
+        return tl.reshape(tl.join((low * wide).to(dtype), (high * wide).to(dtype)), [seen.shape[0], WIDTH])
+
+
+@jit
+@no_type_check
+def _stored(
+    query, keys, key_step, key_least, values, value_step, value_least, key_factor, key_bias, frequencies, first,
+    n, span, start, hidden, heads, half, rank, scale, b, part, head0, slot, q_row,
+    H: tl.constexpr, HEADS: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr, BAND: tl.constexpr,
+    TILE: tl.constexpr, RANK_K: tl.constexpr, RANKS: tl.constexpr, GROUP: tl.constexpr, RANK_V: tl.constexpr,
+    PIECES: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PLACES: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """The stored tokens from ``part * span`` on: maximum, total and ``sum_t p_t c_t`` [ROWS, WIDTH].
+
+    Rows are the query heads of HEADS key heads. The key heads take turns, and each adds the scores of its own queries;
+    the values are then read once for all.
+    """
+    dtype: tl.constexpr = query.dtype.element_ty
+    j = tl.arange(0, TILE)
+    base = b.to(tl.int64) * n
+    begin = hidden - start
+    offset = start
+    if first is not None:
+        padding = tl.load(first + b).to(tl.int32)
+        begin += padding
+        offset -= padding
+    most = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    mixed = ()
+    for _ in tl.static_range(PIECES):
+        mixed = mixed + (tl.zeros([ROWS, WIDTH], tl.float32),)
+    middles = tl.zeros([ROWS, PLACES], tl.float32)
+    end = tl.minimum(n, (part + 1) * span)
+    for tile in range(part * span, end, TILE):
+        scores = tl.zeros([TILE, ROWS], tl.float32)
+        for f0 in range(0, half, BAND):
+            f = f0 + tl.arange(0, BAND)
+            turns = (
+                (tl.load(frequencies + f).to(tl.float64) * 683565275.5764316).to(tl.int64).to(tl.int32)
+            )  # 2^32 / 2 pi
+            angles = (tile + offset + j)[:, None] * turns[None, :]
+            cos = _cosine(angles)
+            sin = _sine(angles)
+            for head in range(heads):
+                column = (head0 + head) * (2 * HALF) + f
+                k1 = tl.zeros([TILE, BAND], tl.float32)
+                k2 = tl.zeros([TILE, BAND], tl.float32)
+                for r0 in range(0, rank, RANKS):
+                    r = r0 + tl.arange(0, RANKS)
+                    features = _key_features(
+                        keys, key_step, key_least, base, tile, end, r, dtype, TILE, RANK_K, RANKS, GROUP
+                    )
+                    factor = key_factor + r[:, None] * (H * 2 * HALF) + column[None, :]
+                    k1 = dot(features, tl.load(factor, mask=(r < RANK_K)[:, None], other=0.0), k1, INTERPRET)
+                    k2 = dot(
+                        features, tl.load(factor + HALF, mask=(r < RANK_K)[:, None], other=0.0), k2, INTERPRET
+                    )
+                if key_bias is not None:
+                    k1 += tl.load(key_bias + column).to(tl.float32)[None, :]
+                    k2 += tl.load(key_bias + column + HALF).to(tl.float32)[None, :]
+                mine = (slot // SHARED == head)[:, None]  # the queries of other heads count as zeros
+                q = query + q_row[:, None] * (2 * HALF) + f[None, :]
+                q1 = (tl.load(q, mask=mine, other=0.0).to(tl.float32) * scale).to(dtype)
+                q2 = (tl.load(q + HALF, mask=mine, other=0.0).to(tl.float32) * scale).to(dtype)
+                scores = dot((k1 * cos - k2 * sin).to(dtype), tl.trans(q1), scores, INTERPRET)
+                scores = dot((k2 * cos + k1 * sin).to(dtype), tl.trans(q2), scores, INTERPRET)
+        seen = (tile + j < end) & (tile + j >= begin)
+        weights, before, most, total = online(tl.where(seen[:, None], scores, float("-inf")), most, total)
+        weights = tl.trans(weights)
+        entry = base + tile + j
+        step = 0
+        # codes: sum_t p_t ((code_t - 8) step_t + middle_t), a sum for each channel and one for each group
+        if GROUPS > 0:
+            group = tl.arange(0, PLACES)
+            scales = entry[:, None] * GROUPS + group[None, :]
+            known = seen[:, None] & (group < GROUPS)[None, :]
+            step = tl.load(value_step + scales, mask=known, other=0.0)
+            middle = tl.load(value_least + scales, mask=known, other=0.0) + 8.0 * step
+            middles = dot(weights.to(tl.float16), middle.to(tl.float16), middles * before[:, None], INTERPRET)
+        weights = weights.to(dtype)
+        summed = ()
+        for piece in tl.static_range(PIECES):
+            v = _value_features(
+                values, step, entry, seen, piece * WIDTH, dtype, RANK_V, WIDTH, GROUPS, PLACES, INTERPRET
+            )
+            summed = summed + (dot(weights, v, mixed[piece] * before[:, None], INTERPRET),)
+        mixed = summed
+    return most, total, mixed, middles
+
+
+@jit
+@no_type_check
+def _whole(
+    query, near_keys, near_values, sink_keys, sink_values, seen, near, sinks, heads, scale, b, head0, slot, q_row,
+    H: tl.constexpr, HEADS: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
+    TILE: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """The sinks, then the window: maximum, total and ``sum_t p_t v_t`` [ROWS, d]."""
+    dtype: tl.constexpr = query.dtype.element_ty
+    x = tl.arange(0, 2 * HALF)
+    most = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    mixed = tl.zeros([ROWS, 2 * HALF], tl.float32)
+    for start in range(0, sinks + near, TILE):
+        j = start + tl.arange(0, TILE)
+        known = j < sinks + near
+        if seen is not None:
+            known = known & (tl.load(seen + b * (sinks + near) + j, mask=known, other=0) != 0)
+        scores = tl.zeros([TILE, ROWS], tl.float32)
+        for head in range(heads):
+            k = _whole_tile(near_keys, sink_keys, b * H + head0 + head, j, known, x, near, sinks)
+            mine = (slot // SHARED == head)[:, None]
+            q = tl.load(query + q_row[:, None] * (2 * HALF) + x[None, :], mask=mine, other=0.0).to(tl.float32)
+            scores = dot(k, tl.trans((q * scale).to(dtype)), scores, INTERPRET)
+        weights, before, most, total = online(tl.where(known[:, None], scores, float("-inf")), most, total)
+        mixed *= before[:, None]
+        for head in range(heads):
+            v = _whole_tile(near_values, sink_values, b * H + head0 + head, j, known, x, near, sinks)
+            own = tl.where((slot // SHARED == head)[None, :], weights, 0.0)
+            mixed = dot(tl.trans(own.to(dtype)), v, mixed, INTERPRET)
+    return most, total, mixed
+
+
+@jit
+@no_type_check
+def _whole_tile(window, sink, head, j, known, x, near, sinks):
+    """Tokens j of the sinks and the window of a head, [TILE, d]."""
+    d: tl.constexpr = x.shape[0]
+    place = (head.to(tl.int64) * near + j - sinks)[:, None] * d + x[None, :]
+    tile = tl.load(window + place, mask=(known & (j >= sinks))[:, None], other=0.0)
+    if sink is not None:
+        place = (head.to(tl.int64) * sinks + j)[:, None] * d + x[None, :]
+        tile += tl.load(sink + place, mask=(known & (j < sinks))[:, None], other=0.0)
+    return tile
+
+
+@jit
+@no_type_check
+def _lowrank_decode(
+    query, keys, key_step, key_least, values, value_step, value_least, key_factor, key_bias, frequencies, near_keys,
+    near_values, sink_keys, sink_values, first, seen, partials, sums, n, span, split, near, sinks, start, hidden, rows,
+    heads, half, rank, factor, scale,
+    H: tl.constexpr, HEADS: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr, BAND: tl.constexpr,
+    TILE: tl.constexpr, RANK_K: tl.constexpr, RANKS: tl.constexpr, GROUP: tl.constexpr, RANK_V: tl.constexpr,
+    PIECES: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PLACES: tl.constexpr, PITCH: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """A share of ``sum_t exp(s_t) v_t`` for the query heads of HEADS key heads; the formula stands above the module.
+
+    Axis 1 of the grid: `split` programs with `span` stored tokens each, then one for what is kept whole.
+    """
+    b = tl.program_id(0) // (H // HEADS)
+    head0 = tl.program_id(0) % (H // HEADS) * HEADS
+    part = tl.program_id(1)
+    slot = tl.arange(0, ROWS)
+    q_row = b * (H * SHARED) + head0 * SHARED + slot
+    used = slot < HEADS * SHARED
+    out = (part * rows + q_row).to(tl.int64)
+    if part < split:
+        most, total, mixed, middles = _stored(
+            query, keys, key_step, key_least, values, value_step, value_least, key_factor, key_bias, frequencies, first,
+            n, span, start, hidden, heads, half, rank, scale * factor, b, part, head0, slot, q_row,
+            H, HEADS, SHARED, ROWS, HALF, BAND, TILE, RANK_K, RANKS, GROUP, RANK_V, PIECES, WIDTH, GROUPS, PLACES, INTERPRET,
+        )  # fmt: skip
+        for piece in tl.static_range(PIECES):
+            r = piece * WIDTH + tl.arange(0, WIDTH)
+            place = partials + out[:, None] * PITCH + r[None, :]
+            tl.store(place, mixed[piece], mask=used[:, None] & (r < RANK_V)[None, :])
+        if GROUPS > 0:
+            group = tl.arange(0, PLACES)
+            place_middles = partials + out[:, None] * PITCH + RANK_V + group[None, :]
+            tl.store(place_middles, middles, mask=used[:, None] & (group < GROUPS)[None, :])
+        tl.store(sums + out * 2, most, mask=used)
+        tl.store(sums + out * 2 + 1, total, mask=used)
+    else:
+        most_whole, total_whole, mixed_whole = _whole(
+            query, near_keys, near_values, sink_keys, sink_values, seen, near, sinks, heads, scale, b, head0, slot, q_row,
+            H, HEADS, SHARED, ROWS, HALF, 32, INTERPRET,
+        )  # fmt: skip
+        place_whole = partials + out[:, None] * PITCH + tl.arange(0, 2 * HALF)[None, :]
+        tl.store(place_whole, mixed_whole, mask=used[:, None])
+        tl.store(sums + out * 2, most_whole, mask=used)
+        tl.store(sums + out * 2 + 1, total_whole, mask=used)
+
+
+@jit
+@no_type_check
+def _lowrank_merge(
+    partials, sums, value_factor, value_bias, y, split, parts, rows,
+    H: tl.constexpr, SHARED: tl.constexpr, D: tl.constexpr, RANK_V: tl.constexpr, GROUPS: tl.constexpr, PITCH: tl.constexpr,
+    PARTS: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """``y = ((sum_i w_i o_i) B_V + (sum_i w_i l_i) b_V + w o) / sum w l`` with ``w_i = 2^(m_i - max m)``, one query head.
+
+    i counts the programs that had stored tokens; the last one, where there is one more, had what is kept whole.
+    """
+    row = tl.program_id(0)
+    head = row % (H * SHARED) // SHARED
+    x = tl.arange(0, D)
+    most = tl.full([], float("-inf"), tl.float32)
+    for start in range(0, parts, PARTS):
+        i = start + tl.arange(0, PARTS)
+        most = tl.maximum(
+            most, tl.max(tl.load(sums + (i * rows + row) * 2, mask=i < parts, other=float("-inf")), 0)
+        )
+    stored = tl.zeros([PARTS], tl.float32)
+    for start in range(0, split, PARTS):
+        i = start + tl.arange(0, PARTS)
+        place = sums + (i * rows + row) * 2
+        share = tl.exp2(tl.load(place, mask=i < split, other=float("-inf")) - most)
+        stored += share * tl.load(place + 1, mask=i < split, other=0.0)
+    total = tl.sum(stored, 0)
+    result = tl.zeros([D], tl.float32)
+    if value_bias is not None:
+        result += total * tl.load(value_bias + head * D + x).to(tl.float32)
+    for r0 in range(0, RANK_V, RANKS):
+        r = r0 + tl.arange(0, RANKS)
+        mixed = tl.zeros([RANKS], tl.float32)
+        for start in range(0, split, PARTS):
+            i = start + tl.arange(0, PARTS)
+            share = tl.exp2(tl.load(sums + (i * rows + row) * 2, mask=i < split, other=float("-inf")) - most)
+            place = partials + (i * rows + row).to(tl.int64)[:, None] * PITCH + r[None, :]
+            part = tl.load(place, mask=(i < split)[:, None] & (r < RANK_V)[None, :], other=0.0)
+            if GROUPS > 0:
+                place += (RANK_V + r // (RANK_V // GROUPS) - r)[None, :]
+                part += tl.load(place, mask=(i < split)[:, None] & (r < RANK_V)[None, :], other=0.0)
+            mixed += tl.sum(part * share[:, None], 0)
+        place = value_factor + r[:, None] * (H * D) + head * D + x[None, :]
+        factor = tl.load(place, mask=(r < RANK_V)[:, None], other=0.0).to(tl.float32)
+        result += tl.sum(mixed[:, None] * factor, 0)
+    if parts > split:
+        place = split * rows + row
+        share = tl.exp2(tl.load(sums + place * 2) - most)
+        total += share * tl.load(sums + place * 2 + 1)
+        result += share * tl.load(partials + place.to(tl.int64) * PITCH + x)
+    tl.store(y + row * D + x, (result / total).to(y.dtype.element_ty))
+
+
+# --- launch ------------------------------------------------------------------------------------------------------
+
+
+def plan(inputs: Inputs, y: Tensor) -> tuple[Launch, Launch]:
+    """The two launches that compute y, [B, Hq, 1, d]; all tensors are contiguous."""
+    i = inputs
+    (batch, q_heads, _, d), heads, n = i.query.shape, i.near_keys.shape[1], i.stored
+    shared, (rank_k, rank_v) = q_heads // heads, (i.key_factor.shape[0], i.value_factor.shape[0])
+    near, sinks = i.near_keys.shape[2], 0 if i.sink_keys is None else i.sink_keys.shape[2]
+    tiles = -(-n // _TILE)
+    # as many key heads in a program as leave enough programs: they share the reading of the values
+    together = next(
+        h
+        for h in range(heads, 0, -1)
+        if heads % h == 0 and (h == 1 or batch * heads // h * tiles >= _TARGET_PROGRAMS)
+    )
+    blocks = batch * heads // together
+    span = -(-tiles * blocks // _TARGET_PROGRAMS) * _TILE
+    split = -(-n // span) if n else 0
+    parts = split + (sinks + near > 0)
+    groups = 0 if i.value_step is None else i.values.shape[3]
+    partials = i.query.new_empty(parts, batch * q_heads, max(rank_v + groups, d), dtype=torch.float32)
+    sums = i.query.new_empty(parts, batch * q_heads, 2, dtype=torch.float32)
+    width = min(128, _power(rank_v, 32))
+    arguments: dict[str, Tensor | int | float | None] = {
+        "query": i.query, "keys": i.keys, "key_step": i.key_step, "key_least": i.key_least, "values": i.values,
+        "value_step": i.value_step, "value_least": i.value_least, "key_factor": i.key_factor, "key_bias": i.key_bias,
+        "frequencies": i.frequencies, "near_keys": i.near_keys, "near_values": i.near_values,
+        "sink_keys": i.sink_keys if sinks else None, "sink_values": i.sink_values if sinks else None,
+        "first": i.first, "seen": i.seen, "partials": partials, "sums": sums, "n": n, "span": span, "split": split,
+        "near": near, "sinks": sinks, "start": i.start, "hidden": i.hidden, "rows": batch * q_heads,
+        "heads": together, "half": d // 2, "rank": rank_k,
+        "factor": i.factor, "scale": i.scaling * math.log2(math.e),
+    }  # fmt: skip
+    constants = {
+        "H": heads, "HEADS": together, "SHARED": shared, "ROWS": _power(together * shared), "HALF": d // 2, "BAND": min(32, d // 2),
+        "TILE": _TILE, "RANK_K": rank_k, "RANKS": 32 if rank_k > 16 else 16,
+        "GROUP": 0 if i.key_step is None else 2 * i.keys.shape[4], "RANK_V": rank_v, "WIDTH": width, "PIECES": -(-rank_v // width),
+        "GROUPS": groups, "PLACES": _power(groups), "PITCH": partials.shape[2], "INTERPRET": i.query.device.type == "cpu",
+    }  # fmt: skip
+    merging: dict[str, Tensor | int | float | None] = {
+        "partials": partials, "sums": sums, "value_factor": i.value_factor, "value_bias": i.value_bias, "y": y,
+        "split": split, "parts": parts, "rows": batch * q_heads,
+    }  # fmt: skip
+    sizes = {"H": heads, "SHARED": shared, "D": d, "RANK_V": rank_v, "GROUPS": groups, "PITCH": partials.shape[2], "PARTS": 32,
+             "RANKS": 64}  # fmt: skip
+    return (
+        Launch(_lowrank_decode, (blocks, parts), arguments, constants, num_warps=8, num_stages=3),
+        Launch(_lowrank_merge, (batch * q_heads,), merging, sizes, num_warps=4, num_stages=1),
+    )
+
+
+def _power(number: int, least: int = 16) -> int:
+    """The smallest power of two that is at least both."""
+    return max(least, 1 << (number - 1).bit_length())
 
 
 def unsupported(inputs: Inputs) -> str | None:
