@@ -460,9 +460,8 @@ class Projections(nn.Module):
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         (model,) = self._model
-        with (
-            torch.no_grad()
-        ):  # the teacher is the same model: with all columns, the projection is the identity
+        # the teacher is the same model: with all columns, the projection is the identity
+        with torch.no_grad():
             teacher = model(ids, use_cache=False).logits
         bases = self.bases()
 
