@@ -35,6 +35,7 @@ class Mask:
 
     def __init__(self, **rule: Any) -> None:
         self._rule = rule
+        self._positions: dict[range, Tensor] = {}
         self.queries = range(rule["q_offset"], rule["q_offset"] + rule["q_length"])  # their slots
         self.keys = rule["kv_offset"] + rule["kv_length"]  # slots so far, the queries' included
 
@@ -74,10 +75,17 @@ class Mask:
         return None if self.padding is None else self.padding[:, slots.start : slots.stop]
 
     def positions(self, slots: range) -> Tensor:
-        """Positions of the tokens at these slots as ``generate`` counts them (real tokens before), int [B or 1, n]."""
-        if self.padding is None:
-            return torch.arange(slots.start, slots.stop, device=self._rule["device"]).unsqueeze(0)
-        return (self.padding.long().cumsum(-1) - 1).clamp(min=0)[:, slots.start : slots.stop]
+        """Positions of the tokens at these slots as ``generate`` counts them (real tokens before), int [B or 1, n].
+
+        The same tensor for the same slots: the layers of a model ask one after the other (see `Rotary`).
+        """
+        if slots not in self._positions:
+            if self.padding is None:
+                found = torch.arange(slots.start, slots.stop, device=self._rule["device"]).unsqueeze(0)
+            else:
+                found = (self.padding.long().cumsum(-1) - 1).clamp(min=0)[:, slots.start : slots.stop]
+            self._positions[slots] = found
+        return self._positions[slots]
 
     def block(self, queries: range, index: range | Tensor, window: int | None = None) -> Tensor | None:
         """Which of some entries some queries see.

@@ -6,19 +6,17 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from refimpl.core.device import read
 from refimpl.core.errors import OptionError
 
+# Layers ask for the turns of the same positions one after the other; they live as long as the tensor of positions does.
+_TURNS: Any = WeakTensorKeyDictionary()
 _MOVING = {
     "dynamic",
     "longrope",
 }  # their frequencies change with the length: a key cannot be turned again later
-
-
-def _swapped(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return torch.cat([-second, first], -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -26,14 +24,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: [..., d].
-        cos, sin: broadcast against ``x``; the two halves of the last dimension are equal.
+        cos, sin: broadcast against ``x``.
 
     Example:
         >>> turned = rotate(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0]), torch.tensor([1.0, 1.0]))
         >>> turned.tolist()   # a quarter turn
         [0.0, 1.0]
     """
-    return x * cos + _swapped(x) * sin
+    half = x.shape[-1] // 2
+    out = x * cos  # what is added goes into place: at these sizes new memory costs more than the sums
+    wide = x.to(out.dtype)
+    sin = sin.to(out.dtype)
+    out[..., :half].addcmul_(wide[..., half:], sin[..., :half], value=-1)
+    out[..., half:].addcmul_(wide[..., :half], sin[..., half:])
+    return out
 
 
 def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -45,7 +49,7 @@ def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         >>> torch.allclose(unrotate(rotate(x, cos, sin), cos, sin), x)
         True
     """
-    return (x * cos - _swapped(x) * sin) / (cos * cos + sin * sin)
+    return rotate(x, cos, -sin) / (cos * cos + sin * sin)
 
 
 class Rotary:
@@ -65,10 +69,15 @@ class Rotary:
         self.frequencies, self.factor = frequencies, factor
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions [B, n] to cos and sin, fp32 [B, n, d]."""
-        angles = positions.unsqueeze(-1) * self.frequencies.to(positions.device)
-        angles = torch.cat([angles, angles], -1)
-        return angles.cos() * self.factor, angles.sin() * self.factor
+        """Positions [B, n] to cos and sin, fp32 [B, n, d]; the same tensors for the same ones, to be read only."""
+        known = _TURNS.setdefault(positions, {})
+        key = id(self.frequencies), self.factor
+        if key not in known:
+            angles = positions.unsqueeze(-1) * self.frequencies.to(positions.device)
+            angles = torch.cat([angles, angles], -1)
+            cos, sin = angles.cos() * self.factor, angles.sin() * self.factor
+            known[key] = self.frequencies, cos, sin
+        return known[key][1:]
 
     def check(self, positions: Tensor, rotation: tuple[Tensor, Tensor], valid: Tensor | None) -> None:
         """Raise `OptionError` unless the model rotates the tokens at these positions as this does.

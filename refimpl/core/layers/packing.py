@@ -50,10 +50,14 @@ def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
         return packed[..., :n]
     if 8 % bits == 0:  # no code straddles a byte: spread each byte over a word, then read the word as bytes
         word = packed.contiguous().to(_SPREAD[bits])
-        spread = word
-        for i in range(1, 8 // bits):
-            spread = spread | (word << ((8 - bits) * i))  # code i, at bit `bits * i`, to bit 8 i
-        return (spread & sum(mask << 8 * i for i in range(8 // bits))).view(torch.uint8)[..., :n]
+        reach = 8 // bits // 2
+        while (
+            reach
+        ):  # code i from bit `bits * i` to bit `8 i`: the upper half of the codes, then of each half, ...
+            word |= word << (8 - bits) * reach
+            reach //= 2
+        word &= sum(mask << 8 * i for i in range(8 // bits))
+        return word.view(torch.uint8)[..., :n]
     wide = torch.int32 if bits < 4 else torch.int64
     octets = packed.unflatten(-1, (-1, bits)).to(wide)
     word = octets[..., 0]
