@@ -10,7 +10,7 @@ Before a kernel is timed its result is compared with PyTorch's: a wrong kernel h
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -126,7 +126,7 @@ def expand(launch: Launch) -> Tensor:
         >>> (expand(launch) != 0).float().mean().item()   # two of four
         0.5
     """
-    given: dict[str, Any] = launch.arguments
+    given: Mapping[str, Any] = launch.arguments
     if "positions" in given:
         dense = unpack(given["values"], given["positions"])
     else:
@@ -136,7 +136,7 @@ def expand(launch: Launch) -> Tensor:
 
 def _multiply(launch: Launch, dense: Tensor) -> Tensor:
     """What the launch computes, given the dense matrix."""
-    given: dict[str, Any] = launch.arguments
+    given: Mapping[str, Any] = launch.arguments
     y = torch.nn.functional.linear(given["x"], dense, given["bias"])
     return y + given["u"] @ given["B"] if "u" in given else y
 
@@ -148,7 +148,7 @@ def operations(launch: Launch) -> int:
         >>> operations(launches("sparse_matvec")["bf16 4096->4096"])
         16777216
     """
-    given: dict[str, Any] = launch.arguments
+    given: Mapping[str, Any] = launch.arguments
     rows, n_in, n_out = given["x"].shape[0], given["x"].shape[1], given["y"].shape[1]
     dense = rows * n_in * n_out if "positions" in given else 2 * rows * n_in * n_out
     return dense + (2 * rows * given["u"].shape[1] * n_out if "u" in given else 0)
@@ -210,7 +210,7 @@ def measure(
     Raises:
         RuntimeError: the kernel's result is not PyTorch's.
     """
-    given: dict[str, Any] = launch.arguments
+    given: Mapping[str, Any] = launch.arguments
 
     def run_kernel() -> None:
         if given.get("arrived") is not None:

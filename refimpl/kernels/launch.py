@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,14 +23,14 @@ class Launch:
     Attributes:
         kernel: the ``@triton.jit`` function.
         grid: programs along up to three axes.
-        arguments: tensors and integers by parameter name.
+        arguments: tensors and numbers by parameter name.
         constants: ``tl.constexpr`` parameters by name.
         num_warps, num_stages: as Triton takes them.
     """
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: dict[str, Tensor | int | None]
+    arguments: Mapping[str, Tensor | int | float | None]
     constants: dict[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 3

@@ -34,8 +34,7 @@ except ModuleNotFoundError:  # no wheels for macOS and Windows: the reference wo
     tl = None
 
 _DTYPES = (torch.float16, torch.bfloat16)
-_TARGET_PROGRAMS = 128  # about one for each multiprocessor of a large GPU: a program has eight warps
-_TILE = 128  # tokens at a time
+_TARGET_PROGRAMS = 128  # about one for each multiprocessor of a large GPU
 _GROWING = [
     "n",
     "span",
@@ -63,7 +62,7 @@ class Inputs(NamedTuple):
             tokens, uint8 [B, 1, n / group, r_K, group / 2], the low half of a byte first.
         key_step, key_least: ``feature = code * step + least``, [B, 1, n / group, r_K, 1] each; None for features.
         values: [B, 1, n, r_V]; or, with `value_step`, codes along channels, uint8 [B, 1, n, groups, bytes]: each group
-            has r_V / groups channels, in at least half as many bytes.
+            has r_V / groups channels, in half as many bytes.
         value_step, value_least: [B, 1, n, groups, 1] each; None for features.
         key_factor, value_factor: B_K [r_K, H * d] and B_V [r_V, H * d], in the dtype of the query.
         key_bias, value_bias: [H * d], added to what is rebuilt (before RoPE); None for none.
@@ -238,7 +237,7 @@ def online(scores, most, total):
 @jit
 @no_type_check
 def _halves(octets):
-    """The low and the high codes of bytes, less 8, in fp32: 2^23 + code is a float as it is, without a conversion."""
+    """The low and the high codes of bytes, less 8: 2^23 + code is a float as it is, without a conversion."""
     low = ((octets.to(tl.int32) & 15) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
     high = ((octets.to(tl.int32) >> 4) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
     return low, high
@@ -275,7 +274,7 @@ def _value_features(
     values, step, entry, seen, start, dtype: tl.constexpr,
     RANK: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PLACES: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Columns from `start` on of the features of a tile, [TILE, WIDTH]; of codes ``(code - 8) step``, the rest comes later.
+    """Columns from `start` on of the features of a tile, [TILE, WIDTH]; of codes ``(code - 8) step`` only.
 
     GROUPS: groups of channels that share scales; 0: 16 bits.
     """
@@ -299,9 +298,10 @@ def _value_features(
 def _stored(
     query, keys, key_step, key_least, values, value_step, value_least, key_factor, key_bias, frequencies, first,
     n, span, start, hidden, heads, half, rank, scale, b, part, head0, slot, q_row,
-    H: tl.constexpr, HEADS: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr, BAND: tl.constexpr,
-    TILE: tl.constexpr, RANK_K: tl.constexpr, RANKS: tl.constexpr, GROUP: tl.constexpr, RANK_V: tl.constexpr,
-    PIECES: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PLACES: tl.constexpr, INTERPRET: tl.constexpr,
+    H: tl.constexpr, HEADS: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
+    BAND: tl.constexpr, TILE: tl.constexpr, RANK_K: tl.constexpr, RANKS: tl.constexpr, GROUP: tl.constexpr,
+    RANK_V: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PLACES: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """The stored tokens from ``part * span`` on: maximum, total and ``sum_t p_t c_t`` [ROWS, WIDTH].
 
@@ -329,8 +329,9 @@ def _stored(
         for f0 in range(0, half, BAND):
             f = f0 + tl.arange(0, BAND)
             turns = (
-                (tl.load(frequencies + f).to(tl.float64) * 683565275.5764316).to(tl.int64).to(tl.int32)
-            )  # 2^32 / 2 pi
+                tl.load(frequencies + f).to(tl.float64) * 683565275.5764316
+            )  # radians in units of 2^-32 turns
+            turns = turns.to(tl.int64).to(tl.int32)
             angles = (tile + offset + j)[:, None] * turns[None, :]
             cos = _cosine(angles)
             sin = _sine(angles)
@@ -433,9 +434,10 @@ def _lowrank_decode(
     query, keys, key_step, key_least, values, value_step, value_least, key_factor, key_bias, frequencies, near_keys,
     near_values, sink_keys, sink_values, first, seen, partials, sums, n, span, split, near, sinks, start, hidden, rows,
     heads, half, rank, factor, scale,
-    H: tl.constexpr, HEADS: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr, BAND: tl.constexpr,
-    TILE: tl.constexpr, RANK_K: tl.constexpr, RANKS: tl.constexpr, GROUP: tl.constexpr, RANK_V: tl.constexpr,
-    PIECES: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PLACES: tl.constexpr, PITCH: tl.constexpr, INTERPRET: tl.constexpr,
+    H: tl.constexpr, HEADS: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
+    BAND: tl.constexpr, TILE: tl.constexpr, RANK_K: tl.constexpr, RANKS: tl.constexpr, GROUP: tl.constexpr,
+    RANK_V: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PLACES: tl.constexpr,
+    PITCH: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """A share of ``sum_t exp(s_t) v_t`` for the query heads of HEADS key heads; the formula stands above the module.
 
@@ -448,29 +450,37 @@ def _lowrank_decode(
     q_row = b * (H * SHARED) + head0 * SHARED + slot
     used = slot < HEADS * SHARED
     out = (part * rows + q_row).to(tl.int64)
+    # what is handed on is divided by its total, so that 16 bits do
     if part < split:
         most, total, mixed, middles = _stored(
-            query, keys, key_step, key_least, values, value_step, value_least, key_factor, key_bias, frequencies, first,
-            n, span, start, hidden, heads, half, rank, scale * factor, b, part, head0, slot, q_row,
-            H, HEADS, SHARED, ROWS, HALF, BAND, TILE, RANK_K, RANKS, GROUP, RANK_V, PIECES, WIDTH, GROUPS, PLACES, INTERPRET,
+            query, keys, key_step, key_least, values, value_step, value_least, key_factor, key_bias, frequencies,
+            first, n, span, start, hidden, heads, half, rank, scale * factor, b, part, head0, slot, q_row,
+            H, HEADS, SHARED, ROWS, HALF, BAND, TILE, RANK_K, RANKS, GROUP, RANK_V, PIECES, WIDTH, GROUPS, PLACES,
+            INTERPRET,
         )  # fmt: skip
+        share = tl.where(total > 0, 1.0 / total, 0.0)[:, None]
         for piece in tl.static_range(PIECES):
             r = piece * WIDTH + tl.arange(0, WIDTH)
             place = partials + out[:, None] * PITCH + r[None, :]
-            tl.store(place, mixed[piece], mask=used[:, None] & (r < RANK_V)[None, :])
+            tl.store(place, (mixed[piece] * share).to(tl.float16), mask=used[:, None] & (r < RANK_V)[None, :])
         if GROUPS > 0:
             group = tl.arange(0, PLACES)
             place_middles = partials + out[:, None] * PITCH + RANK_V + group[None, :]
-            tl.store(place_middles, middles, mask=used[:, None] & (group < GROUPS)[None, :])
+            tl.store(
+                place_middles,
+                (middles * share).to(tl.float16),
+                mask=used[:, None] & (group < GROUPS)[None, :],
+            )
         tl.store(sums + out * 2, most, mask=used)
         tl.store(sums + out * 2 + 1, total, mask=used)
     else:
         most_whole, total_whole, mixed_whole = _whole(
-            query, near_keys, near_values, sink_keys, sink_values, seen, near, sinks, heads, scale, b, head0, slot, q_row,
-            H, HEADS, SHARED, ROWS, HALF, 32, INTERPRET,
+            query, near_keys, near_values, sink_keys, sink_values, seen, near, sinks, heads, scale, b, head0, slot,
+            q_row, H, HEADS, SHARED, ROWS, HALF, 32, INTERPRET,
         )  # fmt: skip
         place_whole = partials + out[:, None] * PITCH + tl.arange(0, 2 * HALF)[None, :]
-        tl.store(place_whole, mixed_whole, mask=used[:, None])
+        share = tl.where(total_whole > 0, 1.0 / total_whole, 0.0)[:, None]
+        tl.store(place_whole, (mixed_whole * share).to(tl.float16), mask=used[:, None])
         tl.store(sums + out * 2, most_whole, mask=used)
         tl.store(sums + out * 2 + 1, total_whole, mask=used)
 
@@ -479,29 +489,28 @@ def _lowrank_decode(
 @no_type_check
 def _lowrank_merge(
     partials, sums, value_factor, value_bias, y, split, parts, rows,
-    H: tl.constexpr, SHARED: tl.constexpr, D: tl.constexpr, RANK_V: tl.constexpr, GROUPS: tl.constexpr, PITCH: tl.constexpr,
-    PARTS: tl.constexpr, RANKS: tl.constexpr,
+    H: tl.constexpr, SHARED: tl.constexpr, D: tl.constexpr, RANK_V: tl.constexpr, GROUPS: tl.constexpr,
+    PITCH: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    """``y = ((sum_i w_i o_i) B_V + (sum_i w_i l_i) b_V + w o) / sum w l`` with ``w_i = 2^(m_i - max m)``, one query head.
+    """A query head: ``y = (sum_i w_i o_i) B_V + (sum_i w_i) b_V + w o``, ``w_i = l_i 2^(m_i - max m)`` over their sum.
 
     i counts the programs that had stored tokens; the last one, where there is one more, had what is kept whole.
     """
     row = tl.program_id(0)
     head = row % (H * SHARED) // SHARED
     x = tl.arange(0, D)
-    most = tl.full([], float("-inf"), tl.float32)
+    most = tl.full([PARTS], float("-inf"), tl.float32)
     for start in range(0, parts, PARTS):
         i = start + tl.arange(0, PARTS)
-        most = tl.maximum(
-            most, tl.max(tl.load(sums + (i * rows + row) * 2, mask=i < parts, other=float("-inf")), 0)
-        )
-    stored = tl.zeros([PARTS], tl.float32)
+        most = tl.maximum(most, tl.load(sums + (i * rows + row) * 2, mask=i < parts, other=float("-inf")))
+    level = tl.max(most, 0)
+    weights = tl.zeros([PARTS], tl.float32)
     for start in range(0, split, PARTS):
         i = start + tl.arange(0, PARTS)
         place = sums + (i * rows + row) * 2
-        share = tl.exp2(tl.load(place, mask=i < split, other=float("-inf")) - most)
-        stored += share * tl.load(place + 1, mask=i < split, other=0.0)
-    total = tl.sum(stored, 0)
+        weight = tl.exp2(tl.load(place, mask=i < split, other=float("-inf")) - level)
+        weights += weight * tl.load(place + 1, mask=i < split, other=0.0)
+    total = tl.sum(weights, 0)
     result = tl.zeros([D], tl.float32)
     if value_bias is not None:
         result += total * tl.load(value_bias + head * D + x).to(tl.float32)
@@ -510,21 +519,24 @@ def _lowrank_merge(
         mixed = tl.zeros([RANKS], tl.float32)
         for start in range(0, split, PARTS):
             i = start + tl.arange(0, PARTS)
-            share = tl.exp2(tl.load(sums + (i * rows + row) * 2, mask=i < split, other=float("-inf")) - most)
-            place = partials + (i * rows + row).to(tl.int64)[:, None] * PITCH + r[None, :]
-            part = tl.load(place, mask=(i < split)[:, None] & (r < RANK_V)[None, :], other=0.0)
+            place = sums + (i * rows + row) * 2
+            weight = tl.exp2(tl.load(place, mask=i < split, other=float("-inf")) - level)
+            weight *= tl.load(place + 1, mask=i < split, other=0.0)
+            inside = (i < split)[:, None] & (r < RANK_V)[None, :]
+            source = partials + (i * rows + row).to(tl.int64)[:, None] * PITCH
+            part = tl.load(source + r[None, :], mask=inside, other=0.0).to(tl.float32)
             if GROUPS > 0:
-                place += (RANK_V + r // (RANK_V // GROUPS) - r)[None, :]
-                part += tl.load(place, mask=(i < split)[:, None] & (r < RANK_V)[None, :], other=0.0)
-            mixed += tl.sum(part * share[:, None], 0)
-        place = value_factor + r[:, None] * (H * D) + head * D + x[None, :]
-        factor = tl.load(place, mask=(r < RANK_V)[:, None], other=0.0).to(tl.float32)
+                group = RANK_V + r // (RANK_V // GROUPS)
+                part += tl.load(source + group[None, :], mask=inside, other=0.0).to(tl.float32)
+            mixed += tl.sum(part * weight[:, None], 0)
+        place_factor = value_factor + r[:, None] * (H * D) + head * D + x[None, :]
+        factor = tl.load(place_factor, mask=(r < RANK_V)[:, None], other=0.0).to(tl.float32)
         result += tl.sum(mixed[:, None] * factor, 0)
     if parts > split:
-        place = split * rows + row
-        share = tl.exp2(tl.load(sums + place * 2) - most)
-        total += share * tl.load(sums + place * 2 + 1)
-        result += share * tl.load(partials + place.to(tl.int64) * PITCH + x)
+        last = split * rows + row
+        weight_whole = tl.exp2(tl.load(sums + last * 2) - level) * tl.load(sums + last * 2 + 1)
+        total += weight_whole
+        result += weight_whole * tl.load(partials + last.to(tl.int64) * PITCH + x).to(tl.float32)
     tl.store(y + row * D + x, (result / total).to(y.dtype.element_ty))
 
 
@@ -537,19 +549,20 @@ def plan(inputs: Inputs, y: Tensor) -> tuple[Launch, Launch]:
     (batch, q_heads, _, d), heads, n = i.query.shape, i.near_keys.shape[1], i.stored
     shared, (rank_k, rank_v) = q_heads // heads, (i.key_factor.shape[0], i.value_factor.shape[0])
     near, sinks = i.near_keys.shape[2], 0 if i.sink_keys is None else i.sink_keys.shape[2]
-    tiles = -(-n // _TILE)
-    # as many key heads in a program as leave enough programs: they share the reading of the values
-    together = next(
-        h
-        for h in range(heads, 0, -1)
-        if heads % h == 0 and (h == 1 or batch * heads // h * tiles >= _TARGET_PROGRAMS)
-    )
+    tile = 128 if i.key_step is None else 64  # tokens at a time: unpacking takes registers
+    tiles = -(-n // tile)
+    groups = 0 if i.value_step is None else i.values.shape[3]
+    # as many key heads in a program as registers hold and as leave enough programs: they share the reading of values
+    room = 32 if rank_v <= 256 and not groups else 16
+    together = 1
+    for h in range(2, heads + 1):
+        if heads % h == 0 and h * shared <= room and batch * heads // h * tiles >= _TARGET_PROGRAMS:
+            together = h
     blocks = batch * heads // together
-    span = -(-tiles * blocks // _TARGET_PROGRAMS) * _TILE
+    span = -(-tiles * blocks // _TARGET_PROGRAMS) * tile
     split = -(-n // span) if n else 0
     parts = split + (sinks + near > 0)
-    groups = 0 if i.value_step is None else i.values.shape[3]
-    partials = i.query.new_empty(parts, batch * q_heads, max(rank_v + groups, d), dtype=torch.float32)
+    partials = i.query.new_empty(parts, batch * q_heads, max(rank_v + groups, d), dtype=torch.float16)
     sums = i.query.new_empty(parts, batch * q_heads, 2, dtype=torch.float32)
     width = min(128, _power(rank_v, 32))
     arguments: dict[str, Tensor | int | float | None] = {
@@ -559,23 +572,23 @@ def plan(inputs: Inputs, y: Tensor) -> tuple[Launch, Launch]:
         "sink_keys": i.sink_keys if sinks else None, "sink_values": i.sink_values if sinks else None,
         "first": i.first, "seen": i.seen, "partials": partials, "sums": sums, "n": n, "span": span, "split": split,
         "near": near, "sinks": sinks, "start": i.start, "hidden": i.hidden, "rows": batch * q_heads,
-        "heads": together, "half": d // 2, "rank": rank_k,
-        "factor": i.factor, "scale": i.scaling * math.log2(math.e),
+        "heads": together, "half": d // 2, "rank": rank_k, "factor": i.factor, "scale": i.scaling * math.log2(math.e),
     }  # fmt: skip
     constants = {
-        "H": heads, "HEADS": together, "SHARED": shared, "ROWS": _power(together * shared), "HALF": d // 2, "BAND": min(32, d // 2),
-        "TILE": _TILE, "RANK_K": rank_k, "RANKS": 32 if rank_k > 16 else 16,
-        "GROUP": 0 if i.key_step is None else 2 * i.keys.shape[4], "RANK_V": rank_v, "WIDTH": width, "PIECES": -(-rank_v // width),
-        "GROUPS": groups, "PLACES": _power(groups), "PITCH": partials.shape[2], "INTERPRET": i.query.device.type == "cpu",
+        "H": heads, "HEADS": together, "SHARED": shared, "ROWS": _power(together * shared), "HALF": d // 2,
+        "BAND": min(32, d // 2), "TILE": tile, "RANK_K": rank_k, "RANKS": 32 if rank_k > 16 else 16,
+        "GROUP": 0 if i.key_step is None else 2 * i.keys.shape[4], "RANK_V": rank_v, "WIDTH": width,
+        "PIECES": -(-rank_v // width), "GROUPS": groups, "PLACES": _power(groups),
+        "PITCH": partials.shape[2], "INTERPRET": i.query.device.type == "cpu",
     }  # fmt: skip
     merging: dict[str, Tensor | int | float | None] = {
         "partials": partials, "sums": sums, "value_factor": i.value_factor, "value_bias": i.value_bias, "y": y,
         "split": split, "parts": parts, "rows": batch * q_heads,
     }  # fmt: skip
-    sizes = {"H": heads, "SHARED": shared, "D": d, "RANK_V": rank_v, "GROUPS": groups, "PITCH": partials.shape[2], "PARTS": 32,
-             "RANKS": 64}  # fmt: skip
+    sizes = {"H": heads, "SHARED": shared, "D": d, "RANK_V": rank_v, "GROUPS": groups,
+             "PITCH": partials.shape[2], "PARTS": 32, "RANKS": 64}  # fmt: skip
     return (
-        Launch(_lowrank_decode, (blocks, parts), arguments, constants, num_warps=8, num_stages=3),
+        Launch(_lowrank_decode, (blocks, parts), arguments, constants, num_warps=tile // 16, num_stages=3),
         Launch(_lowrank_merge, (batch * q_heads,), merging, sizes, num_warps=4, num_stages=1),
     )
 
@@ -585,11 +598,128 @@ def _power(number: int, least: int = 16) -> int:
     return max(least, 1 << (number - 1).bit_length())
 
 
-def unsupported(inputs: Inputs) -> str | None:
-    """Why the kernel cannot compute this, or None."""
-    if inputs.query.dtype not in _DTYPES:
-        return f"the query is {str(inputs.query.dtype).removeprefix('torch.')}, not float16 or bfloat16"
+def unsupported(inputs: Inputs, capability: tuple[int, int] | None = None) -> str | None:
+    """Why the kernel cannot compute this, or None.
+
+    Args:
+        inputs: on any device.
+        capability: of the NVIDIA GPU; None where it does not matter.
+
+    Example:
+        >>> x = torch.zeros(1, 2, 1, 64)
+        >>> unsupported(Inputs(x, x, x, x, x, x, x, x, 1.0))
+        'the query is float32, not float16 or bfloat16'
+    """
+    i, d, heads = inputs, inputs.query.shape[-1], inputs.near_keys.shape[1]
+    rank_v = i.value_factor.shape[0]
+    if i.query.dtype not in _DTYPES:
+        return f"the query is {str(i.query.dtype).removeprefix('torch.')}, not float16 or bfloat16"
+    others = [i.key_factor, i.value_factor, i.near_keys, i.near_values]
+    others += [x for x, scales in ((i.keys, i.key_step), (i.values, i.value_step)) if scales is None]
+    if any(x.dtype != i.query.dtype for x in others):
+        return "features, factors and window are not all in the dtype of the query"
+    if triton is None:
+        return "triton 3.3 or later is not installed (pip install 'refimpl[kernels]')"
+    if torch.version.hip:
+        return "on AMD GPUs it would spill registers"
+    if capability is not None and capability < (8, 0):
+        return f"triton has no tensor-core products for compute capability {capability[0]}.{capability[1]}"
+    if d not in (32, 64, 128, 256):
+        return f"heads have {d} channels, not 32, 64, 128 or 256"
+    if i.query.shape[1] > 32 * heads:
+        return f"{i.query.shape[1] // heads} query heads share a key head, more than 32"
+    if rank_v > 512:
+        return f"values have rank {rank_v}, above 512"
+    if i.key_step is not None and 64 % (2 * i.keys.shape[4]):
+        return f"groups of {2 * i.keys.shape[4]} tokens do not divide 64"
+    if i.value_step is not None and 2 * i.values.shape[3] * i.values.shape[4] != rank_v:
+        return f"codes of {rank_v} value features do not fill the bytes of their groups"
     return None
+
+
+def cost(
+    batch: int, tokens: int, heads: int, shared: int, d: int, rank_k: int, rank_v: int, bits: int = 16,
+    group: int = 32, value_group: int = 20, whole: int = 36,
+) -> tuple[int, int]:  # fmt: skip
+    """Bytes and operations that any implementation of this cache needs for one token, in 16 bits but for the codes.
+
+    Args:
+        batch, tokens: rows and stored tokens of each.
+        heads, shared, d: key heads, query heads that share each, width of a head.
+        rank_k, rank_v: numbers a token.
+        bits: 16, or 4 with one scale for `group` tokens (keys) or `value_group` channels (values).
+        whole: tokens of window and sinks.
+
+    Example:
+        >>> cost(1, 8192, 8, 4, 128, 200, 200)   # a layer of Llama-8B at a density of 0.2; its full cache: 33.6 MB
+        (7536896, 3529637888)
+    """
+    stored = tokens * (rank_k + rank_v) * bits // 8
+    if bits < 16:
+        stored += 4 * (tokens // group * rank_k + tokens * rank_v // value_group)
+    width, queries = heads * d, heads * shared
+    factors = 2 * (rank_k + rank_v) * width
+    moved = batch * (stored + 2 * (2 * whole * width + 2 * queries * d)) + factors + 4 * (d // 2)
+    each = tokens * (rank_k * width + queries * (d + rank_v)) + 2 * whole * queries * d + queries * rank_v * d
+    return moved, 2 * batch * each
+
+
+# key heads, query heads that share each, width, tokens, rank of keys and values, bits, batch
+VARIANTS = (
+    ("SmolLM2", 3, 3, 64, 8192, 36, 16, 1), ("SmolLM2", 3, 3, 64, 8192, 63, 16, 1),
+    ("SmolLM2", 3, 3, 64, 8192, 36, 4, 1),
+    ("Llama-8B", 8, 4, 128, 2048, 200, 16, 1), ("Llama-8B", 8, 4, 128, 8192, 200, 16, 1),
+    ("Llama-8B", 8, 4, 128, 32768, 200, 16, 1), ("Llama-8B", 8, 4, 128, 32768, 512, 16, 1),
+    ("Llama-8B", 8, 4, 128, 32768, 200, 4, 1), ("Llama-8B", 8, 4, 128, 8192, 200, 16, 4),
+)  # fmt: skip
+
+
+def variants() -> dict[str, Launch]:
+    """The launches that are audited, counted and timed: real shapes, from tensors without memory; two for each shape.
+
+    Example:
+        >>> variants()["bf16 Llama-8B, 32768 tokens, rank 200, 16 bits, pass 1"].grid
+        (1, 129)
+    """
+    found = {}
+    for dtype, chosen in ((torch.bfloat16, VARIANTS), (torch.float16, VARIANTS[5:6])):
+        for name, heads, shared, d, tokens, rank, bits, batch in chosen:
+            inputs = meta_inputs(batch, tokens, heads, shared, d, rank, bits, dtype)
+            title = f"{'bf16' if dtype == torch.bfloat16 else 'fp16'} {name}, {tokens} tokens, rank {rank}, {bits} bits"
+            title += f", {batch} rows" if batch > 1 else ""
+            for number, launch in enumerate(plan(inputs, torch.empty_like(inputs.query)), 1):
+                found[f"{title}, pass {number}"] = launch
+    return found
+
+
+def meta_inputs(
+    batch: int, tokens: int, heads: int, shared: int, d: int, rank: int, bits: int, dtype: torch.dtype
+) -> Inputs:
+    """Inputs of a shape on "meta": 4 sinks, a window of 32, groups of 32 tokens and of up to 32 channels.
+
+    Example:
+        >>> meta_inputs(1, 64, 3, 3, 64, 36, 4, torch.bfloat16).values.shape
+        torch.Size([1, 1, 64, 2, 9])
+    """
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    scales: dict[str, Any] = {}
+    keys, values = empty(batch, 1, tokens, rank), empty(batch, 1, tokens, rank)
+    if bits == 4:
+        width = max(g for g in range(2, 33, 2) if rank % g == 0)
+        keys = empty(batch, 1, tokens // 32, rank, 16, dtype=torch.uint8)
+        values = empty(batch, 1, tokens, rank // width, width // 2, dtype=torch.uint8)
+        for name, codes in (("key", keys), ("value", values)):
+            for kind in ("step", "least"):
+                scales[f"{name}_{kind}"] = empty(*codes.shape[:-1], 1, dtype=torch.float16)
+    window, sinks = empty(batch, heads, 32, d), empty(batch, heads, 4, d)
+    return Inputs(
+        empty(batch, heads * shared, 1, d), keys, values, empty(rank, heads * d), empty(rank, heads * d),
+        empty(d // 2, dtype=torch.float32), window, window.clone(), d**-0.5, sink_keys=sinks,
+        sink_values=sinks.clone(), hidden=4, **scales,
+    )  # fmt: skip
 
 
 # --- op ----------------------------------------------------------------------------------------------------------
@@ -606,12 +736,29 @@ def unsupported(inputs: Inputs) -> str | None:
     "int hidden=0, float factor=1.0) -> Tensor",
 )
 def lowrank_decode(*inputs: Any) -> Tensor:
-    """Attention of one token a row to a low-rank cache: arguments of `Inputs`, in its order.
+    """Attention of one token a row to a low-rank cache: arguments of `Inputs`, in its order; no gradient.
+
+    On CUDA float16 and bfloat16 go to the Triton kernels; what they do not know is computed in fp32 by `reference`,
+    with one warning, and so is everything on other devices.
 
     Returns:
         [B, Hq, 1, d] in the dtype of the query.
     """
     return reference(Inputs(*inputs))
+
+
+@lowrank_decode.register_kernel("cuda")
+def _cuda(*given: Any) -> Tensor:
+    tensors: list[Any] = [x.contiguous() if isinstance(x, Tensor) else x for x in given]
+    inputs = Inputs(*tensors)
+    reason = unsupported(inputs, capability(inputs.query))
+    if reason is not None:
+        warn_once("lowrank_decode", reason)
+        return reference(inputs)
+    y = torch.empty_like(inputs.query)
+    for launch in plan(inputs, y):
+        launch()
+    return y
 
 
 @lowrank_decode.register_fake
