@@ -104,7 +104,7 @@ class Size:
 
 SIZES = {
     "study": Size(
-        None, 2048, {"passkeys": 8, "key_values": 8, "articles": 8, "variables": 4, "positions": 8}
+        None, 2048, {"passkeys": 8, "key_values": 8, "articles": 8, "variables": 4, "positions": 4}
     ),
     "live": Size(
         None, 1024, {"passkeys": 4, "articles": 4}, rest=128,
@@ -114,7 +114,7 @@ SIZES = {
         1, 256, dict.fromkeys(("passkeys", "key_values", "articles", "variables", "positions"), 2), rest=64, lines=8,
         asked=2, batch=2, workers=1, budgets=(MAIN,),
         methods=("full", "KIVI", "StreamingLLM", "H2O", "SnapKV", "SnapKV+question", "ThinK", "CSKV-trained",
-                 "CSKV-trained-4bit", "MKV-PCA"),
+                 "CSKV-trained-4bit", "MKV-PCA", "KIVI-8bit", "ThinK-half"),
     ),
 }  # fmt: skip
 
@@ -154,7 +154,8 @@ def _within(policy: Policy, model: Any, profile: str, budget: float) -> Policy:
 #: Method -> how to make it. "+question": the question is at the end of the prompt.
 METHODS: dict[str, Make] = {
     "full": _plain(Full()),
-    "KIVI": _plain(KIVI()),
+    # the window of its retrieval experiments, and one scale for a value's 64 channels: else two bits need 24 %
+    "KIVI": _plain(KIVI(window=32, value_group=64)),
     "StreamingLLM": _plain(StreamingLLM()),
     "H2O": _plain(H2O()),
     "SnapKV": _plain(SnapKV()),

@@ -150,6 +150,8 @@ def test_arms_keep_within_their_budget_or_say_what_the_least_is(monkeypatch: pyt
             assert arm.budget * full < least < full
         else:
             assert kept.nbytes(shape, length) <= arm.budget * full * length
+    assert caches.policy(caches.Arm("KIVI", 0.2), model, "study").bits == 2  # type: ignore[attr-defined]
+    assert caches.policy(caches.Arm("KIVI", 0.5), model, "study").bits == 4  # type: ignore[attr-defined]
     with pytest.raises(OptionError, match="least"):
         caches.policy(caches.Arm("ThinK", 0.2), model, "quick")
 
