@@ -305,6 +305,25 @@ def task_points(
     return found
 
 
+@dataclass(frozen=True)
+class CurvePoint:
+    """One point of a curve.
+
+    Attributes:
+        method: whose curve; decides shape and colour; at most eight different ones.
+        x, y: above 0 where the axis is logarithmic, x in any case.
+        low, high: 95 % interval of y, None where there is none.
+        label: what tells it from the method's other points.
+    """
+
+    method: str
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+    label: str = ""
+
+
 # -- what the benches draw --
 
 
@@ -479,6 +498,36 @@ def task_chart(
     """
     marks, y = _task_marks(chart_points, x), _task_axis(what)
     return _chart(marks, _TASK_COSTS[x], y, title, _describe(marks, _TASK_COSTS[x], y, title))
+
+
+def curve_chart(
+    chart_points: Sequence[CurvePoint], x: str, y: str, log: str = "", title: str = ""
+) -> altair.LayerChart:
+    """Any quantity against another one, a curve for each method, interactive like `quality_chart`.
+
+    Args:
+        chart_points: of all curves.
+        x, y: names of the quantities, with their units.
+        log: the axes that are logarithmic: "x", "y", "xy" or none.
+        title: above the chart.
+
+    Raises:
+        OptionError: as `quality_chart`; other axes than x and y.
+        MissingExtra: altair is not installed.
+
+    Example:
+        >>> drawn = [CurvePoint("full", 1.0, 90.0), CurvePoint("full", 2.0, 80.0, 70.0, 85.0)]
+        >>> curve_chart(drawn, "context (thousand tokens)", "right (%)").to_dict()["description"]
+        'Chart of right (%) against context (thousand tokens). full: 90 at 1. full: 80 (70 to 85) at 2.'
+    """
+    if not set(log) <= {"x", "y"}:
+        raise OptionError(f"log={log!r}: use 'x', 'y', 'xy' or ''")
+    x_axis, y_axis = (
+        _Axis(f"{name} (log scale)" if axis in log else name, name, ".4~g", axis in log)
+        for axis, name in (("x", x), ("y", y))
+    )
+    marks = [_Mark(p.method, p.label, p.x, p.y, p.low, p.high) for p in chart_points]
+    return _chart(marks, x_axis, y_axis, title, _describe(marks, x_axis, y_axis, title))
 
 
 def _chart(marks: Sequence[_Mark], x_axis: _Axis, y_axis: _Axis, title: str, text: str) -> altair.LayerChart:

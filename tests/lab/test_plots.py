@@ -16,8 +16,10 @@ from refimpl.lab.plots import (
     _COLOURS,
     _MARKERS,
     _VEGA_SHAPES,
+    CurvePoint,
     Point,
     _spread,
+    curve_chart,
     describe,
     png,
     points,
@@ -60,6 +62,18 @@ def test_chart_draws_every_point_and_marks_the_source():
     dots = next(layer for layer in point_layers if len(layer["data"]["values"]) == 3)
     assert dots["encoding"]["shape"]["scale"]["domain"] == ["rtn", "gptq"]
     assert any('"rule"' in mark for mark in marks)
+
+
+def test_curves_keep_their_axes_and_points() -> None:
+    points = [CurvePoint(m, x, y, y - 1, y + 1) for m in ("full", "KIVI") for x, y in ((1, 10), (2, 30))]
+    spec = curve_chart(points, "tokens", "seconds", log="xy").to_dict()
+    text = str(spec)
+    assert "tokens (log scale)" in text and "seconds (log scale)" in text
+    assert spec["description"].count("KIVI") == 2 and "30 (29 to 31) at 2" in spec["description"]
+    with pytest.raises(OptionError, match="log='z'"):
+        curve_chart(points, "tokens", "seconds", log="z")
+    with pytest.raises(OptionError, match="must be positive"):
+        curve_chart([CurvePoint("full", 1, -1)], "tokens", "seconds", log="y")
 
 
 def test_chart_compiles_without_a_network():
