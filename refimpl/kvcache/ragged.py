@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from refimpl.core.cache import ByContent, KVLayer, New, Segment
+from refimpl.core.cache.attention import single
 from refimpl.core.errors import OptionError
 
 Ranks = tuple[tuple[int, ...], tuple[int, ...]]
@@ -144,6 +145,26 @@ class MatryoshkaLayer(KVLayer):
     def segments(self, new: New) -> list[Segment]:
         folded = isinstance(output_matrix(new.module), FoldedOutput)
         return [Packed(self.parts["keys"], self.parts["values"], self.bases, self.ranks, folded)]
+
+    def _attend(self, new: New) -> tuple[Tensor, Tensor | None]:
+        width = self.ranks[0][0]
+        even = all(rank == width for side in self.ranks for rank in side)
+        if not even or len(new.slots) > 1 or new.slots != new.mask.queries or new.softcap is not None:
+            return super()._attend(new)
+        # one token and heads alike: ordinary attention between narrow heads, on the cache as it lies
+        b, dtype = self.bases, new.query.dtype
+        query = new.query.unflatten(1, (self.heads, -1)).float() @ b.Q_K[:, None, :, :width]
+        keys, values = (
+            self.parts[name][:, 0].unflatten(-1, (-1, width)).transpose(1, 2) for name in ("keys", "values")
+        )
+        mixed = single(query.flatten(1, 2).to(dtype), keys, values, new.mask, new.scaling)  # [B, Hq, 1, r]
+        if isinstance(output_matrix(new.module), FoldedOutput):
+            return mixed.transpose(1, 2).flatten(2).unsqueeze(1), None
+        out = (
+            mixed.unflatten(1, (self.heads, -1)).float() @ b.Q_V[:, None, :, :width].mT
+            + b.mu_V[:, None, None]
+        )
+        return out.flatten(1, 2).to(dtype), None
 
     def crop_to(self, length: int) -> None:
         for name, tensor in self.parts.items():

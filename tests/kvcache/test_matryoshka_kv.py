@@ -214,10 +214,11 @@ def test_masked_columns_are_a_truncated_cache(name: str, make: Make) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_folded_values_give_the_same(name: str, make: Make) -> None:
+@pytest.mark.parametrize("even", [False, True])
+def test_folded_values_give_the_same(name: str, even: bool, make: Make) -> None:
     model, plain, ids = make(name), make(name), ids_of()
     bases = pca(calibrate(model, ids))
-    policy = MatryoshkaKV(bases, ragged(bases, seed=1))
+    policy = MatryoshkaKV(bases, rank_table(bases, 5) if even else ragged(bases, seed=1))
     fold(model, policy)
     folded = [m for m in model.modules() if isinstance(m, FoldedOutput)]
     assert len(folded) == sum(b is not None for b in bases)
@@ -568,10 +569,11 @@ def test_a_full_budget_gives_the_tokens_of_the_library(name: str, make: Make) ->
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("pads", [(0, 0), (6, 0)])
-def test_tokens_may_come_in_any_pieces(name: str, pads: tuple[int, int], make: Make) -> None:
+@pytest.mark.parametrize("even", [False, True])
+def test_tokens_may_come_in_any_pieces(name: str, pads: tuple[int, int], even: bool, make: Make) -> None:
     model = make(name)
     bases = pca(calibrate(model, ids_of()))
-    policy = MatryoshkaKV(bases, ragged(bases))
+    policy = MatryoshkaKV(bases, 5 if even else ragged(bases))
     caches = [policy.cache(model) for _ in range(3)]
     whole = steps(model, caches[0], [50], pads)
     for cache, pieces in zip(caches[1:], ([1] * 50, [3, 17, 1, 20, 9]), strict=True):
@@ -674,6 +676,9 @@ def test_devices(name: str, make: Make, fake_cuda: Callable[[], Any]) -> None:
     with fake_cuda() as place:
         model = place(built)
         ids = torch.ones(2, 40, dtype=torch.long, device="cuda")
+        even = MatryoshkaKV(ready, 5).cache(model)
+        prefill(model, even, ids)
+        assert model(ids[:, :1], **cache_argument(even)).logits.device.type == "cuda"
         cache = policy.cache(model)
         prefill(model, cache, ids, chunk=16)
         found = model(ids[:, :1], **cache_argument(cache)).logits
