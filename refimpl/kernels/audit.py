@@ -365,7 +365,7 @@ def _read(kernel: str, variant: str, launch: Launch, target: str) -> Row:
     tensors = {
         name: value
         for name, value in launch.arguments.items()
-        if isinstance(value, Tensor) and name not in ("x", "u", "y", "partials", "arrived")
+        if isinstance(value, Tensor) and name not in ("x", "u", "query", "y", "partials", "sums", "arrived")
     }
     return Row(
         kernel=kernel, variant=variant, target=target, shared=compiled.metadata.shared, warps=launch.num_warps,
@@ -373,12 +373,25 @@ def _read(kernel: str, variant: str, launch: Launch, target: str) -> Row:
     )  # fmt: skip
 
 
+def targets(kernel: str) -> tuple[str, ...]:
+    """The GPUs that a kernel file is compiled for: those it names in `TARGETS`, or the usual three.
+
+    sm_75 comes besides, see `_read_all`.
+
+    Example:
+        >>> targets("sparse_matvec"), targets("lowrank_decode")
+        (('sm_80', 'sm_90', 'gfx942'), ('sm_80', 'sm_90'))
+    """
+    module = importlib.import_module(f"refimpl.kernels.{kernel}")
+    found: tuple[str, ...] = getattr(module, "TARGETS", ("sm_80", "sm_90", *AMD))
+    return found
+
+
 def _read_all(kernel: str, variant: str) -> list[Row]:
     launch = launches(kernel)[variant]
-    rows = [_read(kernel, variant, launch, target) for target in ("sm_80", "sm_90", *AMD)]
-    x = launch.arguments["x"]
+    rows = [_read(kernel, variant, launch, target) for target in targets(kernel)]
     # sm_75 has no bfloat16, and Triton no tensor-core code for it: there PyTorch computes products of many rows
-    if isinstance(x, Tensor) and x.dtype == torch.float16 and not rows[0].tensor_core:
+    if variant.startswith("fp16") and not rows[0].tensor_core:
         rows.insert(0, _read(kernel, variant, launch, "sm_75"))
     return rows
 

@@ -33,6 +33,7 @@ try:
 except ModuleNotFoundError:  # no wheels for macOS and Windows: the reference works there
     tl = None
 
+TARGETS = ("sm_80", "sm_90")  # on AMD GPUs it would spill registers, so PyTorch computes it there
 _DTYPES = (torch.float16, torch.bfloat16)
 _TARGET_PROGRAMS = 128  # about one for each multiprocessor of a large GPU
 _GROWING = [

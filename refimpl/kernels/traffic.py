@@ -27,7 +27,11 @@ from tqdm.auto import tqdm
 from refimpl.kernels.audit import all_kernels, elsewhere, fingerprint, keep, launches
 from refimpl.kernels.launch import Launch
 
-SCRATCH = ("partials", "arrived")  # arguments that an implementation makes for itself: no part of the minimum
+SCRATCH = (
+    "partials",
+    "sums",
+    "arrived",
+)  # arguments that an implementation makes for itself: no part of the minimum
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,12 @@ def count(launch: Launch, whole: bool = False) -> Traffic:
     arguments = {
         name: _filled(value) if isinstance(value, Tensor) else value for name, value in launch.arguments.items()
     }  # fmt: skip
-    axes = [
-        _every(size)
-        if whole or (axis == len(launch.grid) - 1 and "SPLIT" in launch.constants)
-        else _ends(size)
-        for axis, size in enumerate(launch.grid)
-    ]
+    axes = [_every(size) if whole else _ends(size) for size in launch.grid]
+    if "SPLIT" in launch.constants:
+        axes[-1] = _every(launch.grid[-1])
+    elif "span" in launch.arguments and launch.grid[-1] > 4 and not whole:
+        last = launch.grid[-1] - 1
+        axes[-1] = [(0, 1), (1, last - 2), (last - 1, 1), (last, 1)]
     chosen = [*axes, *([[(0, 1)]] * (3 - len(axes)))]
     loads: Counter[str] = Counter()
     stores: Counter[str] = Counter()
