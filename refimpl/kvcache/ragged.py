@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from refimpl.core.cache import ByContent, KVLayer, New, Segment
 from refimpl.core.cache.attention import single
+from refimpl.core.device import read
 from refimpl.core.errors import OptionError
+from refimpl.kernels.ragged_decode import Inputs, ragged_decode, unsupported
 
 Ranks = tuple[tuple[int, ...], tuple[int, ...]]
 """Ranks of one layer: of the keys of each head, and of the values."""
@@ -146,7 +148,33 @@ class MatryoshkaLayer(KVLayer):
         folded = isinstance(output_matrix(new.module), FoldedOutput)
         return [Packed(self.parts["keys"], self.parts["values"], self.bases, self.ranks, folded)]
 
+    def kernel_inputs(self, new: New) -> Inputs | None:
+        """What `refimpl.kernels.ragged_decode` needs for one decoded token; None for anything else."""
+        if len(new.slots) > 1 or new.softcap is not None:
+            return None
+        new.mask.block(new.slots, range(0))  # refuses masks that are more than causal
+        first = None
+        padding = new.mask.valid(range(new.slots.stop))
+        if padding is not None:
+            first = padding.int().argmax(-1)
+            if read((padding.sum(-1) + first < padding.shape[-1]).any()):
+                return None  # not all of it is on the left
+        b, p = self.bases, self.parts
+        query = (new.query.unflatten(1, (self.heads, -1)).float() @ b.Q_K[:, None]).flatten(1, 2)
+        folded = isinstance(output_matrix(new.module), FoldedOutput)
+        basis, mean = (None, None) if folded else (b.Q_V, b.mu_V)
+        return Inputs(
+            query.to(new.query.dtype), p["keys"], p["values"], *self.ranks, new.scaling, basis, mean, first
+        )
+
     def _attend(self, new: New) -> tuple[Tensor, Tensor | None]:
+        inputs = self.kernel_inputs(new) if new.keys.is_cuda else None
+        if inputs is not None and unsupported(inputs) is None:
+            out = ragged_decode(*inputs)
+            return (out[:, None, None] if inputs.basis is None else out), None
+        return self._attend_in_torch(new)
+
+    def _attend_in_torch(self, new: New) -> tuple[Tensor, Tensor | None]:
         width = self.ranks[0][0]
         even = all(rank == width for side in self.ranks for rank in side)
         if not even or len(new.slots) > 1 or new.slots != new.mask.queries or new.softcap is not None:

@@ -15,6 +15,7 @@ from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, PreT
 from refimpl.core.cache import CompressedCache, Policy, cache_argument, prefill
 from refimpl.core.errors import CalibrationError, CheckpointError, OptionError
 from refimpl.core.loop import Recipe, batches, train
+from refimpl.kernels.ragged_decode import reference
 from refimpl.kvcache.matryoshka_kv import (
     MatryoshkaKV,
     Moments,
@@ -37,7 +38,7 @@ from refimpl.kvcache.matryoshka_kv import (
     search,
     truncate,
 )
-from refimpl.kvcache.ragged import Bases, FoldedOutput, Packed, output_matrix
+from refimpl.kvcache.ragged import Bases, FoldedOutput, MatryoshkaLayer, Packed, output_matrix
 from refimpl.lab import small
 from refimpl.lab.lstm import windows
 
@@ -692,6 +693,84 @@ def test_devices(name: str, make: Make, fake_cuda: Callable[[], Any]) -> None:
         assert model(ids, **cache_argument(projected(model, ready, 3))).logits.device.type == "cuda"
         fold(model, policy)
         assert model(ids, **cache_argument(policy.cache(model))).logits.device.type == "cuda"
+
+
+# -- the kernel --
+
+
+@pytest.mark.parametrize("pads", [(0, 0), (6, 0)])
+@pytest.mark.parametrize("even", [False, True])
+@pytest.mark.parametrize("folded", [False, True])
+def test_the_kernel_gets_what_the_layer_attends_to(
+    pads: tuple[int, int], even: bool, folded: bool, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make("qwen3")
+    bases = pca(calibrate(model, ids_of()))
+    policy = MatryoshkaKV(bases, rank_table(bases, 7) if even else ragged(bases))
+    if folded:
+        fold(model, policy)
+    compared = []
+    plain = MatryoshkaLayer._attend
+
+    def both(layer: MatryoshkaLayer, new: Any) -> Any:
+        out, mass = plain(layer, new)
+        inputs = layer.kernel_inputs(new)
+        if len(new.slots) == 1:
+            assert inputs is not None
+            expected = reference(inputs)
+            compared.append((out, expected[:, None, None] if folded else expected))
+        else:
+            assert inputs is None
+        return out, mass
+
+    monkeypatch.setattr(MatryoshkaLayer, "_attend", both)
+    steps(model, policy.cache(model), [20, 1, 1, 3, 1], pads)
+    assert len(compared) == 9
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in compared)
+
+
+def test_padding_in_the_middle_is_not_for_the_kernel(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = make("llama"), []
+    bases = pca(calibrate(model, ids_of()))
+    plain = MatryoshkaLayer._attend
+
+    def spy(layer: MatryoshkaLayer, new: Any) -> Any:
+        asked.append(layer.kernel_inputs(new))
+        return plain(layer, new)
+
+    monkeypatch.setattr(MatryoshkaLayer, "_attend", spy)
+    mask = torch.ones(2, 25, dtype=torch.long)
+    mask[0, 10:13] = 0
+    cache = MatryoshkaKV(bases, 5).cache(model)
+    for known, size in ((mask[:, :24], 24), (mask, 1)):
+        position = (known.cumsum(-1) - 1).clamp(min=0)[:, -size:]
+        model(ids_of(2, size), attention_mask=known, position_ids=position, **cache_argument(cache))
+    assert len(asked) == 4 and all(answer is None for answer in asked)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_gpu_runs_the_kernel(folded: bool, make: Make, fake_cuda: Callable[[], Any]) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    called: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    built: Any = make("llama").bfloat16()
+    bases = pca(calibrate(built, ids_of()))
+    policy = MatryoshkaKV(bases, ragged(bases))
+    if folded:
+        fold(built, policy)
+    with fake_cuda() as place:
+        model = place(built)
+        cache = policy.cache(model)
+        prefill(model, cache, torch.ones(2, 40, dtype=torch.long, device="cuda"))
+        with Watch():
+            model(torch.ones(2, 1, dtype=torch.long, device="cuda"), **cache_argument(cache))
+    assert sum("ragged_decode" in name for name in called) == 2  # one a layer
 
 
 # -- errors --
