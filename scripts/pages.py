@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import quote_plus
 
+import cache_pages
 import choosing
 import courses
 import task_pages
@@ -560,6 +561,7 @@ GENERATED: dict[str, Callable[[Chart], str]] = {
     "choosing_language": lambda chart: choosing_language(),
     "choosing_classifiers": lambda chart: choosing_classifiers(),
     **task_pages.GENERATED,
+    **cache_pages.GENERATED,
     "api": lambda chart: reference_overview(),
     "api_core": lambda chart: reference("core"),
     "api_methods": lambda chart: reference("methods"),

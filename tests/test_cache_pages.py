@@ -1,0 +1,105 @@
+"""The page on caches shows what was measured at each budget, and says of the rest why it is not there."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from refimpl.lab.metrics import Perplexity
+from refimpl.lab.records import Record, Results
+
+ROOT = Path(__file__).resolve().parent.parent
+ARTICLES = [f"article {k}" for k in range(4)]
+
+
+@pytest.fixture
+def pages(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    sys.modules.pop("cache_pages", None)
+    import cache_pages
+
+    return cache_pages
+
+
+def put(results: Results, arm: str, cost: float, right: int, perplexity: float | None) -> None:
+    for workload in ("passkeys", "key_values"):
+        for article in ARTICLES:
+            for k in range(6):
+                for metric, value in (
+                    ("free", float(k < right)),
+                    ("restricted", 1.0),
+                    ("depth", (k + 0.5) / 6),
+                ):
+                    results.add(
+                        Record("caches", arm, f"task {workload}", 0, f"{article}#{k}", metric, value, cost)
+                    )
+    if perplexity is not None:
+        counts = np.full(4, 100)
+        nll = np.log(perplexity) * counts + np.array([-1.0, 0.0, 0.0, 1.0])
+        results.add_perplexity(arm, "wikipedia", 0, Perplexity(0.0, nll, counts, ARTICLES), cost)
+
+
+@pytest.fixture
+def results(pages: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Results:
+    found = Results("caches.json", {"paper": "caches"})
+    put(found, "full", 1000.0, 6, 20.0)
+    put(found, "KIVI 20%", 190.0, 5, 22.0)
+    put(found, "SnapKV+question 20%", 200.0, 4, None)
+    put(found, "CSKV-trained 5%", 50.0, 0, 900.0)
+    put(found, "CSKV-trained-4bit 5%", 49.0, 1, 90.0)
+    put(found, "ThinK-half", 750.0, 3, 21.0)
+    found.add(Record("caches", "ThinK 20%", "cannot", 0, "", "least bytes per token", 520.0))
+    monkeypatch.setattr(pages, "results", lambda: found)
+    return found
+
+
+def cells(text: str, row: str) -> list[str]:
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {row} ")]
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def draw(spec: dict, alt: str) -> str:
+    return alt
+
+
+def test_tables_have_a_row_for_each_method_and_a_column_for_each_budget(pages, results) -> None:
+    text = pages.perplexity_table(draw)
+    assert cells(text, "Kept") == ["100 %", "50 %", "20 %", "5 %"]
+    assert cells(text, "full") == ["20.00", "", "", ""]
+    assert cells(text, "KIVI") == ["", "", "22.00", ""]
+    assert "SnapKV+question" not in text and "| MKV" not in text
+    assert cells(text, "ThinK") == ["", "", "at least 52 %", ""]
+    assert cells(text, "ThinK-half (75 %)") == ["21.00", "", "", ""]
+    assert cells(pages.retrieval_table(draw), "KIVI")[2] == "83 / 83"
+    assert cells(pages.bytes_table(draw), "CSKV-trained-4bit") == ["", "", "", "49"]
+    assert cells(pages.workload_table(draw), "KIVI 20%")[:2] == ["83 / 100", "83 / 100"]
+
+
+def test_charts_show_one_arm_of_a_method_at_a_budget(pages, results) -> None:
+    perplexity, retrieval = pages.budget_charts(draw).split("\n\n")
+    assert "CSKV-trained 4 bits: 90" in perplexity and "900" not in perplexity
+    assert "SnapKV+question" in retrieval and "SnapKV+question" not in perplexity
+    assert "KIVI: 83.3 (83.3 to 83.3) at 19" in retrieval
+    depth = pages.depth_chart(draw)
+    assert "KIVI: 100 at 8.33" in depth and "KIVI: 0 at 91.7" in depth
+
+
+def test_nothing_is_said_before_anything_is_recorded(
+    pages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages, "data_path", lambda *parts: tmp_path.joinpath(*parts))
+    for name, make in pages.GENERATED.items():
+        if name != "cache_verdicts":
+            assert make(draw) == pages.NOTHING
+    rows = [
+        {"device": "a CPU", "cache": c, "tokens": t, "tokens_per_second": 9.0}
+        for c in "ab"
+        for t in (512, 2048)
+    ]
+    (tmp_path / "cache_speed.json").write_text(json.dumps({"rows": rows}))
+    assert "a: 9 at 512" in pages.speed_chart(draw)
