@@ -459,7 +459,7 @@ def _lowrank_decode(
             H, HEADS, SHARED, ROWS, HALF, BAND, TILE, RANK_K, RANKS, GROUP, RANK_V, PIECES, WIDTH, GROUPS, PLACES,
             INTERPRET,
         )  # fmt: skip
-        share = tl.where(total > 0, 1.0 / total, 0.0)[:, None]
+        share = (1.0 / tl.where(total > 0, total, 1.0))[:, None]  # a program may have seen nothing
         for piece in tl.static_range(PIECES):
             r = piece * WIDTH + tl.arange(0, WIDTH)
             place = partials + out[:, None] * PITCH + r[None, :]
@@ -480,7 +480,7 @@ def _lowrank_decode(
             q_row, H, HEADS, SHARED, ROWS, HALF, 32, INTERPRET,
         )  # fmt: skip
         place_whole = partials + out[:, None] * PITCH + tl.arange(0, 2 * HALF)[None, :]
-        share = tl.where(total_whole > 0, 1.0 / total_whole, 0.0)[:, None]
+        share = (1.0 / tl.where(total_whole > 0, total_whole, 1.0))[:, None]
         tl.store(place_whole, (mixed_whole * share).to(tl.float16), mask=used[:, None])
         tl.store(sums + out * 2, most_whole, mask=used)
         tl.store(sums + out * 2 + 1, total_whole, mask=used)
@@ -665,13 +665,13 @@ def cost(
     return moved, 2 * batch * each
 
 
-# key heads, query heads that share each, width, tokens, rank of keys and values, bits, batch
+# key heads, query heads that share each, width, tokens, rank of keys and values, bits
 VARIANTS = (
-    ("SmolLM2", 3, 3, 64, 8192, 36, 16, 1), ("SmolLM2", 3, 3, 64, 8192, 63, 16, 1),
-    ("SmolLM2", 3, 3, 64, 8192, 36, 4, 1),
-    ("Llama-8B", 8, 4, 128, 2048, 200, 16, 1), ("Llama-8B", 8, 4, 128, 8192, 200, 16, 1),
-    ("Llama-8B", 8, 4, 128, 32768, 200, 16, 1), ("Llama-8B", 8, 4, 128, 32768, 512, 16, 1),
-    ("Llama-8B", 8, 4, 128, 32768, 200, 4, 1), ("Llama-8B", 8, 4, 128, 8192, 200, 16, 4),
+    ("SmolLM2", 3, 3, 64, 8192, 36, 16), ("SmolLM2", 3, 3, 64, 8192, 63, 16),
+    ("SmolLM2", 3, 3, 64, 8192, 36, 4),
+    ("Llama-8B", 8, 4, 128, 2048, 200, 16), ("Llama-8B", 8, 4, 128, 8192, 200, 16),
+    ("Llama-8B", 8, 4, 128, 32768, 200, 16), ("Llama-8B", 8, 4, 128, 32768, 512, 16),
+    ("Llama-8B", 8, 4, 128, 32768, 200, 4),
 )  # fmt: skip
 
 
@@ -684,22 +684,21 @@ def variants() -> dict[str, Launch]:
     """
     found = {}
     for dtype, chosen in ((torch.bfloat16, VARIANTS), (torch.float16, VARIANTS[5:6])):
-        for name, heads, shared, d, tokens, rank, bits, batch in chosen:
-            inputs = meta_inputs(batch, tokens, heads, shared, d, rank, bits, dtype)
+        for name, heads, shared, d, tokens, rank, bits in chosen:
+            inputs = meta_inputs(tokens, heads, shared, d, rank, bits, dtype)
             title = f"{'bf16' if dtype == torch.bfloat16 else 'fp16'} {name}, {tokens} tokens, rank {rank}, {bits} bits"
-            title += f", {batch} rows" if batch > 1 else ""
             for number, launch in enumerate(plan(inputs, torch.empty_like(inputs.query)), 1):
                 found[f"{title}, pass {number}"] = launch
     return found
 
 
 def meta_inputs(
-    batch: int, tokens: int, heads: int, shared: int, d: int, rank: int, bits: int, dtype: torch.dtype
+    tokens: int, heads: int, shared: int, d: int, rank: int, bits: int, dtype: torch.dtype
 ) -> Inputs:
-    """Inputs of a shape on "meta": 4 sinks, a window of 32, groups of 32 tokens and of up to 32 channels.
+    """Inputs of one row on "meta": 4 sinks, a window of 32, groups of 32 tokens and of up to 32 channels.
 
     Example:
-        >>> meta_inputs(1, 64, 3, 3, 64, 36, 4, torch.bfloat16).values.shape
+        >>> meta_inputs(64, 3, 3, 64, 36, 4, torch.bfloat16).values.shape
         torch.Size([1, 1, 64, 2, 9])
     """
 
@@ -707,17 +706,17 @@ def meta_inputs(
         return torch.empty(shape, dtype=dtype, device="meta")
 
     scales: dict[str, Any] = {}
-    keys, values = empty(batch, 1, tokens, rank), empty(batch, 1, tokens, rank)
+    keys, values = empty(1, 1, tokens, rank), empty(1, 1, tokens, rank)
     if bits == 4:
         width = max(g for g in range(2, 33, 2) if rank % g == 0)
-        keys = empty(batch, 1, tokens // 32, rank, 16, dtype=torch.uint8)
-        values = empty(batch, 1, tokens, rank // width, width // 2, dtype=torch.uint8)
+        keys = empty(1, 1, tokens // 32, rank, 16, dtype=torch.uint8)
+        values = empty(1, 1, tokens, rank // width, width // 2, dtype=torch.uint8)
         for name, codes in (("key", keys), ("value", values)):
             for kind in ("step", "least"):
                 scales[f"{name}_{kind}"] = empty(*codes.shape[:-1], 1, dtype=torch.float16)
-    window, sinks = empty(batch, heads, 32, d), empty(batch, heads, 4, d)
+    window, sinks = empty(1, heads, 32, d), empty(1, heads, 4, d)
     return Inputs(
-        empty(batch, heads * shared, 1, d), keys, values, empty(rank, heads * d), empty(rank, heads * d),
+        empty(1, heads * shared, 1, d), keys, values, empty(rank, heads * d), empty(rank, heads * d),
         empty(d // 2, dtype=torch.float32), window, window.clone(), d**-0.5, sink_keys=sinks,
         sink_values=sinks.clone(), hidden=4, **scales,
     )  # fmt: skip

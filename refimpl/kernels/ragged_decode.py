@@ -146,7 +146,8 @@ def _ragged_decode(
         v = tl.load(place, mask=seen[:, None] & (r < value_rank)[None, :], other=0.0)
         mixed = dot(tl.trans(weights.to(dtype)), v, mixed * before[:, None], INTERPRET)
     out = (part * rows + q_row).to(tl.int64)
-    mixed *= tl.where(total > 0, 1.0 / total, 0.0)[:, None]  # divided by the total, so that 16 bits do
+    # divided by the total, so that 16 bits do; a program may have seen nothing
+    mixed *= (1.0 / tl.where(total > 0, total, 1.0))[:, None]
     kept = used[:, None] & (r < value_rank)[None, :]
     tl.store(partials + out[:, None] * VALUES + r[None, :], mixed.to(tl.float16), mask=kept)
     tl.store(sums + out * 2, most, mask=used)
@@ -288,10 +289,10 @@ def cost(
     return moved, 2 * batch * (tokens * shared * (sum(key_ranks) + sum(value_ranks)) + back)
 
 
-# key heads, query heads that share each, width, tokens, ranks (they alternate), rows
+# key heads, query heads that share each, width, tokens, ranks (they alternate)
 VARIANTS = (
-    ("SmolLM2", 3, 3, 64, 8192, (48, 16, 32), 1), ("Llama-8B", 8, 4, 128, 8192, (64,), 1),
-    ("Llama-8B", 8, 4, 128, 32768, (96, 32), 1), ("Llama-8B", 8, 4, 128, 8192, (64,), 8),
+    ("SmolLM2", 3, 3, 64, 8192, (48, 16, 32)), ("Llama-8B", 8, 4, 128, 8192, (64,)),
+    ("Llama-8B", 8, 4, 128, 32768, (96, 32)),
 )  # fmt: skip
 
 
@@ -304,22 +305,22 @@ def variants() -> dict[str, Launch]:
     """
     found = {}
     for dtype, chosen in ((torch.bfloat16, VARIANTS), (torch.float16, VARIANTS[1:2])):
-        for name, heads, shared, d, tokens, ranks, batch in chosen:
-            inputs = meta_inputs(batch, tokens, heads, shared, d, ranks, dtype)
+        for name, heads, shared, d, tokens, ranks in chosen:
+            inputs = meta_inputs(tokens, heads, shared, d, ranks, dtype)
             title = f"{'bf16' if dtype == torch.bfloat16 else 'fp16'} {name}, {tokens} tokens, ranks "
-            title += "/".join(map(str, ranks)) + (f", {batch} rows" if batch > 1 else "")
+            title += "/".join(map(str, ranks))
             for number, launch in enumerate(plan(inputs, torch.empty_like(inputs.query)), 1):
                 found[f"{title}, pass {number}"] = launch
     return found
 
 
 def meta_inputs(
-    batch: int, tokens: int, heads: int, shared: int, d: int, ranks: tuple[int, ...], dtype: torch.dtype
+    tokens: int, heads: int, shared: int, d: int, ranks: tuple[int, ...], dtype: torch.dtype
 ) -> Inputs:
-    """Inputs of a shape on "meta"; head h has the ranks ``ranks[h % len(ranks)]``.
+    """Inputs of one row on "meta"; head h has the ranks ``ranks[h % len(ranks)]``.
 
     Example:
-        >>> meta_inputs(1, 64, 3, 3, 64, (48, 16), torch.bfloat16).keys.shape
+        >>> meta_inputs(64, 3, 3, 64, (48, 16), torch.bfloat16).keys.shape
         torch.Size([1, 1, 64, 112])
     """
 
@@ -327,11 +328,9 @@ def meta_inputs(
         return torch.empty(shape, dtype=dtype, device="meta")
 
     each = tuple(ranks[h % len(ranks)] for h in range(heads))
-    stored = empty(batch, 1, tokens, sum(each))
+    stored = empty(1, 1, tokens, sum(each))
     basis, mean = empty(heads, d, d, dtype=torch.float32), empty(heads, d, dtype=torch.float32)
-    return Inputs(
-        empty(batch, heads * shared, 1, d), stored, stored.clone(), each, each, d**-0.5, basis, mean
-    )
+    return Inputs(empty(1, heads * shared, 1, d), stored, stored.clone(), each, each, d**-0.5, basis, mean)
 
 
 # --- op ----------------------------------------------------------------------------------------------------------
