@@ -15,6 +15,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cat pyproject.toml | cksum | tr -d ' ')
 # Hand what `make test` should run to pytest: make test PYTEST="tests/core -x"
 PYTEST ?= tests
+# How many tests run at a time: one for each core (more than eight wait for the longest file). JOBS=1 shares nothing out and
+# lets a test use all cores; a debugger needs that.
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
+# THREADS: of each of them.
+THREADS ?= 1
+# A file stays with one process, so that what it builds is built once, and the cells of a notebook run in order. Files start as
+# they are listed: the long ones are in tests/core, the short ones and the notebooks at the end.
+SPREAD = $(if $(filter-out 0 1,$(JOBS)),-n $(JOBS) --dist loadfile --no-loadscope-reorder)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Threads that wait for each other sleep instead of spinning. On two cores that something else uses as well, an eigendecomposition
 # of size 1536 took 32 s with spinning and 0.8 s without; an idle machine loses nothing.
@@ -51,8 +59,8 @@ site: $(READY)  ## render the book from the committed outputs, warnings as error
 	@$(BIN)/jupyter-book build -W -n --keep-going --quiet .
 	@$(BIN)/python scripts/check_book.py _build/html
 
-test: models  ## run the tests and every notebook at its quick size
-	REFIMPL_PROFILE=quick $(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout 300 $(PYTEST) $(if $(filter tests,$(PYTEST)),notebooks) $(PYTEST_ARGS)
+test: models  ## run the tests and every notebook at its quick size, JOBS at a time (default: the number of cores)
+	REFIMPL_PROFILE=quick $(if $(SPREAD),OMP_NUM_THREADS=$(THREADS)) $(BIN)/python -m pytest $(SPREAD) --nbval-lax --nbval-cell-timeout 300 $(PYTEST) $(if $(filter tests,$(PYTEST)),notebooks) $(PYTEST_ARGS)
 
 student: $(READY)  ## the notebooks without their solutions, in _build/student/
 	@$(BIN)/python scripts/student.py _build/student
