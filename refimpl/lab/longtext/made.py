@@ -170,6 +170,13 @@ def passkeys(
     Raises:
         CalibrationError: fewer articles are long enough.
         OptionError: a tokenizer without a token for each digit.
+
+    Example:
+        >>> from refimpl.lab import models, text
+        >>> documents = text.documents("wikipedia", "validation")
+        >>> (context,) = passkeys(documents, models.tokenizer(), count=1, length=512)
+        >>> len(context.ids), models.tokenizer().decode(context.questions[1].ask).strip()
+        (512, 'What is the magic word?')
     """
     writer = _Writer(tokenizer)
     contexts = []
@@ -208,6 +215,13 @@ def key_values(
 
     Raises:
         As `passkeys`.
+
+    Example:
+        >>> from refimpl.lab import models, text
+        >>> documents = text.documents("wikipedia", "validation")
+        >>> (context,) = key_values(documents, models.tokenizer(), count=1, length=512, lines=16, asked=4)
+        >>> [round(question.depth, 1) for question in context.questions]   # the list is in the middle
+        [0.4, 0.5, 0.6, 0.7]
     """
     writer = _Writer(tokenizer)
     contexts = []
@@ -250,6 +264,13 @@ def variables(
 
     Raises:
         As `passkeys`.
+
+    Example:
+        >>> from refimpl.lab import models, text
+        >>> documents = text.documents("wikipedia", "validation")
+        >>> (context,) = variables(documents, models.tokenizer(), count=1, length=512)
+        >>> [question.id.partition("/")[0] for question in context.questions]
+        ['0 hops', '0 hops', '1 hops', '1 hops', '2 hops', '2 hops']
     """
     writer = _Writer(tokenizer)
     letters = [a + b for a in "BCDFGHJKLMNPQRSTVWXZ" for b in "BCDFGHJKLMNPQRSTVWXZ"]
@@ -292,6 +313,13 @@ def second_turns(
 
     Returns:
         The contexts, with as many questions: each is asked second once, after the one half a round on.
+
+    Example:
+        >>> from refimpl.lab import models, text
+        >>> documents = text.documents("wikipedia", "validation")
+        >>> (context,) = second_turns(passkeys(documents, models.tokenizer(), 1, 512), documents, models.tokenizer())
+        >>> models.tokenizer().decode(context.questions[0].ask).strip()   # the first turn's
+        'What is the best thing to take to the island?'
     """
     writer = _Writer(tokenizer)
     texts = [" ".join(document.text.split()[:words]) for document in documents]
@@ -353,6 +381,13 @@ def articles(
 
     Raises:
         As `passkeys`.
+
+    Example:
+        >>> from refimpl.lab import models, text
+        >>> documents = text.documents("wikipedia", "validation")
+        >>> (article,) = articles(documents, models.tokenizer(), count=1, length=512, rest=128, apart=64)
+        >>> len(article.ids), len(article.rest)
+        (512, 128)
     """
     writer = _Writer(tokenizer)
     found = []
