@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -271,26 +273,38 @@ def verdicts(chart: Chart) -> str:
     return markdown(rows) if rows else NOTHING
 
 
-def speed_chart(chart: Chart) -> str:
-    """Tokens per second against the length of the context, one chart for each device.
-
-    data/cache_speed.json: ``{"rows": [{"device", "cache", "tokens", "tokens_per_second"}, ...]}``.
-    """
+def speed(chart: Chart) -> str:
+    """Tokens per second against the length of the context, as scripts/cache_speed.py measured them."""
     path = data_path("cache_speed.json")
     if not path.exists():
         return NOTHING
-    rows = json.loads(path.read_text(encoding="utf8"))["rows"]
-    parts = []
-    for device in dict.fromkeys(row["device"] for row in rows):
-        points = [
-            plots.CurvePoint(row["cache"], row["tokens"], row["tokens_per_second"])
-            for row in rows
-            if row["device"] == device
+    measured = json.loads(path.read_text(encoding="utf8"))
+    contexts: dict[str, dict[str, Any]] = measured["contexts"]
+    points, rows = [], []
+    for name in next(iter(contexts.values())):
+        row = [name]
+        faster = ""  # the first context from which on every round was faster than with the full cache
+        for context, caches in contexts.items():
+            each, ratio = caches[name]["milliseconds"], caches[name]["ratio"]
+            points.append(plots.CurvePoint(name, int(context), 1e3 / median(each)))
+            row.append(f"{1e3 / median(each):.1f} ({median(ratio):.2f}x)")
+            faster = (faster or context) if min(ratio) > 1 else ""
+        rows.append([*row, faster])
+    x, y = "tokens in the cache", "tokens per second"
+    drawing = plots.curve_chart(points, x, y, log="x").to_dict()
+    about = f"A processor with {measured['processor']}, threads: {measured['threads']}, {measured['dtype']}; "
+    about += "in brackets, how many times as fast as the full cache in the same round (medians)."
+    header = ["Cache", *(f"{context} tokens" for context in contexts), "faster from"]
+    fits = [[name, f"{cost:.2f}"] for name, cost in measured["fits"].items() if name != "tokens"]
+    return "\n\n".join(
+        [
+            chart(drawing, drawing["description"]),
+            about,
+            table(header, rows),
+            "What a fit costs, in forward passes over the same tokens:",
+            table(["Fit", "Forward passes"], fits),
         ]
-        x, y = "tokens in the cache", "tokens per second"
-        drawing = plots.curve_chart(points, x, y, log="xy").to_dict()
-        parts += [f"**{device}**:", chart(drawing, drawing["description"])]
-    return "\n\n".join(parts)
+    )
 
 
 GENERATED: dict[str, Callable[[Chart], str]] = {
@@ -301,6 +315,6 @@ GENERATED: dict[str, Callable[[Chart], str]] = {
     "cache_depth": depth_chart,
     "cache_budgets": budget_charts,
     "cache_positions": position_chart,
-    "cache_speed": speed_chart,
+    "cache_speed": speed,
     "cache_verdicts": verdicts,
 }

@@ -96,10 +96,14 @@ def test_nothing_is_said_before_anything_is_recorded(
     for name, make in pages.GENERATED.items():
         if name != "cache_verdicts":
             assert make(draw) == pages.NOTHING
-    rows = [
-        {"device": "a CPU", "cache": c, "tokens": t, "tokens_per_second": 9.0}
-        for c in "ab"
-        for t in (512, 2048)
-    ]
-    (tmp_path / "cache_speed.json").write_text(json.dumps({"rows": rows}))
-    assert "a: 9 at 512" in pages.speed_chart(draw)
+    full = {"milliseconds": [20.0, 30.0, 25.0], "ratio": [1.0, 1.0, 1.0], "bytes": 9}
+    slower = {"milliseconds": [25.0, 40.0, 50.0], "ratio": [0.8, 0.75, 0.5], "bytes": 3}
+    faster = {"milliseconds": [10.0, 15.0, 12.5], "ratio": [2.0, 2.0, 2.0], "bytes": 3}
+    measured = {
+        "contexts": {"512": {"full": full, "KIVI": slower}, "2048": {"full": full, "KIVI": faster}},
+        "fits": {"tokens": 8192, "PCA": 1.25}, "threads": 2, "processor": "AVX512", "dtype": "bfloat16",
+    }  # fmt: skip
+    (tmp_path / "cache_speed.json").write_text(json.dumps(measured))
+    text = pages.speed(draw)
+    assert "KIVI: 25 at 512" in text and cells(text, "KIVI") == ["25.0 (0.75x)", "80.0 (2.00x)", "2048"]
+    assert cells(text, "full")[-1] == "" and cells(text, "PCA") == ["1.25"]
