@@ -104,7 +104,7 @@ class Size:
 
 SIZES = {
     "study": Size(
-        None, 2048, {"passkeys": 8, "key_values": 8, "articles": 8, "variables": 4, "positions": 4}
+        None, 2048, {"passkeys": 4, "key_values": 4, "articles": 4, "positions": 4, "variables": 4}
     ),
     "live": Size(
         None, 1024, {"passkeys": 4, "articles": 4}, rest=128,
@@ -177,7 +177,7 @@ METHODS: dict[str, Make] = {
 #: As their papers set them, at bytes of their own.
 AS_THEY_COME: dict[str, Policy] = {"KIVI-8bit": KIVI(bits=8), "ThinK-half": ThinK(channels=0.5)}
 FOUR_BITS = {MAIN: ("CSKV-trained-4bit",), 0.05: tuple(name for name in METHODS if name.endswith("-4bit"))}
-ABLATIONS = ("MKV-unconstrained", "MKV-random")  # at the main budget only
+AT_MAIN = ("SnapKV+question", "MKV-PCA", "MKV-unconstrained", "MKV-random")  # at the main budget only
 IN_ROOM = (
     "CSKV-SVD",
     "CSKV-ASVD",
@@ -196,7 +196,7 @@ def arms(profile: str) -> list[Arm]:
             if (
                 method == "full"
                 or (method.endswith("-4bit") and method not in FOUR_BITS.get(budget, ()))
-                or (method in ABLATIONS and budget != MAIN)
+                or (method in AT_MAIN and budget != MAIN)
                 or (method in IN_ROOM and budget == min(BUDGETS))
             ):
                 continue
