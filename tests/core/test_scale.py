@@ -157,49 +157,82 @@ def test_peak_memory_is_one_block_and_stays_below_the_plan(tmp_path: Path) -> No
 PROCESSES = """
 import copy, os, sys, torch
 import torch.distributed as dist
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from refimpl import GPTQ, EoRA, compress
+from refimpl.baselines.activations import QuantizeActivations
 from refimpl.core.errors import OptionError
-torch.manual_seed(0)
-model = LlamaForCausalLM(LlamaConfig(vocab_size=256, hidden_size=64, num_attention_heads=4, intermediate_size=96,
-    num_hidden_layers=2, num_key_value_heads=2, initializer_range=0.1)).eval()
-dense = copy.deepcopy(model)
-tokens = torch.randint(0, 256, (10, 16), generator=torch.Generator().manual_seed(1))
+
 rank = -1
 if "RANK" in os.environ:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    tokens = tokens[:7] if rank == 0 else tokens[7:]   # unequal shares
-    try:
-        compress(model, GPTQ(3, 32), tokens, out=sys.argv[1] + ".out", progress=False)
-    except OptionError as error:
-        assert "torchrun" in str(error)
-    else:
-        raise AssertionError("out= must be refused")
+
+def share(data):
+    return data if rank < 0 else data[:7] if rank == 0 else data[7:]   # unequal shares
+
+def refused(reason, *arguments, **options):
+    if rank >= 0:
+        try:
+            compress(*arguments, progress=False, **options)
+        except OptionError as error:
+            assert reason in str(error)
+        else:
+            raise AssertionError(reason)
+
+def agreed(model):
+    state = model.state_dict()
+    if rank >= 0:
+        for name, tensor in state.items():
+            other = tensor.clone()
+            dist.broadcast(other, 0)
+            assert torch.equal(other, tensor), f"rank {rank} ends with another {name}"
+    return state
+
+torch.manual_seed(0)
+model = LlamaForCausalLM(LlamaConfig(vocab_size=256, hidden_size=64, num_attention_heads=4, intermediate_size=96,
+    num_hidden_layers=2, num_key_value_heads=2, initializer_range=0.1)).eval()
+dense = copy.deepcopy(model)
+tokens = share(torch.randint(0, 256, (10, 16), generator=torch.Generator().manual_seed(1)))
+refused("torchrun", model, GPTQ(3, 32), tokens, out=sys.argv[1] + "/out")
 report = compress(model, GPTQ(3, 32), tokens, progress=False)
 report = compress(model, EoRA(4), tokens, reference=dense, progress=False)
-state = model.state_dict()
-if rank >= 0:
-    for name, tensor in state.items():
-        other = tensor.clone()
-        dist.broadcast(other, 0)
-        assert torch.equal(other, tensor), f"rank {rank} ends with another {name}"
+agreed(model)
 if rank <= 0:
     sites = {name: module for name, module in model.named_modules() if type(module).__name__ == "CompensatedLinear"}
     torch.save({"weights": {name: module.to_dense() for name, module in sites.items()},
-                "errors": [site.error for site in report.sites]}, sys.argv[1])
+                "errors": [site.error for site in report.sites]}, sys.argv[1] + "/blocks.pt")
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Flatten(),
+                      nn.Linear(8 * 36, 10)).eval()
+images = share(torch.randn(10, 1, 8, 8, generator=torch.Generator().manual_seed(1)))
+refused("run it in one", model, QuantizeActivations(8, "mse"), images)   # it caches its inputs
+compress(model, GPTQ(3, None), images, progress=False)
+compress(model, QuantizeActivations(8), images, progress=False)
+state = agreed(model)
+if rank <= 0:
+    torch.save({name: tensor for name, tensor in state.items() if "quantizer" in name or "scale" in name},
+               sys.argv[1] + "/whole.pt")
 if rank >= 0:
     dist.destroy_process_group()
 """
 
 
-def test_two_processes_end_with_the_model_of_one(tmp_path: Path) -> None:
-    alone = run(PROCESSES, tmp_path / "one.pt")
-    assert alone.returncode == 0, alone.stderr[-3000:]
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    together = run(PROCESSES, tmp_path / "two.pt", launcher=launcher)
-    assert together.returncode == 0, together.stderr[-3000:]
-    one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
+@pytest.fixture(scope="module")
+def one_and_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """What one process saves, and what two do; starting them is what takes time, so both models go together."""
+    folders = tmp_path_factory.mktemp("processes") / "one", tmp_path_factory.mktemp("processes") / "two"
+    launchers = (), ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    for folder, launcher in zip(folders, launchers, strict=True):
+        folder.mkdir()
+        result = run(PROCESSES, folder, launcher=launcher)
+        assert result.returncode == 0, result.stderr[-3000:]
+    return folders
+
+
+def test_two_processes_end_with_the_model_of_one(one_and_two: tuple[Path, Path]) -> None:
+    one, two = (torch.load(folder / "blocks.pt", weights_only=True) for folder in one_and_two)
     assert one["weights"].keys() == two["weights"].keys() and len(one["weights"]) == 14
     # sums in another order may tip single codes over; outputs and almost all weights agree
     for name, weight in one["weights"].items():
@@ -241,50 +274,8 @@ def test_peak_memory_of_a_whole_model_stays_below_the_plan(tmp_path: Path) -> No
         assert planned < 12 * max(measured, 10e6), "a bound this loose says nothing"
 
 
-PROCESSES_WHOLE = """
-import os, sys, torch
-import torch.distributed as dist
-from torch import nn
-from refimpl import GPTQ, compress
-from refimpl.baselines.activations import QuantizeActivations
-from refimpl.core.errors import OptionError
-torch.manual_seed(0)
-model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Flatten(),
-                      nn.Linear(8 * 36, 10)).eval()
-images = torch.randn(10, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-rank = -1
-if "RANK" in os.environ:
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    images = images[:7] if rank == 0 else images[7:]   # unequal shares
-    try:
-        compress(model, QuantizeActivations(8, "mse"), images, progress=False)
-    except OptionError as error:
-        assert "run it in one" in str(error)
-    else:
-        raise AssertionError("cached inputs must be refused")
-compress(model, GPTQ(3, None), images, progress=False)
-compress(model, QuantizeActivations(8), images, progress=False)
-state = model.state_dict()
-if rank >= 0:
-    for name, tensor in state.items():
-        other = tensor.clone()
-        dist.broadcast(other, 0)
-        assert torch.equal(other, tensor), f"rank {rank} ends with another {name}"
-if rank <= 0:
-    torch.save({name: tensor for name, tensor in state.items() if "quantizer" in name or "scale" in name}, sys.argv[1])
-if rank >= 0:
-    dist.destroy_process_group()
-"""
-
-
-def test_two_processes_end_with_the_whole_model_of_one(tmp_path: Path) -> None:
-    alone = run(PROCESSES_WHOLE, tmp_path / "one.pt")
-    assert alone.returncode == 0, alone.stderr[-3000:]
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    together = run(PROCESSES_WHOLE, tmp_path / "two.pt", launcher=launcher)
-    assert together.returncode == 0, together.stderr[-3000:]
-    one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
+def test_two_processes_end_with_the_whole_model_of_one(one_and_two: tuple[Path, Path]) -> None:
+    one, two = (torch.load(folder / "whole.pt", weights_only=True) for folder in one_and_two)
     assert one.keys() == two.keys() and len(one) == 9
     for name, tensor in one.items():
         assert torch.allclose(tensor.float(), two[name].float(), rtol=0.02, atol=1e-3), name
