@@ -9,6 +9,7 @@ Before a kernel is timed its result is compared with PyTorch's: a wrong kernel h
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -56,13 +57,14 @@ class Device:
 
 @dataclass(frozen=True)
 class Row:
-    """One launch, timed.
+    """One launch, timed; attention in two passes is one.
 
     Attributes:
         kernel, variant: as in `refimpl.kernels.audit`.
         least: milliseconds by the roofline.
-        times: milliseconds of "kernel", "torch" (weights expanded, then multiplied), "torch.compile" (the same,
-            compiled) and "dense" (16-bit weights that were never compressed).
+        times: milliseconds of "kernel", "torch" (weights expanded, then multiplied; keys and values rebuilt, then
+            attended to), "torch.compile" (the same, compiled) and "dense" (16-bit weights that were never compressed;
+            attention to a full cache of as many tokens).
         error: of the kernel's result against PyTorch's in fp32, relative Frobenius norm.
     """
 
@@ -192,6 +194,16 @@ def measure_device(
     return Device(name, bandwidth, flops)
 
 
+def _check(kernel: str, variant: str, error: float, device: Device) -> None:
+    """Raise `RuntimeError` if this is more than rounding."""
+    if not error < TOLERANCE:
+        raise RuntimeError(
+            f"{kernel}, {variant}: the kernel is off by {error:.3g} (relative) on {device.name}, where at most "
+            f"{TOLERANCE} is rounding; it is wrong there, so it is not timed. Please report it with the versions "
+            f"{versions()}"
+        )
+
+
 def measure(
     kernel: str,
     variant: str,
@@ -228,12 +240,7 @@ def measure(
     if given["bias"] is not None:
         expected += given["bias"].float()
     error = ((given["y"].float() - expected).norm() / expected.norm()).item()
-    if not error < TOLERANCE:
-        raise RuntimeError(
-            f"{kernel}, {variant}: the kernel is off by {error:.3g} (relative) on {device.name}, where at most "
-            f"{TOLERANCE} is rounding; it is wrong there, so it is not timed. Please report it with the versions "
-            f"{versions()}"
-        )
+    _check(kernel, variant, error, device)
     times = {
         "kernel": time(run_kernel),
         "torch": time(expand_and_multiply),
@@ -243,6 +250,79 @@ def measure(
     dtype = str(given["x"].dtype).removeprefix("torch.")
     least = device.least(minimum(launch), operations(launch), dtype)
     return Row(kernel, variant, least, times, error)
+
+
+# --- attention in two passes -------------------------------------------------------------------------------------
+
+
+def materialise_inputs(inputs: Any, device: torch.device | str, seed: int = 0) -> Any:
+    """The inputs of a decode kernel with random tensors: any codes, small steps, falling frequencies.
+
+    Example:
+        >>> from refimpl.kernels import lowrank_decode
+        >>> small = lowrank_decode.meta_inputs(64, 3, 3, 64, 36, 4, torch.bfloat16)
+        >>> materialise_inputs(small, "cpu").keys.dtype
+        torch.uint8
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def fill(name: str, like: Tensor) -> Tensor:
+        made = torch.empty(like.shape, dtype=like.dtype, device=device)
+        if name == "frequencies":
+            return torch.logspace(0, -4, made.numel(), device=device)
+        if not like.is_floating_point():
+            return made.random_(0, 256, generator=generator)
+        made.normal_(generator=generator)
+        if "factor" in name or name == "basis":
+            return made.mul_(made.shape[-2] ** -0.5)
+        return made.abs_().mul_(0.1) if name.endswith("step") else made
+
+    return inputs._replace(
+        **{name: fill(name, value) for name, value in inputs._asdict().items() if isinstance(value, Tensor)}
+    )
+
+
+def measure_attention(
+    kernel: str,
+    variant: str,
+    inputs: Any,
+    device: Device,
+    time: Timer = do_bench,
+    compile: Callable[[Callable[[], Any]], Callable[[], Any]] = compile_anew,
+) -> Row:
+    """As `measure`, for a kernel file whose operator takes ``Inputs``; its rival is attention to a full cache.
+
+    Args:
+        inputs: with tensors where they are computed, as `materialise_inputs` makes them.
+    """
+    module = importlib.import_module(f"refimpl.kernels.{kernel}")
+    y = torch.empty_like(inputs.query)
+    launches = module.plan(inputs, y)
+    heads, tokens, d = launches[0].constants["H"], launches[0].arguments["n"], inputs.query.shape[-1]
+
+    def run_kernel() -> None:
+        for launch in launches:
+            launch()
+
+    def rebuild_and_attend() -> Tensor:
+        made: Tensor = module.reference(inputs)
+        return made
+
+    run_kernel()
+    expected = rebuild_and_attend().float()
+    error = ((y.float() - expected).norm() / expected.norm()).item()
+    _check(kernel, variant, error, device)
+    full = [inputs.query.new_empty(inputs.query.shape[0], heads, tokens, d).normal_() for _ in range(2)]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    times = {
+        "kernel": time(run_kernel),
+        "torch": time(rebuild_and_attend),
+        "torch.compile": time(compile(rebuild_and_attend)),
+        "dense": time(lambda: attend(inputs.query, full[0], full[1], enable_gqa=True)),
+    }
+    dtype = str(inputs.query.dtype).removeprefix("torch.")
+    moved, needed = module.least(inputs)
+    return Row(kernel, variant, device.least(moved, needed, dtype), times, error)
 
 
 # --- run ---------------------------------------------------------------------------------------------------------
@@ -266,18 +346,33 @@ def run(kernels: list[str] | None = None, out: Path | None = None, progress: boo
             "AMD GPU, no driver, or a PyTorch for CPUs). Without one, `refimpl kernels audit` reads the compiled code"
         )
     names = kernels if kernels is not None else all_kernels()
-    jobs = [(kernel, variant, launch) for kernel in names for variant, launch in launches(kernel).items()]
-    if any(not hasattr(launch.kernel, "device_caches") for _, _, launch in jobs):
+    jobs = {kernel: launches(kernel) for kernel in names}
+    if any(
+        not hasattr(launch.kernel, "device_caches") for found in jobs.values() for launch in found.values()
+    ):
         raise RuntimeError("TRITON_INTERPRET=1 is set: it would time the interpreter; unset it")
     device = measure_device("cuda")
+    attention = {name: _problems(name) for name in names}
+    each = [(kernel, variant) for kernel in names for variant in attention[kernel] or jobs[kernel]]
     rows = []
-    for kernel, variant, launch in tqdm(jobs, desc="kernels", unit="launch", disable=not progress):
-        rows.append(measure(kernel, variant, materialise(launch, "cuda"), device))
+    for kernel, variant in tqdm(each, desc="kernels", unit="launch", disable=not progress):
+        if attention[kernel]:
+            inputs = materialise_inputs(attention[kernel][variant], "cuda")
+            rows.append(measure_attention(kernel, variant, inputs, device))
+        else:
+            rows.append(measure(kernel, variant, materialise(jobs[kernel][variant], "cuda"), device))
         if out is not None:  # after each: a run of minutes may be interrupted
             write_json(
                 out, {"versions": versions(), "device": asdict(device), "rows": [asdict(row) for row in rows]}
             )
     return rows
+
+
+def _problems(kernel: str) -> dict[str, Any]:
+    """What a file of attention kernels lists in `problems`; nothing for others."""
+    found: Any = getattr(importlib.import_module(f"refimpl.kernels.{kernel}"), "problems", dict)
+    made: dict[str, Any] = found()
+    return made
 
 
 def load(path: Path) -> tuple[Device, list[Row]]:

@@ -675,21 +675,50 @@ VARIANTS = (
 )  # fmt: skip
 
 
+def problems() -> dict[str, Inputs]:
+    """Real shapes by name, from tensors without memory.
+
+    Example:
+        >>> problems()["bf16 SmolLM2, 8192 tokens, rank 36, 16 bits"].keys.shape
+        torch.Size([1, 1, 8192, 36])
+    """
+    found = {}
+    for dtype, chosen in ((torch.bfloat16, VARIANTS), (torch.float16, VARIANTS[5:6])):
+        for name, heads, shared, d, tokens, rank, bits in chosen:
+            title = f"{'bf16' if dtype == torch.bfloat16 else 'fp16'} {name}, {tokens} tokens, rank {rank}, {bits} bits"
+            found[title] = meta_inputs(tokens, heads, shared, d, rank, bits, dtype)
+    return found
+
+
 def variants() -> dict[str, Launch]:
-    """The launches that are audited, counted and timed: real shapes, from tensors without memory; two for each shape.
+    """The launches that are audited and counted: two for each of `problems`.
 
     Example:
         >>> variants()["bf16 Llama-8B, 32768 tokens, rank 200, 16 bits, pass 1"].grid
         (1, 129)
     """
-    found = {}
-    for dtype, chosen in ((torch.bfloat16, VARIANTS), (torch.float16, VARIANTS[5:6])):
-        for name, heads, shared, d, tokens, rank, bits in chosen:
-            inputs = meta_inputs(tokens, heads, shared, d, rank, bits, dtype)
-            title = f"{'bf16' if dtype == torch.bfloat16 else 'fp16'} {name}, {tokens} tokens, rank {rank}, {bits} bits"
-            for number, launch in enumerate(plan(inputs, torch.empty_like(inputs.query)), 1):
-                found[f"{title}, pass {number}"] = launch
-    return found
+    return {
+        f"{title}, pass {number}": launch
+        for title, inputs in problems().items()
+        for number, launch in enumerate(plan(inputs, torch.empty_like(inputs.query)), 1)
+    }
+
+
+def least(inputs: Inputs) -> tuple[int, int]:
+    """`cost` of these tensors.
+
+    Example:
+        >>> least(problems()["bf16 Llama-8B, 8192 tokens, rank 200, 16 bits"]) == cost(1, 8192, 8, 4, 128, 200, 200)
+        True
+    """
+    i = inputs
+    (batch, q_heads, _, d), heads, rank_v = i.query.shape, i.near_keys.shape[1], i.value_factor.shape[0]
+    scales: dict[str, int] = {}
+    if i.key_step is not None:
+        scales = {"bits": 4, "group": 2 * i.keys.shape[4], "value_group": rank_v // i.values.shape[3]}
+    sinks = 0 if i.sink_keys is None else i.sink_keys.shape[2]
+    return cost(batch, i.stored, heads, q_heads // heads, d, i.key_factor.shape[0], rank_v,
+                whole=i.near_keys.shape[2] + sinks, **scales)  # fmt: skip
 
 
 def meta_inputs(

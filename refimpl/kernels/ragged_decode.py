@@ -210,7 +210,9 @@ def plan(inputs: Inputs, y: Tensor) -> tuple[Launch, Launch]:
     i = inputs
     batch, q_heads, _, d = i.query.shape
     heads, n, rows = len(i.key_ranks), i.keys.shape[2], batch * q_heads
-    starts = _starts(i.key_ranks, i.value_ranks, i.query.device)
+    # real numbers even where tensors have no memory: what is read depends on them
+    device = torch.device("cpu") if i.query.is_meta else i.query.device
+    starts = _starts(i.key_ranks, i.value_ranks, device)
     tiles = -(-n // _TILE)
     span = max(-(-tiles * batch * heads // _TARGET_PROGRAMS) * _TILE, _SHORTEST)
     parts = -(-n // span)
@@ -296,22 +298,45 @@ VARIANTS = (
 )  # fmt: skip
 
 
+def problems() -> dict[str, Inputs]:
+    """Real shapes by name, from tensors without memory.
+
+    Example:
+        >>> problems()["bf16 Llama-8B, 8192 tokens, ranks 64"].keys.shape
+        torch.Size([1, 1, 8192, 512])
+    """
+    found = {}
+    for dtype, chosen in ((torch.bfloat16, VARIANTS), (torch.float16, VARIANTS[1:2])):
+        for name, heads, shared, d, tokens, ranks in chosen:
+            title = f"{'bf16' if dtype == torch.bfloat16 else 'fp16'} {name}, {tokens} tokens, ranks "
+            found[title + "/".join(map(str, ranks))] = meta_inputs(tokens, heads, shared, d, ranks, dtype)
+    return found
+
+
 def variants() -> dict[str, Launch]:
-    """The launches that are audited, counted and timed: real shapes, from tensors without memory; two for each shape.
+    """The launches that are audited and counted: two for each of `problems`.
 
     Example:
         >>> variants()["bf16 Llama-8B, 8192 tokens, ranks 64, pass 1"].grid
         (8, 32)
     """
-    found = {}
-    for dtype, chosen in ((torch.bfloat16, VARIANTS), (torch.float16, VARIANTS[1:2])):
-        for name, heads, shared, d, tokens, ranks in chosen:
-            inputs = meta_inputs(tokens, heads, shared, d, ranks, dtype)
-            title = f"{'bf16' if dtype == torch.bfloat16 else 'fp16'} {name}, {tokens} tokens, ranks "
-            title += "/".join(map(str, ranks))
-            for number, launch in enumerate(plan(inputs, torch.empty_like(inputs.query)), 1):
-                found[f"{title}, pass {number}"] = launch
-    return found
+    return {
+        f"{title}, pass {number}": launch
+        for title, inputs in problems().items()
+        for number, launch in enumerate(plan(inputs, torch.empty_like(inputs.query)), 1)
+    }
+
+
+def least(inputs: Inputs) -> tuple[int, int]:
+    """`cost` of these tensors.
+
+    Example:
+        >>> least(problems()["bf16 Llama-8B, 8192 tokens, ranks 64"]) == cost(1, 8192, (64,) * 8, (64,) * 8, 4, 128)
+        True
+    """
+    i = inputs
+    batch, _, _, d = i.query.shape
+    return cost(batch, i.keys.shape[2], i.key_ranks, i.value_ranks, i.shared, d, i.basis is not None)
 
 
 def meta_inputs(

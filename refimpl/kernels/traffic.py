@@ -106,6 +106,8 @@ def count(launch: Launch, whole: bool = False) -> Traffic:
     elif "span" in launch.arguments and launch.grid[-1] > 4 and not whole:
         last = launch.grid[-1] - 1
         axes[-1] = [(0, 1), (1, last - 2), (last - 1, 1), (last, 1)]
+    if "ranks" in launch.arguments:  # heads read different numbers of columns
+        axes[0] = _every(launch.grid[0])
     chosen = [*axes, *([[(0, 1)]] * (3 - len(axes)))]
     loads: Counter[str] = Counter()
     stores: Counter[str] = Counter()

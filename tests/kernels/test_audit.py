@@ -120,7 +120,8 @@ def test_committed_audit_belongs_to_these_kernels() -> None:
     rows = audit.load(COMMITTED)["rows"]
     launches = {(kernel, name) for kernel in audit.all_kernels() for name in audit.launches(kernel)}
     for target in ("sm_80", "sm_90", "gfx942"):
-        assert {(row.kernel, row.variant) for row in rows if row.target == target} == launches
+        found = {(row.kernel, row.variant) for row in rows if row.target == target}
+        assert found == {launch for launch in launches if target in audit.targets(launch[0])}
     assert {row.kernel for row in rows if row.target == "sm_75"} == set(audit.all_kernels())
 
 
@@ -130,7 +131,10 @@ def test_no_kernel_spills() -> None:
 
 
 def test_weights_are_loaded_128_bits_at_a_time() -> None:
-    rows = [row for row in audit.load(COMMITTED)["rows"] if row.target != "gfx942" and not row.tensor_core]
+    rows = [
+        row for row in audit.load(COMMITTED)["rows"]
+        if row.target != "gfx942" and not row.tensor_core and "pass" not in row.variant  # those merge results
+    ]  # fmt: skip
     assert rows and not [(row.kernel, row.variant, row.target) for row in rows if row.main_width != 128]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from refimpl.kernels import audit, bench, quant_lowrank_matmul, sparse_matvec
+from refimpl.kernels import audit, bench, lowrank_decode, quant_lowrank_matmul, ragged_decode, sparse_matvec
 from refimpl.kernels.launch import Launch
 
 pytest.importorskip("triton")
@@ -132,6 +132,36 @@ def test_wrong_kernel_is_not_timed(factor: float, monkeypatch: pytest.MonkeyPatc
         RuntimeError, match="sparse_matvec, fp16 576->192: the kernel is off by .* on a calculator"
     ):
         bench.measure("sparse_matvec", "fp16 576->192", launch(), DEVICE, clock, lambda f: f)
+    assert not clock.calls
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_attention_is_checked_then_timed(bits: int) -> None:
+    compiled: list[Any] = []
+    inputs = bench.materialise_inputs(
+        lowrank_decode.meta_inputs(64, 2, 2, 32, 20, bits, torch.float16), "cpu"
+    )
+    row = bench.measure_attention(
+        "lowrank_decode", "v", inputs, DEVICE, Clock(), lambda f: compiled.append(f) or f
+    )
+    assert row.times == {"kernel": 1.0, "torch": 2.0, "torch.compile": 3.0, "dense": 4.0}
+    assert len(compiled) == 1 and row.error < 0.01
+    moved, operations = lowrank_decode.least(inputs)
+    assert row.least == pytest.approx(max(moved / 1e6, operations / 1e9))
+
+
+def test_packed_heads_are_checked_then_timed() -> None:
+    inputs = bench.materialise_inputs(ragged_decode.meta_inputs(64, 2, 2, 32, (16, 5), torch.float16), "cpu")
+    row = bench.measure_attention("ragged_decode", "v", inputs, DEVICE, Clock(), lambda f: f)
+    assert row.error < 0.01 and row.least == pytest.approx(ragged_decode.least(inputs)[0] / 1e6)
+
+
+def test_wrong_attention_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = bench.materialise_inputs(ragged_decode.meta_inputs(64, 2, 2, 32, (16, 5), torch.float16), "cpu")
+    reference, clock = ragged_decode.reference, Clock()
+    monkeypatch.setattr(ragged_decode, "reference", lambda inputs: 1.05 * reference(inputs))
+    with pytest.raises(RuntimeError, match="ragged_decode, v: the kernel is off by"):
+        bench.measure_attention("ragged_decode", "v", inputs, DEVICE, clock, lambda f: f)
     assert not clock.calls
 
 
