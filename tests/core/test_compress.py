@@ -200,9 +200,9 @@ def test_plan_leaves_a_model_as_it_is(tiny_mixtral: Factory, state, same) -> Non
 def test_plan_of_a_large_model_is_quick_and_names_everything() -> None:
     config = LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
                          num_attention_heads=32, num_key_value_heads=8)  # fmt: skip
-    start = time.perf_counter()
+    start = time.process_time()
     planned = plan(config, GPTQ(4, 128))
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
     assert len(planned.sites) == 7 * 32
     assert planned.bits_per_weight == pytest.approx(4 + (16 + 4) / 128, rel=1e-6)
     embeddings = 2 * 2 * 128256 * 4096

@@ -351,9 +351,9 @@ def test_repeated_call_is_quick_and_another_step_is_refused(
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(SparseGPT, "compress_site", refuse)
             patched.setattr(driver, "block_inputs", refuse)
-            start = time.perf_counter()
+            start = time.process_time()
             report = compress(again, SparseGPT("2:4"), tokens(), out=tmp_path, progress=False)
-            assert time.perf_counter() - start < 2
+            assert time.process_time() - start < 2
         assert [site.error for site in report.sites] == [site.error for site in first.sites]
         assert same(state(again), finished)
     with pytest.raises(CheckpointError, match="another compressed model; choose another folder"):
