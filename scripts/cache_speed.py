@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from refimpl.baselines.kvcache import KIVI, Full, SnapKV
-from refimpl.core.cache import NAME, CompressedCache
+from refimpl.core.cache import NAME, CompressedCache, cache_argument
 from refimpl.core.io import data_path, write_json
 from refimpl.kvcache.cskv import factorise, moments
 from refimpl.kvcache.matryoshka_kv import calibrate, pca
@@ -61,7 +61,7 @@ def filled(model: Any, make: Callable[[int], Any], ids: Tensor) -> Any:
     """A cache that has read the tokens, compressed."""
     cache = make(ids.shape[1])
     use(model, cache)
-    model(ids, past_key_values=cache, logits_to_keep=1)
+    model(ids, **cache_argument(cache), logits_to_keep=1)
     if isinstance(cache, CompressedCache):
         cache.finish()
     return cache
@@ -82,7 +82,7 @@ def milliseconds(model: Any, cache: Any, ids: Tensor) -> float:
     for index, token in enumerate(ids[0].split(1)):
         if index == WARM:
             start = time.perf_counter()
-        model(token.view(1, 1), past_key_values=own)
+        model(token.view(1, 1), **cache_argument(own))
     return 1e3 * (time.perf_counter() - start) / (ids.shape[1] - WARM)
 
 
@@ -173,7 +173,7 @@ def main() -> None:
     profile = "study" if given.layers is None else "quick"
     with torch.no_grad():
         found = measure(model, profile, contexts, given.rounds)
-        cost = fits(model, 16 if given.layers is None else 2)
+        cost = fits(model, 8 if given.layers is None else 2)
     result = {
         "model": "SmolLM2-135M-Instruct",
         "layers": model.config.num_hidden_layers,
