@@ -12,7 +12,7 @@ to exactly and compressed when it ends.
    closed form (our addition): the A B with the least error on the outputs that any training of step 3 could reach.
 3. `reconstruct`: fit A and B layer by layer to the exact keys and values, no language-model loss; with 4 bits the
    features pass through the cache's quantiser on the way (step 4).
-5. and 6. `CSKVLayer`: the cache. Features are stored before RoPE, because a rotated key has no low rank; a rebuilt key
+5. `CSKVLayer`, steps 5 and 6: the cache. Features are stored before RoPE, because a rotated key has no low rank; a rebuilt key
    is rotated at its token's position. Values are never rebuilt for a single query: (p C_V) B_V is the same sum.
 
 All heads of a layer share one A. With grouped queries there is one projection for the layer's key/value heads.
