@@ -10,10 +10,11 @@ to exactly and compressed when it ends.
 1. `moments`: one forward pass; of every layer the mean |x| and the second moment of its input.
 2. `factorise`: A and B from the weights alone (SVD), with inputs scaled by how large they are (ASVD), at random, or in
    closed form (our addition): the A B with the least error on the outputs that any training of step 3 could reach.
-3. `reconstruct`: fit A and B layer by layer to the exact keys and values, no language-model loss; with 4 bits the
-   features pass through the cache's quantiser on the way (step 4).
-5. `CSKVLayer`, steps 5 and 6: the cache. Features are stored before RoPE, because a rotated key has no low rank; a rebuilt key
-   is rotated at its token's position. Values are never rebuilt for a single query: (p C_V) B_V is the same sum.
+3. `reconstruct`: fit A and B layer by layer to the exact keys and values, no language-model loss.
+4. `straight_through`: with 4 bits the features pass through the cache's quantiser during step 3.
+5. `CSKVLayer`: the cache, in a prompt and while decoding. Features are stored before RoPE, because a rotated key has no
+   low rank; a rebuilt key is rotated at its token's position. Values are never rebuilt for a single query: (p C_V) B_V
+   is the same sum.
 
 All heads of a layer share one A. With grouped queries there is one projection for the layer's key/value heads.
 
