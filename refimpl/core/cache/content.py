@@ -219,6 +219,12 @@ def read_told(
 
     Raises:
         CheckpointError: it cannot be read, or is not such a file.
+
+    Example:
+        >>> read_told("nowhere.safetensors", "refimpl-policy", "a policy", "cpu")
+        Traceback (most recent call last):
+        ...
+        refimpl.core.errors.CheckpointError: path='nowhere.safetensors' cannot be read...
     """
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
