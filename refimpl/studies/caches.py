@@ -346,10 +346,11 @@ CLAIMS = [
 
 # -- the run --
 
-Values = dict[
-    tuple[str, str, str], tuple[float | None, dict[str, float]]
-]  # arm, condition, metric -> cost, by unit
-Job = tuple[str, str, int]  # profile, workload, batch
+#: Arm, condition, metric -> cost, value of each unit.
+Values = dict[tuple[str, str, str], tuple[float | None, dict[str, float]]]
+#: Profile, workload, arms.
+Job = tuple[str, str, tuple[Arm, ...]]
+TOGETHER = 8  # arms that share a reading: more share more, fewer lose less when a run is interrupted
 
 
 @functools.lru_cache(maxsize=1)
@@ -396,91 +397,99 @@ def _contexts(profile: str, workload: str) -> list[list[Any]]:
 
 
 def _measure(job: Job) -> Values:
-    """All arms on one batch of a workload."""
-    profile, workload, place = job
-    model, contexts = _model(profile), _contexts(profile, workload)[place]
+    """Some arms on all contexts of a workload."""
+    profile, workload, chosen = job
     found: Values = {}
-    if workload == "positions":
-        _positions(profile, model, contexts[0], found)
-        return found
-    reading = longtext.read(model, contexts)
-    second: list[longtext.Context] = []
-    if workload == "passkeys":
+    for contexts in _contexts(profile, workload):
+        if workload == "positions":
+            for arm in chosen:
+                _positions(found, arm, profile, contexts[0])
+            continue
+        reading = longtext.read(_model(profile), contexts)
+        for arm in chosen:
+            _ask(found, arm, profile, workload, reading, contexts)
+    return found
+
+
+def _ask(
+    found: Values, arm: Arm, profile: str, workload: str, reading: longtext.Reading, contexts: list[Any]
+) -> None:
+    kept = _policy(arm, profile)
+    assert kept is not None
+    factory = functools.partial(_cache, kept)
+    cache = reading.cache(factory)
+    cost = cache.bytes_per_token
+    if workload == "articles":
+        continued = longtext.read_on(reading.model, contexts, cache)
+        _add(found, arm, "last_word", continued.words, cost)
+        _add_perplexity(found, arm, "wikipedia", continued.perplexity, cost)
+        return
+    inside = arm.method.endswith("+question")
+    given: dict[str, Any] = {"factory": factory} if inside else {"cache": cache}
+    _add(found, arm, workload, longtext.answer(reading, contexts, **given), cost)
+    if workload == "passkeys" and (
+        arm.method == "full" or (arm.method in CONVERSATION and arm.budget == MAIN)
+    ):
         documents = text.documents("wikipedia", "validation")
         second = longtext.second_turns(contexts, documents, _tokenizer(), words=30)
-    for arm in arms(profile):
-        if workload == "variables" and arm.budget not in (None, MAIN):
-            continue
-        kept = _policy(arm, profile)
-        if kept is None:
-            continue
-        factory = functools.partial(_cache, kept)
-        cache = reading.cache(factory)
-        cost = cache.bytes_per_token
-        talks = arm.method == "full" or (arm.method in CONVERSATION and arm.budget == MAIN)
-        if arm.method.endswith("+question"):
-            if workload in RETRIEVAL:
-                _add(found, arm, workload, longtext.answer(reading, contexts, factory=factory), cost)
-            if second and talks:
-                _add(found, arm, "second_turns", longtext.answer(reading, second, factory=factory), cost)
-        elif workload == "articles":
-            continued = longtext.read_on(model, contexts, cache)
-            _add(found, arm, "last_word", continued.words, cost)
-            _add_perplexity(found, arm, "wikipedia", continued.perplexity, cost)
-        else:
-            _add(found, arm, workload, longtext.answer(reading, contexts, cache), cost)
-            if second and talks:
-                _add(found, arm, "second_turns", longtext.answer(reading, second, cache), cost)
-    return found
+        _add(found, arm, "second_turns", longtext.answer(reading, second, **given), cost)
 
 
 def _cache(kept: Policy, model: Any, prefill: str | None = None) -> CompressedCache:
     return kept.cache(model, prefill=prefill)
 
 
-def _positions(profile: str, model: Any, tokens: text.TokenSet, found: Values) -> None:
-    edges = [1, *range(tokens.ids.shape[1] // 8, tokens.ids.shape[1] + 1, tokens.ids.shape[1] // 8)]
-    for arm in arms(profile):
-        if arm.method == "full" or (arm.method in STREAMED and arm.budget == MAIN):
-            kept = _policy(arm, profile)
-            if kept is None:
-                continue
-            factory = functools.partial(_cache, kept, prefill="streamed")
-            for bin, part in longtext.by_position(model, factory, tokens, edges, len(tokens.ids)).items():
-                _add_perplexity(found, arm, f"positions {bin}", part, None)
+def _positions(found: Values, arm: Arm, profile: str, tokens: text.TokenSet) -> None:
+    kept = _policy(arm, profile)
+    assert kept is not None
+    length, rows = tokens.ids.shape[1], len(tokens.ids)
+    edges = [1, *range(length // 8, length + 1, length // 8)]
+    factory = functools.partial(_cache, kept, prefill="streamed")
+    for bin, part in longtext.by_position(_model(profile), factory, tokens, edges, rows).items():
+        _add_perplexity(found, arm, f"positions {bin}", part, None)
 
 
 def _add(found: Values, arm: Arm, workload: str, answers: longtext.Answers, cost: float) -> None:
     for metric in ("free", "restricted", "loglik", "depth", "chance"):
         values = dict(zip(answers.ids, getattr(answers, metric).tolist(), strict=True))
-        found[arm.name, f"task {workload}", metric] = cost, values
+        found.setdefault((arm.name, f"task {workload}", metric), (cost, {}))[1].update(values)
 
 
 def _add_perplexity(found: Values, arm: Arm, condition: str, result: Perplexity, cost: float | None) -> None:
     result = result.by_unit()
     for metric, values in (("nll", result.nll), ("tokens", result.counts)):
-        found[arm.name, condition, metric] = cost, dict(zip(result.units, map(float, values), strict=True))
+        units = zip(result.units, map(float, values), strict=True)
+        found.setdefault((arm.name, condition, metric), (cost, {}))[1].update(units)
+
+
+def _takes_part(arm: Arm, workload: str) -> bool:
+    if arm.method.endswith("+question"):
+        return workload in RETRIEVAL
+    if workload == "variables":
+        return arm.budget in (None, MAIN)
+    if workload == "positions":
+        return arm.method == "full" or (arm.method in STREAMED and arm.budget == MAIN)
+    return True
 
 
 def _jobs(results: Results, profile: str) -> Iterator[Job]:
-    """What the results lack, the longest first."""
-    for workload in ("articles", "key_values", "passkeys", "positions", "variables"):
-        for place in range(len(_contexts(profile, workload)) if workload in SIZES[profile].contexts else 0):
-            condition, metric, unit = _first(_contexts(profile, workload)[place][0], workload, profile)
-            there = results.has("full", condition) and unit in results.values(
-                "full", condition, metric=metric
-            )
-            if not there:
-                yield profile, workload, place
-
-
-def _first(context: Any, workload: str, profile: str) -> tuple[str, str, str]:
-    """Condition, metric and unit of the first record of a batch."""
-    if workload == "positions":
-        return f"positions 1-{SIZES[profile].length // 8 - 1}", "nll", context.units[0]
-    if workload == "articles":
-        return "wikipedia", "nll", context.id
-    return f"task {workload}", "free", context.questions[0].id
+    """What the results lack. What does not need the common reading is on its own."""
+    length = SIZES[profile].length
+    for workload in SIZES[profile].contexts:
+        condition = {"articles": "wikipedia", "positions": f"positions 1-{length // 8 - 1}"}.get(
+            workload, f"task {workload}"
+        )
+        shared: list[Arm] = []
+        for arm in arms(profile):
+            kept = _policy(arm, profile)
+            if kept is None or not _takes_part(arm, workload) or results.has(arm.name, condition):
+                continue
+            if kept.prefills[0] == "streamed" or workload == "positions":
+                yield profile, workload, (arm,)
+            else:
+                shared.append(arm)
+        for first in range(0, len(shared), TOGETHER):
+            yield profile, workload, tuple(shared[first : first + TOGETHER])
 
 
 def run(out: Path, profile: str = "study") -> Results:
@@ -501,7 +510,7 @@ def run(out: Path, profile: str = "study") -> Results:
             results.add(Record("caches", arm.name, "cannot", 0, "", "least bytes per token", value))
     jobs = list(_jobs(results, profile))
     running = in_processes(_measure, jobs, SIZES[profile].workers)
-    for _, found in tqdm(running, desc=f"caches ({profile})", total=len(jobs), unit="batch"):
+    for _, found in tqdm(running, desc=f"caches ({profile})", total=len(jobs), unit="job"):
         for (arm, condition, metric), (cost, values) in found.items():
             results.add(
                 *(Record("caches", arm, condition, 0, unit, metric, v, cost) for unit, v in values.items())

@@ -173,6 +173,13 @@ def test_quick_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert results.perplexity(arm.name, "wikipedia").counts.tolist() == [63, 63]
     assert results.has("ThinK 20%", "cannot") and results.has("SnapKV+question 20%", "task second_turns")
     assert results.has("CSKV-trained 20%", "positions 1-31") and results.has("SnapKV 20%", "task variables")
+    lines = (tmp_path / "caches.json").read_text().splitlines()
+    kept = [line for line in lines if not ('"SnapKV 20%"' in line and '"wikipedia"' in line)]
+    (tmp_path / "caches.json").write_text("\n".join(kept))
+    mended = caches.run(tmp_path / "caches.json", "quick")  # only what is missing is measured again
+    assert len(kept) < len(lines) and {str(r) for r in mended.records()} == {
+        str(r) for r in results.records()
+    }
     again = caches.run(tmp_path / "caches.json", "quick")  # nothing is left to do
     assert list(again.records()) == list(Results.load(tmp_path / "caches.json").records())
-    assert len(again.header["runs"]) == 2
+    assert len(again.header["runs"]) == 3

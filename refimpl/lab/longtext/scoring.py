@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -84,9 +85,17 @@ class Reading:
 
     def __init__(self, model: PreTrainedModel, ids: Tensor) -> None:
         self.model, self.ids = model, ids.to(model.device)
-        self._exact = _Recording().cache(model)
-        prefill(model, self._exact, self.ids, chunk=self.ids.shape[1])
-        self._shown = self._take(self._exact)
+
+    @cached_property
+    def _exact(self) -> CompressedCache:
+        """Read when a cache first needs it: those that compress a prompt as it comes read it themselves."""
+        cache = _Recording().cache(self.model)
+        prefill(self.model, cache, self.ids, chunk=self.ids.shape[1])
+        return cache
+
+    @cached_property
+    def _shown(self) -> list[list[New]]:
+        return self._take(self._exact)
 
     @staticmethod
     def _take(cache: CompressedCache) -> list[list[New]]:
@@ -104,11 +113,11 @@ class Reading:
             prompt = self.ids if ask is None else torch.cat([self.ids, ask.to(self.ids.device)], 1)
             prefill(self.model, cache, prompt, chunk=prompt.shape[1])
             return cache
-        exact, shown = self._exact, self._shown
+        shown, exact = self._shown, self._exact
         if ask is not None:
             exact = _fork(self._exact)
             prefill(self.model, exact, ask.to(self.ids.device), chunk=ask.shape[1])
-            shown = [a + b for a, b in zip(self._shown, self._take(exact), strict=True)]
+            shown = [a + b for a, b in zip(shown, self._take(exact), strict=True)]
         for place, (layer, news) in enumerate(zip(cache.layers, shown, strict=True)):
             if isinstance(layer, KVLayer):
                 _replay(layer, news)
