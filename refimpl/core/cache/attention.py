@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from refimpl.core.cache.layer import KVLayer
 
 NAME = "refimpl"
-SCORES = 1 << 22  # attention scores held at once (16 MB in fp32; with 64 it takes twice as long); more queries take turns
+SCORES = (
+    1 << 22
+)  # attention scores held at once (16 MB in fp32; 64 take twice as long); more queries take turns
 
 
 class Mask:
