@@ -1,0 +1,1 @@
+"""Continual learning: new data for a trained model; one file per paper."""
