@@ -27,6 +27,12 @@ from transformers import (
 Factory = Callable[..., PreTrainedModel]
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """A test that draws without a seed of its own gets the same numbers whatever ran before it in its process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
     """The converted SmolLM2 folder; the first test run on a machine downloads it."""
