@@ -195,7 +195,7 @@ class Weighted(EpochSampler):
         replacement: bool = True,
     ) -> None:
         super().__init__(seed)
-        self.weights = torch.as_tensor(weights).detach().to("cpu", torch.float64)
+        self.weights = torch.as_tensor(weights, dtype=torch.float64, device="cpu").detach()
         if self.weights.dim() != 1 or not len(self.weights):
             raise OptionError(f"weights have shape {list(self.weights.shape)}; pass one weight per row, [n]")
         bad = (~self.weights.isfinite() | (self.weights < 0)).nonzero()
