@@ -1,0 +1,396 @@
+"""A replay buffer whose bytes can be counted: fixed-size rows in memory or in a memory-mapped file.
+
+A row's number (`item`) is its place in the stream of all rows that were ever added. Where a row goes when the buffer is
+full, and which rows a draw takes, are functions of the seed and of these numbers alone: there is no generator whose
+state could be lost, and rows added one by one or a thousand at a time make the same buffer.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from refimpl.core.errors import CheckpointError, OptionError, nearest
+from refimpl.core.io import read_json, write_json
+
+DTYPES = ("uint8", "uint16", "int32", "int64", "float32")
+
+_ABOUT, _ROWS, _SLOTS = "buffer.json", "rows.bin", "slots.bin"
+_SLOT = np.dtype([("item", "<i8"), ("check", "<u4")])  # packed: 12 bytes
+_FIXED = ("format", "capacity", "row", "dtype", "seed")
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What a buffer takes, in bytes.
+
+    Attributes:
+        row: one row and its entry in the index (number and checksum, 12 bytes).
+        used: rows that are there, with their entries.
+        memory: allocated in memory; 0 on disk, where the system keeps of the mapped file what it has room for.
+        disk: all files of the folder, allocated in full when the buffer is made.
+    """
+
+    row: int
+    used: int
+    memory: int
+    disk: int
+
+
+class ReplayBuffer:
+    """Rows seen before, of which any number can be drawn uniformly.
+
+    Until it is full every row is kept; from then on it is a reservoir (Vitter's algorithm R): row number i replaces a
+    random one with probability capacity / (i + 1), so that at any time every row seen so far is there with the same
+    probability.
+
+    Args:
+        capacity: rows. For an unbounded buffer as in the paper: the length of the stream.
+        row: shape of a row, e.g. ``(2049,)`` tokens.
+        dtype: in which rows are stored, one of `DTYPES`; 1024 tokens fit into "uint16".
+        folder: where the file lies; None keeps the rows in memory. A folder that holds such a buffer is opened again.
+            One process per folder.
+        seed: of the reservoir and of draws.
+        limit: bytes the buffer may take, in memory or on disk; None for no limit but the disk's.
+
+    Attributes:
+        seen: rows added so far.
+
+    Raises:
+        OptionError: a value outside its range; a buffer over the limit; a disk without room for the whole of it.
+        CheckpointError: the folder holds another buffer, a damaged one, or something else.
+
+    Example:
+        >>> buffer = ReplayBuffer(capacity=100, row=(3,), dtype="uint16")
+        >>> buffer.add(torch.arange(12).reshape(4, 3))
+        >>> rows, items = buffer.sample(2, draw=0)
+        >>> len(buffer), torch.equal(rows, torch.arange(12).reshape(4, 3)[items])
+        (4, True)
+        >>> buffer.storage
+        Storage(row=18, used=72, memory=1800, disk=0)
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        row: Sequence[int],
+        dtype: str = "int32",
+        folder: str | Path | None = None,
+        seed: int = 0,
+        limit: int | None = None,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise OptionError(f"dtype={dtype!r}: use {nearest(str(dtype), DTYPES)}")
+        if capacity < 1:
+            raise OptionError(f"capacity={capacity}: use 1 row or more")
+        if not row or min(row) < 1:
+            raise OptionError(f"row={tuple(row)}: use the shape of one row, e.g. (129,)")
+        self.capacity, self.row, self.seed = capacity, tuple(row), seed
+        self.folder = None if folder is None else Path(folder)
+        self.seen = 0
+        self._marks: dict[str, dict[str, Any]] = {}
+        self._dtype = np.dtype(dtype)
+        self._row_bytes = math.prod(row) * self._dtype.itemsize
+        needed = capacity * (self._row_bytes + _SLOT.itemsize)
+        if limit is not None and needed > limit:
+            most = limit // (self._row_bytes + _SLOT.itemsize)
+            raise OptionError(
+                f"capacity={capacity}: takes {needed} bytes, limit={limit} allows {most} rows; lower the capacity, "
+                "a smaller dtype, or raise the limit"
+            )
+        if self.folder is None:
+            self._rows = np.zeros((capacity, *row), self._dtype)
+            self._slots = np.zeros(capacity, _SLOT)
+            return
+        if (self.folder / _ABOUT).exists():
+            self._reopen()
+        else:
+            self._make(needed)
+        self._rows = np.memmap(self.folder / _ROWS, self._dtype, "r+", shape=(capacity, *row))
+        self._slots = np.memmap(self.folder / _SLOTS, _SLOT, "r+", shape=(capacity,))
+
+    @classmethod
+    def open(cls, folder: str | Path) -> ReplayBuffer:
+        """The buffer in a folder, with the options it was made with.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged.
+
+        Example:
+            >>> import tempfile
+            >>> folder = tempfile.mkdtemp()
+            >>> ReplayBuffer(10, (2,), folder=folder).add(torch.tensor([[1, 2]]))
+            >>> ReplayBuffer.open(folder).sample(1, draw=0)[0]
+            tensor([[1, 2]])
+        """
+        about = _read(Path(folder))
+        return cls(about["capacity"], about["row"], about["dtype"], folder, about["seed"])
+
+    def __len__(self) -> int:
+        return min(self.seen, self.capacity)
+
+    @property
+    def items(self) -> Tensor:
+        """Numbers of the rows that are there, by slot: int64 [len]."""
+        return torch.from_numpy(self._slots["item"][: len(self)].astype(np.int64))
+
+    @property
+    def storage(self) -> Storage:
+        """What the buffer takes."""
+        row = self._row_bytes + _SLOT.itemsize
+        disk = 0
+        if self.folder is not None:
+            disk = sum((self.folder / name).stat().st_size for name in (_ABOUT, _ROWS, _SLOTS))
+        return Storage(row, len(self) * row, self.capacity * row if self.folder is None else 0, disk)
+
+    def add(self, rows: Tensor) -> None:
+        """Store rows [n, ...], each in a slot of its own or, once the buffer is full, in place of another or not at
+        all.
+
+        Raises:
+            OptionError: another shape, or values that the dtype cannot hold.
+
+        Example:
+            >>> buffer = ReplayBuffer(capacity=2, row=(1,))
+            >>> buffer.add(torch.arange(5).reshape(5, 1))
+            >>> buffer.seen, len(buffer)
+            (5, 2)
+        """
+        if rows.dim() != 1 + len(self.row) or tuple(rows.shape[1:]) != self.row:
+            raise OptionError(
+                f"rows is {list(rows.shape)}, the buffer holds rows of {list(self.row)}: pass [n, "
+                f"{', '.join(map(str, self.row))}]"
+            )
+        values = rows.detach().cpu().numpy()
+        stored = np.ascontiguousarray(values.astype(self._dtype))
+        if not np.array_equal(stored, values, equal_nan=stored.dtype.kind == "f"):
+            raise OptionError(
+                f"rows holds values from {values.min()} to {values.max()} ({rows.dtype}), which dtype="
+                f"{self._dtype.name!r} cannot hold exactly; make the buffer with another dtype"
+            )
+        items = np.arange(self.seen, self.seen + len(stored))
+        slots = items.copy()
+        late = items >= self.capacity
+        slots[late] = _random(self.seed, 0, items[late]) % (items[late] + 1).astype(np.uint64)
+        kept = slots < self.capacity
+        # of two rows for one slot the later one stays: so numpy assigns, and so would one row at a time
+        self._rows[slots[kept]] = stored[kept]
+        self._slots["item"][slots[kept]] = items[kept]
+        self._slots["check"][slots[kept]] = [zlib.crc32(row.tobytes()) for row in stored[kept]]
+        self.seen += len(stored)
+        self._note()
+
+    def sample(self, count: int, draw: int, seen: int | None = None) -> tuple[Tensor, Tensor]:
+        """Rows drawn uniformly, with replacement, from all that are there.
+
+        Args:
+            count: rows.
+            draw: number of this draw, e.g. the step: the same buffer gives the same rows for the same number.
+            seen: draw from the buffer as it was when so many rows had been added; None: as it is.
+
+        Returns:
+            Rows [count, ...], int64 or float32, and their numbers, int64 [count].
+
+        Raises:
+            OptionError: the buffer is empty.
+            CheckpointError: a row is not what was stored, or has been replaced since.
+
+        Example:
+            >>> buffer = ReplayBuffer(capacity=2, row=(1,))
+            >>> buffer.sample(1, draw=0)
+            Traceback (most recent call last):
+            ...
+            refimpl.core.errors.OptionError: count=1: the buffer is empty; add rows before drawing any
+        """
+        size = len(self)
+        if seen is not None:
+            self._still_there(seen)
+            size = min(seen, self.capacity)
+        if count > 0 and not size:
+            raise OptionError(f"count={count}: the buffer is empty; add rows before drawing any")
+        places = (_random(self.seed, 1 + draw, np.arange(count)) % np.uint64(max(1, size))).astype(np.int64)
+        rows, slots = self._rows[places], self._slots[places]
+        for place, row, check in zip(places, rows, slots["check"], strict=True):
+            if zlib.crc32(row.tobytes()) != check:
+                raise CheckpointError(
+                    f"folder={str(self.folder)!r}: row {place} of {_ROWS} is not what was stored; the disk or a "
+                    "crash damaged it, delete the folder and fill it again"
+                )
+        dtype = np.int64 if self._dtype.kind in "ui" else self._dtype
+        return torch.from_numpy(np.array(rows, dtype)), torch.from_numpy(slots["item"].astype(np.int64))
+
+    def begin(self, run: str, about: dict[str, Any]) -> int:
+        """Note where a run begins; a run that was begun before began where it did then.
+
+        A run that was interrupted takes the buffer back to there (`rewind`), adds its rows again from its first step
+        on, and finds the same buffer at every step: `ReplayLoader` does that.
+
+        Args:
+            run: name of the run within this buffer.
+            about: what makes it that run; anything JSON can hold.
+
+        Returns:
+            Rows that had been seen when the run first began.
+
+        Raises:
+            CheckpointError: the name belongs to a run with other options.
+
+        Example:
+            >>> buffer = ReplayBuffer(capacity=9, row=(1,))
+            >>> buffer.begin("first", {"seed": 0})
+            0
+            >>> buffer.add(torch.arange(5).reshape(5, 1))
+            >>> buffer.begin("second", {"seed": 0}), buffer.begin("first", {"seed": 0})
+            (5, 0)
+        """
+        if run not in self._marks:
+            self._marks[run] = {"seen": self.seen, "about": about}
+            self._note()
+        elif self._marks[run]["about"] != about:
+            raise CheckpointError(
+                f"run={run!r}: {self._where} knows a run of that name with other options "
+                f"({self._marks[run]['about']}, now {about}); repeat that call to go on with it, or choose another name"
+            )
+        return self._marks[run]["seen"]
+
+    def rewind(self, seen: int) -> None:
+        """Take the buffer back to what it was when so many rows had been added.
+
+        Raises:
+            OptionError: it has not seen so many.
+            CheckpointError: some of the rows of then have been replaced.
+
+        Example:
+            >>> buffer = ReplayBuffer(capacity=9, row=(1,))
+            >>> buffer.add(torch.arange(5).reshape(5, 1))
+            >>> buffer.rewind(2)
+            >>> buffer.items
+            tensor([0, 1])
+        """
+        self._still_there(seen)
+        if seen == self.seen:
+            return
+        self.seen = seen
+        self._marks = {name: mark for name, mark in self._marks.items() if mark["seen"] <= seen}
+        self._note()
+
+    def _still_there(self, seen: int) -> None:
+        if not 0 <= seen <= self.seen:
+            raise OptionError(f"seen={seen}: {self._where} has seen {self.seen} rows; use 0 to that")
+        if 0 < seen < self.seen and self.seen > self.capacity:
+            raise CheckpointError(
+                f"seen={seen}: some of the rows that were in {self._where} then have been replaced since; start again "
+                "from a copy made at that time, or with a larger capacity"
+            )
+
+    @property
+    def _where(self) -> str:
+        return "the buffer" if self.folder is None else f"folder={str(self.folder)!r}"
+
+    # -- files --
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "format": 1,
+            "capacity": self.capacity,
+            "row": list(self.row),
+            "dtype": self._dtype.name,
+            "seed": self.seed,
+            "seen": self.seen,
+            "marks": self._marks,
+        }
+
+    def _note(self) -> None:
+        """The metadata, after the rows they speak of."""
+        if self.folder is not None:
+            write_json(self.folder / _ABOUT, self._about())
+
+    def _make(self, needed: int) -> None:
+        assert self.folder is not None
+        there = [name for name in (_ROWS, _SLOTS) if (self.folder / name).exists()]
+        if there:
+            raise CheckpointError(
+                f"folder={str(self.folder)!r} holds {there[0]} but no {_ABOUT}: a damaged buffer, or something else; "
+                "delete it, or choose another folder"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            for name, size in ((_ROWS, self._row_bytes), (_SLOTS, _SLOT.itemsize)):
+                _allocate(self.folder / name, self.capacity * size)
+            self._note()
+        except OSError as error:
+            for name in (_ROWS, _SLOTS, _ABOUT):
+                (self.folder / name).unlink(missing_ok=True)
+            if error.errno not in _NO_SPACE:
+                raise
+            raise OptionError(
+                f"capacity={self.capacity}: takes {needed} bytes, and folder={str(self.folder)!r} has no room for "
+                f"them ({error.strerror}); lower the capacity, or choose a folder on another disk"
+            ) from error
+
+    def _reopen(self) -> None:
+        assert self.folder is not None
+        stored, ours = _read(self.folder), self._about()
+        for name in _FIXED:
+            if stored[name] != ours[name]:
+                raise CheckpointError(
+                    f"folder={str(self.folder)!r} holds a buffer with {name}={stored[name]!r}, not {ours[name]!r}; "
+                    "use ReplayBuffer.open, or choose another folder"
+                )
+        for name, size in ((_ROWS, self._row_bytes), (_SLOTS, _SLOT.itemsize)):
+            path = self.folder / name
+            found = path.stat().st_size if path.exists() else 0
+            if found != self.capacity * size:
+                raise CheckpointError(
+                    f"folder={str(self.folder)!r}: {name} has {found} bytes, not {self.capacity * size}; the buffer is "
+                    "damaged, delete the folder and fill it again"
+                )
+        self.seen, self._marks = stored["seen"], stored["marks"]
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    if not (folder / _ABOUT).exists():
+        raise CheckpointError(f"folder={str(folder)!r} holds no replay buffer (no {_ABOUT})")
+    about: Any = read_json(folder / _ABOUT)
+    if not isinstance(about, dict) or not {*_FIXED, "seen", "marks"} <= about.keys() or about["format"] != 1:
+        raise CheckpointError(
+            f"folder={str(folder)!r}: {_ABOUT} does not describe a replay buffer; delete the folder and fill it again"
+        )
+    return about
+
+
+def _allocate(path: Path, size: int) -> None:
+    """A file with all its bytes on the disk: writing into a hole of a mapped file would end the process instead."""
+    with path.open("wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+            return
+        block = bytes(1 << 20)
+        for start in range(0, size, len(block)):
+            file.write(block[: size - start])
+
+
+def _random(seed: int, stream: int, numbers: np.ndarray) -> np.ndarray:
+    """Uniform 64-bit numbers as a function of seed, stream and number (Steele et al., SplitMix, 2014)."""
+
+    def mix(z: np.ndarray) -> np.ndarray:
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    with np.errstate(over="ignore"):
+        key = mix(np.array([seed], np.int64).astype(np.uint64) * golden + np.uint64(1))
+        key = mix(key + np.uint64(stream) * golden)
+        return mix(key + (numbers.astype(np.uint64) + np.uint64(1)) * golden)
