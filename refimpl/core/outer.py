@@ -17,14 +17,16 @@ from refimpl.core.loop import _rank_and_world
 
 Update = Callable[[list[Tensor], list[Tensor]], None]
 
-_NAME = "outer_step"  # the submodule that holds the slow weights
+_PREFIX = (
+    "outer_slow_"  # of the buffers; numbers follow, since the dots of a parameter's name are not allowed
+)
 
 
 class OuterStep:
     """A hook for ``after_step`` of `refimpl.core.loop.train` that remembers where the last outer step ended.
 
-    These slow weights are buffers of the model, in a submodule ``outer_step``: checkpoints hold them, so a run with
-    ``folder=`` goes on with them, and DistributedDataParallel does not send them around. They take the memory of the
+    These slow weights are buffers of the model, ``outer_slow_0``, ...: checkpoints hold them, so a run with ``folder=``
+    goes on with them, and DistributedDataParallel does not send them around. They take the memory of the
     trainable parameters once more. What the loop's optimiser remembers is not reset.
 
     Args:
@@ -55,7 +57,7 @@ class OuterStep:
     def __init__(self, model: nn.Module, every: int, update: Update) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise OptionError(f"every={every!r}: use 1 or more updates for an outer step")
-        if hasattr(model, _NAME):
+        if _buffers(model):
             raise OptionError("model has an outer step already; call its close() first")
         self._fast = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not self._fast:
@@ -63,21 +65,18 @@ class OuterStep:
                 "model: none of its parameters require a gradient; call requires_grad_() on those to train"
             )
         self.every, self.update, self._model = every, update, model
-        self._slow = nn.Module()
         for number, parameter in enumerate(self._fast):
             value = parameter.detach().clone()
             if _rank_and_world()[1] > 1 and not hasattr(value, "device_mesh"):
                 dist.broadcast(value, 0)  # train begins where the first process is
-            self._slow.register_buffer(f"slow_{number}", value)
-        model.add_module(_NAME, self._slow)
-        names = [f"{_NAME}.{name}" for name, _ in self._slow.named_buffers()]
+            model.register_buffer(f"{_PREFIX}{number}", value)
         # otherwise they would travel before every forward pass
-        model._ddp_params_and_buffers_to_ignore = [*_ignored(model), *names]  # type: ignore[assignment]
+        model._ddp_params_and_buffers_to_ignore = [*_ignored(model), *_buffers(model)]  # type: ignore[assignment]
 
     @property
     def slow(self) -> list[Tensor]:
         """The trainable parameters as the last outer step left them."""
-        return list(self._slow.buffers())
+        return [self._model.get_buffer(name) for name in _buffers(self._model)]
 
     @torch.no_grad()
     def __call__(self, step: int, model: nn.Module) -> None:
@@ -91,10 +90,16 @@ class OuterStep:
 
     def close(self) -> None:
         """Take the slow weights out of the model, which is then as it was, to be saved or trained otherwise."""
-        if hasattr(self._model, _NAME):
-            delattr(self._model, _NAME)
-            kept = [name for name in _ignored(self._model) if not name.startswith(f"{_NAME}.")]
+        names = _buffers(self._model)
+        for name in names:
+            delattr(self._model, name)
+        if names:
+            kept = [name for name in _ignored(self._model) if name not in names]
             self._model._ddp_params_and_buffers_to_ignore = kept  # type: ignore[assignment]
+
+
+def _buffers(model: nn.Module) -> list[str]:
+    return [name for name in model._buffers if name.startswith(_PREFIX)]
 
 
 def _ignored(model: nn.Module) -> list[str]:
