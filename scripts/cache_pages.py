@@ -145,6 +145,25 @@ def retrieval_table(chart: Chart) -> str:
     return f"{drawn}\n\n{note}"
 
 
+def choosing_table(chart: Chart) -> str:
+    """At the main budget, the methods that no other beats in perplexity and in retrieval at once."""
+    found = results()
+    if found is None:
+        return NOTHING
+    scored = []
+    for arm in (study.Arm(method, study.MAIN).name for method in methods(found)):
+        if found.has(arm, "wikipedia") and found.has(arm, "task passkeys"):
+            right = score(found, arm, "passkeys") + score(found, arm, "key_values")
+            scored.append((found.perplexity(arm, "wikipedia").value, -right, arm))
+    best = [a for a in sorted(scored) if not any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in scored)]
+    rows = []
+    for arm in ["full", *(arm for _, _, arm in best)]:
+        ratio = found.perplexity(arm, "wikipedia").value / found.perplexity("full", "wikipedia").value
+        asked = [f"{score(found, arm, workload):.0f} %" for workload in ("passkeys", "key_values")]
+        rows.append([arm, f"{share(found, arm):.0f} %", f"{ratio:.2f}", *asked])
+    return table(["Cache", "Bytes", "Perplexity, times the full cache's", "Facts found", "Lines found"], rows)
+
+
 def workload_table(chart: Chart) -> str:
     """The workloads at the main budget, free and among candidates."""
     found = results()
@@ -308,6 +327,7 @@ def speed(chart: Chart) -> str:
 
 
 GENERATED: dict[str, Callable[[Chart], str]] = {
+    "choosing_caches": choosing_table,
     "cache_bytes": bytes_table,
     "cache_perplexity": perplexity_table,
     "cache_retrieval": retrieval_table,

@@ -107,3 +107,10 @@ def test_nothing_is_said_before_anything_is_recorded(
     text = pages.speed(draw)
     assert "KIVI: 25 at 512" in text and cells(text, "KIVI") == ["25.0 (0.75x)", "80.0 (2.00x)", "2048"]
     assert cells(text, "full")[-1] == "" and cells(text, "PCA") == ["1.25"]
+
+
+def test_what_is_advised_is_beaten_by_nothing(pages: ModuleType, results: Results) -> None:
+    put(results, "H2O 20%", 200.0, 4, 23.0)  # worse than KIVI in both
+    put(results, "SnapKV 20%", 200.0, 1, 21.0)  # finds less, and reads better
+    rows = [line.split("|")[1].strip() for line in pages.choosing_table(lambda *_: "").splitlines()[2:]]
+    assert rows == ["full", "SnapKV 20%", "KIVI 20%"]

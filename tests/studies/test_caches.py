@@ -147,10 +147,7 @@ def test_arms_keep_within_their_budget_or_say_what_the_least_is(monkeypatch: pyt
 
 
 def test_recorded_verdicts_follow_from_the_records() -> None:
-    path = data_path("results", "caches.json")
-    if not path.exists():
-        pytest.skip("the study has not been recorded yet")
-    results = Results.load(path)
+    results = Results.load(data_path("results", "caches.json"))
     assert judge(results, caches.CLAIMS) == results.claims
 
 
