@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,8 @@ def merge(slow: Sequence[Tensor], fast: Sequence[Tensor], epsilon: float) -> Non
         tensor([0.2500, 0.2500])
     """
     torch._foreach_lerp_(list(slow), list(fast), epsilon)
-    torch._foreach_copy_(list(fast), list(slow))
+    for tensor, value in zip(fast, slow, strict=True):  # torch._foreach_copy_ knows no sharded tensors
+        tensor.copy_(value)
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,34 @@ class Reptile:
                     "the fp32 weights, so load the model with dtype=torch.float32 and train it with precision='bf16'"
                 )
         return Merges(model, self)
+
+    def callback(self) -> Any:
+        """The same as a callback of the Hugging Face Trainer.
+
+        The model has the buffers of `attach` while it trains, and so have checkpoints saved meanwhile; a Trainer does
+        not read them back, so let it save after multiples of `every` (there both copies are equal).
+
+        Example:
+            >>> from transformers import Trainer
+            >>> callbacks = [Reptile(epsilon=0.3, every=50).callback()]       # Trainer(..., callbacks=callbacks)
+        """
+        from transformers import TrainerCallback  # seconds that the loop does not need
+
+        options = self
+
+        class MergeCallback(TrainerCallback):
+            def on_train_begin(
+                self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+            ) -> None:
+                self.merges = options.attach(model)
+
+            def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+                self.merges(state.global_step, model)
+
+            def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                self.merges.close()
+
+        return MergeCallback()
 
 
 class Merges:

@@ -213,9 +213,11 @@ def _check(number: int, stage: Stage, buffer: ReplayBuffer) -> None:
 
 def _take(rows: Any, indices: Sequence[int]) -> Tensor:
     if isinstance(rows, Tensor):
-        return rows[torch.as_tensor(indices)]
-    entries = (rows[index] for index in indices)
-    return torch.stack([torch.as_tensor(e["input_ids"] if isinstance(e, Mapping) else e) for e in entries])
+        return rows[torch.as_tensor(indices, dtype=torch.long)]
+    # a batch may hold replayed rows only; it needs the shape of a row all the same
+    entries = (rows[index] for index in indices or [0])
+    found = [torch.as_tensor(e["input_ids"] if isinstance(e, Mapping) else e) for e in entries]
+    return torch.stack(found)[: len(indices)]
 
 
 def _digest(rows: Tensor) -> str:
