@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from refimpl.baselines.activations import QuantizeActivations
     from refimpl.baselines.adaround import AdaRound
     from refimpl.baselines.kvcache import H2O, KIVI, SnapKV, StreamingLLM, ThinK
+    from refimpl.continual import ContinualPretraining, ReplayBuffer, Reptile
     from refimpl.core.compress import Plan, Report, compress, plan
     from refimpl.core.export import export_compressed_tensors, export_dense, export_peft
     from refimpl.core.io import load, save
     from refimpl.core.serve import serve
+    from refimpl.data import RS2, LossReweighting
     from refimpl.kvcache import CSKV, MatryoshkaKV
     from refimpl.lowrank import EoRA
     from refimpl.methods import METHODS
@@ -32,10 +34,12 @@ _WHERE = {
     "baselines.activations": ("QuantizeActivations",),
     "baselines.adaround": ("AdaRound",),
     "baselines.kvcache": ("H2O", "KIVI", "SnapKV", "StreamingLLM", "ThinK"),
+    "continual": ("ContinualPretraining", "ReplayBuffer", "Reptile"),
     "core.compress": ("Plan", "Report", "compress", "plan"),
     "core.export": ("export_compressed_tensors", "export_dense", "export_peft"),
     "core.io": ("load", "save"),
     "core.serve": ("serve",),
+    "data": ("RS2", "LossReweighting"),
     "kvcache": ("CSKV", "MatryoshkaKV"),
     "lowrank": ("EoRA",),
     "methods": ("METHODS",),
@@ -44,9 +48,10 @@ _WHERE = {
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
-    "CSKV", "GPTQ", "H2O", "KIVI", "METHODS", "RTN", "ActSVD", "AdaQuant", "AdaRound", "EoRA", "LoftQ", "Magnitude",
-    "MatryoshkaKV", "Plan", "PlainSVD", "QuantizeActivations", "Report", "SnapKV", "SparseGPT", "StreamingLLM", "ThinK",
-    "Wanda", "compress", "export_compressed_tensors", "export_dense", "export_peft", "load", "plan", "save", "serve",
+    "CSKV", "GPTQ", "H2O", "KIVI", "METHODS", "RS2", "RTN", "ActSVD", "AdaQuant", "AdaRound", "ContinualPretraining",
+    "EoRA", "LoftQ", "LossReweighting", "Magnitude", "MatryoshkaKV", "PlainSVD", "Plan", "QuantizeActivations",
+    "ReplayBuffer", "Report", "Reptile", "SnapKV", "SparseGPT", "StreamingLLM", "ThinK", "Wanda", "compress",
+    "export_compressed_tensors", "export_dense", "export_peft", "load", "plan", "save", "serve",
 ]  # fmt: skip
 
 

@@ -10,7 +10,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from refimpl.continual.continual_pretraining import next_token_loss
 from refimpl.core.layers import PackedLinear
+from refimpl.lab import small
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf8")
 
@@ -18,7 +20,7 @@ README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encodi
 def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from refimpl.lab import models, text
 
-    code, exports, caches, _ = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    code, exports, caches, *_ = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     calibration = text.calibration
     monkeypatch.setattr(models, "load", lambda name: (models.smollm2(layers=1), models.tokenizer()))
     monkeypatch.setattr(
@@ -53,7 +55,7 @@ def test_welcome_page_shows_the_same_code() -> None:
 
 def test_readme_training_runs() -> None:
     """In fewer steps, which is all that differs."""
-    *_, code = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    *_, code, data = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     names: dict = {}
     exec(
         code.replace("steps=700", "steps=20").replace("start=70, frequency=35", "start=2, frequency=1"), names
@@ -63,6 +65,10 @@ def test_readme_training_runs() -> None:
         layer.in_features * layer.out_features for layer in packed
     )
     assert len(packed) == 10 and left == pytest.approx(0.1, abs=0.001)
+    before = small.load("llama-small")
+    exec(data.replace("rounds=40", "rounds=3").replace("steps=100", "steps=20"), names)
+    rows = names["new"][-64:]
+    assert next_token_loss(names["language_model"], rows) < next_token_loss(before, rows) - 0.1
 
 
 def test_commands_of_the_readme_exist() -> None:
