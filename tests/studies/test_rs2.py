@@ -1,0 +1,220 @@
+"""The study's rules say what their words say, its arms get the same, and the run runs and takes up where it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from refimpl.core.io import data_path
+from refimpl.lab.ledger import Outcome, Verdict, judge
+from refimpl.lab.records import Record, Results
+from refimpl.studies import rs2 as study
+
+HOLDS, PARTLY, NOT = Verdict.HOLDS, Verdict.PARTLY, Verdict.DOES_NOT_HOLD
+SPREAD = np.resize([1.0, -1.0, 0.5, -0.5, 0.0], 10)
+
+
+@pytest.fixture
+def results() -> Results:
+    return Results("rs2.json", {"paper": study.SLUG})
+
+
+def put(
+    results: Results, name: str, r: float, value: float, metric: str = "accuracy", spread: float = 0.001
+) -> None:
+    """An arm whose seeds scatter a little around a value; every arm in a way of its own."""
+    arm = study.Arm(name, study.MNIST, r)
+    scatter = spread * np.roll(SPREAD, len(name))
+    for seed, change in zip(study.MORE_SEEDS, scatter, strict=True):
+        results.add(Record(study.SLUG, name, arm.condition, seed, "", metric, value + float(change)))
+
+
+def put_time(
+    results: Results, name: str, r: float, seconds: float, selection: float = 0.0, reached: float = 1.0
+) -> None:
+    for target in study.TARGETS:
+        put(results, name, r, seconds, f"cpu to {target:.0%}", spread=0.01 * seconds)
+        put(results, name, r, reached, f"reached {target:.0%}", spread=0)
+    put(results, name, r, selection, "selection cpu", spread=0)
+
+
+def rule(results: Results, identity: str) -> Outcome:
+    (claim,) = (claim for claim in study.CLAIMS if claim.id == identity)
+    return claim.outcome(results)
+
+
+@pytest.mark.parametrize(("worst", "verdict"), [(0.02, HOLDS), (0.0, PARTLY), (-0.02, PARTLY)])
+def test_against_all_fixed_subsets(results, worst, verdict):
+    for r in study.SMALL:
+        put(results, study.OURS, r, 0.9)
+        for name in study.FIXED:
+            put(results, name, r, 0.9 - (worst if (name, r) == ("fixed herding", 0.1) else 0.05))
+    outcome = rule(results, "rs2-beats-fixed")
+    assert outcome.verdict is verdict
+    assert outcome.estimate == pytest.approx(worst, abs=1e-3), "the least favourable is shown"
+
+
+def test_no_better_than_any_fixed_subset(results):
+    for r in study.SMALL:
+        for name in (study.OURS, *study.FIXED):
+            put(results, name, r, 0.9)
+    assert rule(results, "rs2-beats-fixed").verdict is NOT
+
+
+@pytest.mark.parametrize(
+    ("gaps", "verdict"),
+    [((0.0, 0.003, -0.003), HOLDS), ((0.0, 0.0, 0.02), PARTLY), ((-0.02, 0.02, 0.03), NOT)],
+)
+def test_tie_with_short_training(results, gaps, verdict):
+    for r, gap in zip(study.SMALL, gaps, strict=True):
+        put(results, study.SHORT, r, 0.9)
+        put(results, study.OURS, r, 0.9 + gap)
+    outcome = rule(results, "rs2-short-tie")
+    assert outcome.verdict is verdict
+    assert abs(outcome.estimate) == pytest.approx(max(map(abs, gaps)), abs=1e-3)
+
+
+def test_a_tie_that_could_not_be_seen_is_none(results):
+    for r in study.SMALL:
+        put(results, study.SHORT, r, 0.9, spread=0.03)
+        put(results, study.OURS, r, 0.9, spread=0.03)
+    assert rule(results, "rs2-short-tie").verdict is NOT
+
+
+@pytest.mark.parametrize(
+    ("half", "tenth", "verdict"),
+    [(0.002, 0.05, HOLDS), (0.002, 0.004, PARTLY), (0.03, 0.2, PARTLY), (0.03, 0.05, NOT)],
+)
+def test_the_gap_at_one_half(results, half, tenth, verdict):
+    for r, gap in ((0.5, half), (0.1, tenth)):
+        put(results, study.OURS, r, 0.98)
+        put(results, "fixed el2n", r, 0.98 - gap)
+        put(results, "fixed random", r, 0.9)
+    outcome = rule(results, "rs2-gap-closes")
+    assert outcome.verdict is verdict and "fixed el2n" in outcome.control
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"), [((-0.1, -0.1), HOLDS), ((-0.1, 0.05), PARTLY), ((0.0, 0.0), NOT)]
+)
+def test_hard_examples(results, gains, verdict):
+    for r in study.SMALL[:2]:
+        put(results, "fixed random", r, 0.8)
+        for name in study.HARD:
+            put(results, name, r, 0.8 + gains[name == "fixed margin"])
+    assert rule(results, "rs2-hard-loses").verdict is verdict
+
+
+@pytest.mark.parametrize(("identity", "r"), [("rs2-time-full-95", 0.1), ("rs2-time-full-97", 0.2)])
+@pytest.mark.parametrize(
+    ("seconds", "reached", "verdict"), [(2, 1, HOLDS), (7, 1, PARTLY), (12, 1, NOT), (2, 0, NOT)]
+)
+def test_time_against_full_data(results, identity, r, seconds, reached, verdict):
+    put_time(results, study.OURS, r, seconds, reached=reached)
+    put_time(results, study.FULL, 1.0, 10.0)
+    outcome = rule(results, identity)
+    assert outcome.verdict is verdict and outcome.estimate == pytest.approx(seconds / 10, rel=0.02)
+
+
+@pytest.mark.parametrize(("selection", "verdict"), [(30.0, HOLDS), (4.0, PARTLY), (0.0, NOT)])
+def test_time_against_selectors_counts_the_selection(results, selection, verdict):
+    put_time(results, study.OURS, 0.1, 4.0)
+    for name in study.READ_A_PROXY:
+        put_time(results, name, 0.1, 2.0, selection, reached=0.0)
+    outcome = rule(results, "rs2-time-selectors")
+    assert outcome.verdict is verdict
+    assert outcome.estimate == pytest.approx(4 / (2 + selection), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"), [((0.02, 0.02, 0.02), HOLDS), ((0.02, 0.02, 0.0), PARTLY), ((0, 0, 0), NOT)]
+)
+def test_schedule(results, gains, verdict):
+    for r, gain in zip(study.SMALL, gains, strict=True):
+        put(results, study.CUT, r, 0.9)
+        put(results, study.OURS, r, 0.9 + gain)
+    assert rule(results, "rs2-schedule").verdict is verdict
+
+
+# -- what the arms get --
+
+
+def test_every_arm_of_a_verdict_has_its_own_rate_and_the_same_grid_and_five_seeds():
+    named = {
+        study.Arm(name, study.MNIST, r)
+        for r in study.SMALL
+        for name in (study.OURS, study.SHORT, study.CUT, *study.FIXED)
+    }
+    named |= {study.Arm(name, study.MNIST, 0.5) for name in (study.OURS, "fixed random", "fixed el2n")}
+    named |= {study.Arm(study.OURS, study.MNIST, 0.2), study.Arm(study.FULL, study.MNIST, 1.0)}
+    arms = study.arms_of("study")
+    assert named <= set(arms) and len(set(arms)) == len(arms)
+    for arm in named:
+        assert arm.tuned_as == arm
+        assert set(study.SEEDS) <= set(study.seeds_of(arm, "study"))
+    for arm in arms:
+        assert arm.tuned_as in arms and study.TUNING_SEED not in study.seeds_of(arm, "study")
+
+
+@pytest.mark.parametrize("profile", ["study", "live"])
+def test_batches_divide_every_subset(profile):
+    size = study.SIZES[profile]
+    for arm in study.arms_of(profile):
+        n = 1000 if arm.data == study.DIGITS else 10 * size.per_class
+        k = study.subset_size(n, arm.r)
+        assert k == arm.r * n and k % size.batch == 0 and n % k == 0
+        assert study.steps(n, arm.r, size.rounds, size.batch) * size.batch == size.rounds * k
+
+
+def test_wrong_labels_are_as_many_as_asked_and_all_wrong():
+    labels = torch.arange(200) % 10
+    for share in (0.005, 0.3, 1.0):
+        changed = study.wrong_labels(labels, share, seed=1)
+        assert int((changed != labels).sum()) == round(200 * share)
+        assert 0 <= changed.min() and changed.max() < 10
+
+
+def test_the_clock_stands_still_while_it_looks():
+    model = torch.nn.Flatten()
+    watch = study.Watch(torch.eye(2)[:, None], torch.tensor([0, 0]))  # one of two right
+    for _ in range(3):
+        before = watch.seconds()
+        torch.linalg.eigh(torch.randn(300, 300))
+        between = watch.seconds()
+        watch(model)
+        assert between[0] > before[0] and watch.seconds()[0] - between[0] < 0.05
+    assert [right for _, right in watch.curve] == [0.5] * 3 and not watch.reached
+    watch.labels = torch.tensor([0, 1])
+    watch(model)
+    assert set(watch.reached) == set(study.TARGETS)
+    watch(model)
+    assert len(watch.curve) == 4, "it looks no more"
+
+
+def test_it_runs_and_takes_up_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out = tmp_path / "r.json"
+    folder = SimpleNamespace(cache_folder=lambda: tmp_path)  # of the subsets; images stay where they are
+    monkeypatch.setattr(study, "fetch", folder)
+    first = study.run(out, "quick")
+    assert first.header["rule"] is None and not first.claims
+    for arm in study.arms_of("quick"):
+        assert first.has(arm.name, arm.condition, 1)
+        values = {record.metric: record.value for record in first.records() if record.arm == arm.name}
+        assert values["cpu"] > 0 and (values["selection cpu"] > 0) == arm.name.startswith("fixed")
+    grand, facility = (
+        first.values(name, "mnist 10.0%", 1, metric="selection examples")[""]
+        for name in ("fixed grand", "fixed facility-location")
+    )
+    assert (grand, facility) == (800, 400)  # one epoch, and for GraNd as many single gradients
+    records = list(first.records())
+    assert list(study.run(out, "quick").records()) == records
+
+
+def test_the_stored_verdicts_follow_from_the_stored_records():
+    recorded = Results.load(data_path("results", "rs2.json"))
+    assert recorded.claims, "the study is not finished: `refimpl study rs2` goes on where it stopped"
+    assert recorded.claims == judge(recorded, study.CLAIMS)
