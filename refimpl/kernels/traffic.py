@@ -118,7 +118,15 @@ def count(launch: Launch, whole: bool = False) -> Traffic:
 
 
 def _filled(tensor: Tensor) -> Tensor:
-    return torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.clone()
+    # with the strides that the launch was told
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    return made.zero_() if tensor.is_meta else made.copy_(tensor)
+
+
+def _span(tensor: Tensor) -> int:
+    """Bytes from the first element to behind the last; more than `nbytes` for a slice."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size() if tensor.numel() else 0
 
 
 def _every(size: int) -> list[tuple[int, int]]:
@@ -141,7 +149,7 @@ def _counting(
     from triton.runtime.interpreter import InterpreterBuilder as Builder
 
     ranges = {
-        name: (value.data_ptr(), value.data_ptr() + value.nbytes)
+        name: (value.data_ptr(), value.data_ptr() + _span(value))
         for name, value in arguments.items()
         if isinstance(value, Tensor)
     }
