@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from refimpl.kernels import cross_entropy
 from refimpl.kernels.audit import all_kernels, launches, versions, write_json
 from refimpl.kernels.launch import Launch
 from refimpl.kernels.quant_matmul import dequantise
@@ -57,14 +58,15 @@ class Device:
 
 @dataclass(frozen=True)
 class Row:
-    """One launch, timed; attention in two passes is one.
+    """One launch, timed; attention in two passes is one, and so are a loss and its gradient.
 
     Attributes:
         kernel, variant: as in `refimpl.kernels.audit`.
         least: milliseconds by the roofline.
         times: milliseconds of "kernel", "torch" (weights expanded, then multiplied; keys and values rebuilt, then
-            attended to), "torch.compile" (the same, compiled) and "dense" (16-bit weights that were never compressed;
-            attention to a full cache of as many tokens).
+            attended to; log-probabilities in fp32, then differentiated), "torch.compile" (the same, compiled) and,
+            but for losses, "dense" (16-bit weights that were never compressed; attention to a full cache of as many
+            tokens).
         error: of the kernel's result against PyTorch's in fp32, relative Frobenius norm.
     """
 
@@ -256,7 +258,7 @@ def measure(
 
 
 def materialise_inputs(inputs: Any, device: torch.device | str, seed: int = 0) -> Any:
-    """The inputs of a decode kernel with random tensors: any codes, small steps, falling frequencies.
+    """The inputs of a decode kernel or of a loss with random tensors: any codes, small steps, falling frequencies.
 
     Example:
         >>> from refimpl.kernels import lowrank_decode
@@ -267,9 +269,11 @@ def materialise_inputs(inputs: Any, device: torch.device | str, seed: int = 0) -
     generator = torch.Generator(device).manual_seed(seed)
 
     def fill(name: str, like: Tensor) -> Tensor:
-        made = torch.empty(like.shape, dtype=like.dtype, device=device)
+        made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
         if name == "frequencies":
             return torch.logspace(0, -4, made.numel(), device=device)
+        if name == "targets":
+            return made.random_(0, inputs.logits.shape[2], generator=generator)
         if not like.is_floating_point():
             return made.random_(0, 256, generator=generator)
         made.normal_(generator=generator)
@@ -325,6 +329,52 @@ def measure_attention(
     return Row(kernel, variant, device.least(moved, needed, dtype), times, error)
 
 
+# --- a loss and its gradient -------------------------------------------------------------------------------------
+
+
+def measure_loss(
+    kernel: str,
+    variant: str,
+    inputs: cross_entropy.Inputs,
+    device: Device,
+    time: Timer = do_bench,
+    compile: Callable[[Callable[[], Any]], Callable[[], Any]] = compile_anew,
+) -> Row:
+    """As `measure`, for the losses of sequences and their gradient in the logits, timed together.
+
+    The roofline is that of the bytes alone: there are four operations a logit.
+
+    Args:
+        inputs: with tensors where they are computed, as `materialise_inputs` makes them.
+    """
+    forward, backward = cross_entropy.launches(inputs)
+    logits = inputs.logits.detach().requires_grad_()
+
+    def run_kernel() -> None:
+        forward()
+        backward()
+
+    def materialise_and_differentiate() -> tuple[Tensor, Tensor]:
+        losses = cross_entropy.reference(logits, inputs.targets, inputs.ignore_index)
+        return losses.detach(), torch.autograd.grad(losses, logits, inputs.gradient)[0]
+
+    run_kernel()
+    given: Mapping[str, Any] = {**forward.arguments, **backward.arguments}
+    counted = inputs.targets != inputs.ignore_index
+    found = given["losses"].sum(1) / counted.sum(1).clamp(min=1), given["gradient"]
+    error = 0.0
+    for result, expected in zip(found, materialise_and_differentiate(), strict=True):
+        off = ((result.float() - expected.float()).norm() / expected.float().norm()).item()
+        _check(kernel, variant, off, device)
+        error = max(error, off)
+    times = {
+        "kernel": time(run_kernel),
+        "torch": time(materialise_and_differentiate),
+        "torch.compile": time(compile(materialise_and_differentiate)),
+    }
+    return Row(kernel, variant, 1e3 * cross_entropy.least(inputs)[0] / device.bandwidth, times, error)
+
+
 # --- run ---------------------------------------------------------------------------------------------------------
 
 
@@ -352,13 +402,14 @@ def run(kernels: list[str] | None = None, out: Path | None = None, progress: boo
     ):
         raise RuntimeError("TRITON_INTERPRET=1 is set: it would time the interpreter; unset it")
     device = measure_device("cuda")
-    attention = {name: _problems(name) for name in names}
-    each = [(kernel, variant) for kernel in names for variant in attention[kernel] or jobs[kernel]]
+    problems = {name: _problems(name) for name in names}
+    each = [(kernel, variant) for kernel in names for variant in problems[kernel] or jobs[kernel]]
     rows = []
     for kernel, variant in tqdm(each, desc="kernels", unit="launch", disable=not progress):
-        if attention[kernel]:
-            inputs = materialise_inputs(attention[kernel][variant], "cuda")
-            rows.append(measure_attention(kernel, variant, inputs, device))
+        if problems[kernel]:
+            inputs = materialise_inputs(problems[kernel][variant], "cuda")
+            loss = isinstance(inputs, cross_entropy.Inputs)
+            rows.append((measure_loss if loss else measure_attention)(kernel, variant, inputs, device))
         else:
             rows.append(measure(kernel, variant, materialise(jobs[kernel][variant], "cuda"), device))
         if out is not None:  # after each: a run of minutes may be interrupted
@@ -369,7 +420,7 @@ def run(kernels: list[str] | None = None, out: Path | None = None, progress: boo
 
 
 def _problems(kernel: str) -> dict[str, Any]:
-    """What a file of attention kernels lists in `problems`; nothing for others."""
+    """What a file of attention kernels or of a loss lists in `problems`; nothing for others."""
     found: Any = getattr(importlib.import_module(f"refimpl.kernels.{kernel}"), "problems", dict)
     made: dict[str, Any] = found()
     return made
@@ -395,7 +446,8 @@ def table(rows: Iterable[Row]) -> str:
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
-        rest = " | ".join(f"{1e3 * row.times[arm]:.1f}" for arm in ("torch", "torch.compile", "dense"))
+        arms = ("torch", "torch.compile", "dense")
+        rest = " | ".join(f"{1e3 * row.times[arm]:.1f}" if arm in row.times else "" for arm in arms)
         lines.append(
             f"| {row.kernel} | {row.variant} | {1e3 * row.times['kernel']:.1f} | {100 * row.fraction:.0f} % | {rest} |"
         )

@@ -134,6 +134,7 @@ def test_weights_are_loaded_128_bits_at_a_time() -> None:
     rows = [
         row for row in audit.load(COMMITTED)["rows"]
         if row.target != "gfx942" and not row.tensor_core and "pass" not in row.variant  # those merge results
+        and row.kernel != "cross_entropy"  # has no weights, and looks up one logit: a test of its own
     ]  # fmt: skip
     assert rows and not [(row.kernel, row.variant, row.target) for row in rows if row.main_width != 128]
 

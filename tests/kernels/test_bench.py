@@ -11,7 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from refimpl.kernels import audit, bench, lowrank_decode, quant_lowrank_matmul, ragged_decode, sparse_matvec
+from refimpl.kernels import (
+    audit,
+    bench,
+    cross_entropy,
+    lowrank_decode,
+    quant_lowrank_matmul,
+    ragged_decode,
+    sparse_matvec,
+)
 from refimpl.kernels.launch import Launch
 
 pytest.importorskip("triton")
@@ -154,6 +162,31 @@ def test_packed_heads_are_checked_then_timed() -> None:
     inputs = bench.materialise_inputs(ragged_decode.meta_inputs(64, 2, 2, 32, (16, 5), torch.float16), "cpu")
     row = bench.measure_attention("ragged_decode", "v", inputs, DEVICE, Clock(), lambda f: f)
     assert row.error < 0.01 and row.least == pytest.approx(ragged_decode.least(inputs)[0] / 1e6)
+
+
+def loss_inputs() -> cross_entropy.Inputs:
+    logits = torch.empty(2, 3, 203, dtype=torch.float16, device="meta")[:, :-1]
+    targets = torch.empty(2, 2, dtype=torch.int64, device="meta")
+    inputs = cross_entropy.Inputs(logits, targets, torch.empty(2, device="meta"))
+    made: cross_entropy.Inputs = bench.materialise_inputs(inputs, "cpu")
+    assert made.logits.stride() == (609, 203, 1) and 0 <= made.targets.min() <= made.targets.max() < 203
+    return made
+
+
+def test_loss_is_checked_then_timed() -> None:
+    inputs = loss_inputs()
+    row = bench.measure_loss("cross_entropy", "v", inputs, DEVICE, Clock(), lambda f: f)
+    assert row.times == {"kernel": 1.0, "torch": 2.0, "torch.compile": 3.0} and row.error < 0.01
+    assert row.least == pytest.approx(cross_entropy.least(inputs)[0] / 1e6)
+    assert bench.table([row]).splitlines()[-1].endswith("| 2000.0 | 3000.0 |  |")
+
+
+def test_wrong_loss_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference, clock = cross_entropy.reference, Clock()
+    monkeypatch.setattr(cross_entropy, "reference", lambda *given: 1.05 * reference(*given))
+    with pytest.raises(RuntimeError, match="cross_entropy, v: the kernel is off by"):
+        bench.measure_loss("cross_entropy", "v", loss_inputs(), DEVICE, clock, lambda f: f)
+    assert not clock.calls
 
 
 def test_wrong_attention_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

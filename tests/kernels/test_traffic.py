@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from refimpl.core.io import data_path
-from refimpl.kernels import audit, quant_matmul, ragged_decode, sparse_matvec, traffic
+from refimpl.kernels import audit, cross_entropy, quant_matmul, ragged_decode, sparse_matvec, traffic
 from refimpl.kernels.launch import Launch
 
 pytest.importorskip("triton")
@@ -26,6 +26,13 @@ def quant_launch(rows: int, n_in: int, n_out: int) -> Launch:
 def decode_launch(tokens: int) -> Launch:
     inputs = ragged_decode.meta_inputs(tokens, 2, 3, 32, (16, 5), torch.float16)
     return ragged_decode.plan(inputs, torch.empty_like(inputs.query))[0]
+
+
+def loss_launches() -> tuple[Launch, Launch]:
+    """Rows of an odd length, of a slice that leaves the last of each sequence out."""
+    logits = torch.empty(3, 4, 1003, dtype=torch.float16, device="meta")[:, :-1]
+    targets = torch.empty(3, 3, dtype=torch.int64, device="meta")
+    return cross_entropy.launches(cross_entropy.Inputs(logits, targets, torch.empty(3, device="meta")))
 
 
 def test_count_is_the_arithmetic() -> None:
@@ -58,12 +65,28 @@ def test_count_is_the_arithmetic() -> None:
         quant_launch(37, 64, 150),
         decode_launch(700),  # three programs with tokens
         decode_launch(1500),  # six, the last one with fewer
+        *loss_launches(),
     ],
 )
 def test_reduced_count_is_the_whole_one(launch: Launch) -> None:
     whole, reduced = traffic.count(launch, whole=True), traffic.count(launch)
     assert whole.interpreted == whole.programs > reduced.interpreted
     assert (reduced.loads, reduced.stores) == (whole.loads, whole.stores)
+
+
+def test_a_slice_is_counted_where_it_lies() -> None:
+    for launch in loss_launches():
+        counted = traffic.count(launch, whole=True)
+        assert counted.loads["logits"] - 9 * 1003 * 2 in (0, 9 * 2)  # forward: the target's logits besides
+        logits = launch.arguments["logits"]
+        assert isinstance(logits, Tensor) and not logits.is_contiguous()
+    # the same with memory behind it, targets that are ignored among them: those rows are not read
+    logits = torch.zeros(3, 4, 1003, dtype=torch.float16)[:, :-1]
+    targets = torch.tensor([[-100, 5, 6], [7, 8, -100], [-100, -100, -100]])
+    forward, backward = cross_entropy.launches(cross_entropy.Inputs(logits, targets, torch.ones(3)))
+    counted = traffic.count(forward, whole=True), traffic.count(backward, whole=True)
+    assert [each.loads["logits"] for each in counted] == [4 * 1004 * 2, 4 * 1003 * 2]
+    assert counted[1].stores == {"gradient": 9 * 1003 * 2}
 
 
 def test_count_leaves_tensors_and_interpreter_alone() -> None:
