@@ -182,7 +182,7 @@ class ReplayBuffer:
         items = np.arange(self.seen, self.seen + len(stored))
         slots = items.copy()
         late = items >= self.capacity
-        slots[late] = _random(self.seed, 0, items[late]) % (items[late] + 1).astype(np.uint64)
+        slots[late] = random_numbers(self.seed, 0, items[late]) % (items[late] + 1).astype(np.uint64)
         kept = slots < self.capacity
         # of two rows for one slot the later one stays: so numpy assigns, and so would one row at a time
         self._rows[slots[kept]] = stored[kept]
@@ -219,7 +219,9 @@ class ReplayBuffer:
             size = min(seen, self.capacity)
         if count > 0 and not size:
             raise OptionError(f"count={count}: the buffer is empty; add rows before drawing any")
-        places = (_random(self.seed, 1 + draw, np.arange(count)) % np.uint64(max(1, size))).astype(np.int64)
+        places = (random_numbers(self.seed, 1 + draw, np.arange(count)) % np.uint64(max(1, size))).astype(
+            np.int64
+        )
         rows, slots = self._rows[places], self._slots[places]
         for place, row, check in zip(places, rows, slots["check"], strict=True):
             if zlib.crc32(row.tobytes()) != check:
@@ -381,8 +383,23 @@ def _allocate(path: Path, size: int) -> None:
             file.write(block[: size - start])
 
 
-def _random(seed: int, stream: int, numbers: np.ndarray) -> np.ndarray:
-    """Uniform 64-bit numbers as a function of seed, stream and number (Steele et al., SplitMix, 2014)."""
+def random_numbers(seed: int, stream: int, numbers: np.ndarray) -> np.ndarray:
+    """Uniform 64-bit numbers as a function of seed, stream and number (SplitMix: Steele et al., OOPSLA 2014).
+
+    Of row i of a full buffer, ``random_numbers(seed, 0, [i]) % (i + 1)`` is the slot, if there is such a slot; row j of
+    draw t lies in slot ``random_numbers(seed, 1 + t, [j]) % len(buffer)``.
+
+    Args:
+        seed, stream: which of the independent sequences.
+        numbers: integers [n].
+
+    Returns:
+        uint64 [n].
+
+    Example:
+        >>> random_numbers(0, 0, np.arange(5)) % 10
+        array([1, 2, 4, 1, 9], dtype=uint64)
+    """
 
     def mix(z: np.ndarray) -> np.ndarray:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
