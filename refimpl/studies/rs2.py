@@ -197,20 +197,40 @@ def _hard_loses(results: Results) -> Outcome:
                       quantity=f"largest of {len(gaps)}: accuracy, hardest examples minus random")  # fmt: skip
 
 
-def _sooner_than_full(r: float, target: float) -> Callable[[Results], Outcome]:
-    def outcome(results: Results) -> Outcome:
-        ours, reached = seconds_to(results, OURS, r, target)
-        theirs, _ = seconds_to(results, FULL, 1.0, target)
-        gap = seeds_ratio(ours, theirs)
-        verdict = (
-            Verdict.HOLDS if gap.high < 0.5 else Verdict.PARTLY if gap.high < 1 else Verdict.DOES_NOT_HOLD
-        )
-        if not reached.all():
-            verdict = Verdict.DOES_NOT_HOLD
-        return Outcome.of(gap, verdict, scale=SCALE, control="all data with its own schedule of 40 epochs",
-                          quantity=f"processor seconds to {target:.0%}, RS2 / all data")  # fmt: skip
+def _sooner_to_95(results: Results) -> Outcome:
+    ours, reached = seconds_to(results, OURS, SMALL[-1], TARGETS[0])
+    theirs, _ = seconds_to(results, FULL, 1.0, TARGETS[0])
+    return _sooner(
+        ours if reached.all() else None, theirs, f"processor seconds to {TARGETS[0]:.0%}, RS2 / all data"
+    )
 
-    return outcome
+
+def _sooner_to_the_same(results: Results) -> Outcome:
+    ours, theirs = [], []
+    for seed in SEEDS:
+        last = results.values(OURS, Arm(OURS, MNIST, SMALL[-1]).condition, seed, metric="accuracy")[""]
+        target = min(last, TARGETS[-1])  # behind that nobody looks any more
+        ours.append(first_seconds(results, OURS, SMALL[-1], seed, target))
+        theirs.append(first_seconds(results, FULL, 1.0, seed, target))
+    quantity = "processor seconds to RS2's last accuracy, RS2 / all data"
+    return _sooner(np.array(ours), np.array(theirs), quantity)
+
+
+def first_seconds(results: Results, arm: str, r: float, seed: int, target: float) -> float:
+    """Processor seconds of training until a look at the test images shows `target`; of the whole run if none does."""
+    condition = Arm(arm, MNIST, r).condition
+    looks = results.values(arm, f"{condition} curve", seed, metric="accuracy")
+    seconds = results.values(arm, f"{condition} curve", seed, metric="cpu")
+    there = [seconds[step] for step, accuracy in looks.items() if accuracy >= target]
+    return there[0] if there else results.values(arm, condition, seed, metric="cpu")[""]
+
+
+def _sooner(ours: np.ndarray | None, theirs: np.ndarray, quantity: str) -> Outcome:
+    """None: a seed of ours never got there; the ratio shown is then that of no difference."""
+    gap = seeds_ratio(theirs if ours is None else ours, theirs)
+    verdict = Verdict.HOLDS if gap.high < 0.5 else Verdict.PARTLY if gap.high < 1 else Verdict.DOES_NOT_HOLD
+    return Outcome.of(gap, verdict, scale=SCALE, control="all data with its own schedule of 40 epochs",
+                      quantity=quantity)  # fmt: skip
 
 
 def _sooner_than_selectors(results: Results) -> Outcome:
@@ -274,21 +294,23 @@ CLAIMS = [
         _hard_loses,
     ),
     Claim(
-        "rs2-time-full-95",
-        "RS2 with 10 % reaches a good accuracy several times sooner than training on all data.",
+        "rs2-time-95",
+        "RS2 with 10 % reaches a given accuracy several times sooner than training on all data.",
         "the same accuracy 4.3 times sooner (CIFAR-10), 9 times (ImageNet), r = 10 %",
         "MNIST, processor seconds to 95 % on test images, looked at every 20 steps, RS2 at 10 % / all data for 40 "
         f"epochs with its own schedule and rate, {_OVER} of the logarithm: holds if the upper end is below 1/2, partly "
         "if below 1; does not hold if a seed of RS2 never gets there.",
-        _sooner_than_full(SMALL[-1], TARGETS[0]),
+        _sooner_to_95,
         paper_effect=0.77,
     ),
     Claim(
-        "rs2-time-full-97",
-        "The same for a higher accuracy, with 20 % of the data in a round.",
-        "not reported for 20 %",
-        "As before with 97 % and r = 20 %.",
-        _sooner_than_full(LARGE[0], TARGETS[1]),
+        "rs2-time-same",
+        "RS2 with 10 % reaches the accuracy it ends with several times sooner than training on all data does.",
+        "the same accuracy 4.3 times sooner (CIFAR-10), 9 times (ImageNet), r = 10 %",
+        "As before, with each seed's own target: the accuracy of RS2 after its last round, at most 97 %; for both the "
+        "first look that shows it, or the whole run if none does.",
+        _sooner_to_the_same,
+        paper_effect=0.77,
     ),
     Claim(
         "rs2-time-selectors",
