@@ -109,15 +109,43 @@ def test_hard_examples(results, gains, verdict):
     assert rule(results, "rs2-hard-loses").verdict is verdict
 
 
-@pytest.mark.parametrize(("identity", "r"), [("rs2-time-full-95", 0.1), ("rs2-time-full-97", 0.2)])
 @pytest.mark.parametrize(
     ("seconds", "reached", "verdict"), [(2, 1, HOLDS), (7, 1, PARTLY), (12, 1, NOT), (2, 0, NOT)]
 )
-def test_time_against_full_data(results, identity, r, seconds, reached, verdict):
-    put_time(results, study.OURS, r, seconds, reached=reached)
+def test_time_to_95_against_full_data(results, seconds, reached, verdict):
+    put_time(results, study.OURS, 0.1, seconds, reached=reached)
     put_time(results, study.FULL, 1.0, 10.0)
-    outcome = rule(results, identity)
+    outcome = rule(results, "rs2-time-95")
     assert outcome.verdict is verdict and outcome.estimate == pytest.approx(seconds / 10, rel=0.02)
+
+
+def put_curve(results: Results, name: str, r: float, seconds: list[float], accuracy: list[float]) -> None:
+    condition = f"{study.Arm(name, study.MNIST, r).condition} curve"
+    for seed in study.SEEDS:
+        for metric, values in (("cpu", seconds), ("accuracy", accuracy)):
+            for step, value in enumerate(values):
+                late = seed * 0.01 if metric == "cpu" else 0.0
+                results.add(Record(study.SLUG, name, condition, seed, str(20 * step), metric, value + late))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "verdict"),
+    [([0.1, 0.3, 0.9, 0.97], HOLDS), ([0.1, 0.3, 0.96, 0.97], PARTLY), ([0.1, 0.96, 0.9, 0.97], NOT)],
+)
+def test_time_to_the_same_accuracy(results, theirs, verdict):
+    """RS2 shows its last accuracy at 3 s; all data at 9, 5 or 2.5 s."""
+    put(results, study.OURS, 0.1, 0.96, spread=0)
+    put_curve(results, study.OURS, 0.1, [0.0, 1.0, 3.0, 4.0], [0.1, 0.8, 0.96, 0.955])
+    put_curve(results, study.FULL, 1.0, [0.0, 2.5, 5.0, 9.0], theirs)
+    outcome = rule(results, "rs2-time-same")
+    assert outcome.verdict is verdict
+    assert outcome.estimate == pytest.approx(3 / (9, 5, 2.5)[[HOLDS, PARTLY, NOT].index(verdict)], rel=0.02)
+
+
+def test_an_accuracy_that_is_never_seen_counts_with_the_whole_run(results):
+    put_curve(results, study.FULL, 1.0, [0.0, 5.0], [0.1, 0.9])
+    put(results, study.FULL, 1.0, 7.0, "cpu", spread=0)
+    assert study.first_seconds(results, study.FULL, 1.0, 1, 0.95) == 7.0
 
 
 @pytest.mark.parametrize(("selection", "verdict"), [(30.0, HOLDS), (4.0, PARTLY), (0.0, NOT)])
