@@ -129,9 +129,41 @@ def test_rows_may_begin_anywhere(dtype: torch.dtype) -> None:
     logits, targets, gradient = problem(2, 2, 40, dtype)
     moved = torch.empty(logits.numel() + 3, dtype=dtype)[3:].view_as(logits).copy_(logits)
     check(kernels(moved, targets, gradient), logits, targets, gradient)
+    constants = ce.plan(moved, targets, torch.empty(2, 2), torch.empty(2, 2)).constants
+    assert constants["LEAD"] == 3 and constants["EDGES"]
     down = logits.transpose(1, 2).contiguous().transpose(1, 2)  # columns are not neighbours
     assert down.stride(2) != 1
     check(kernels(down, targets, gradient), logits, targets, gradient)
+
+
+def test_compilers_are_told_no_more_than_is_so() -> None:
+    """What is said of alignment decides how wide a GPU loads and stores; the interpreter would not notice."""
+
+    def told(
+        start: int, size: int, strides: tuple[int, int], result_strides: tuple[int, int]
+    ) -> tuple[int, ...]:
+        x, y = (
+            torch.empty(4096, dtype=torch.float16)[at:].as_strided((2, 3, size), (*s, 1), at)
+            for at, s in ((start, strides), (0, result_strides))
+        )
+        numbers = torch.empty(2, 3)
+        constants = ce.plan_backward(x, numbers.long(), numbers, numbers[:, 0], y).constants
+        return constants["LEAD"], constants["EDGES"], constants["IN_STEP"]
+
+    assert told(0, 40, (120, 40), (120, 40)) == (0, False, True)
+    assert told(8, 40, (160, 40), (120, 40)) == (
+        0,
+        False,
+        True,
+    )  # a slice, of rows that begin where they should
+    assert told(3, 40, (120, 40), (120, 40)) == (3, True, False)
+    assert told(0, 41, (123, 41), (123, 41)) == (0, True, True)  # any length, both alike
+    assert told(0, 41, (164, 41), (123, 41)) == (
+        0,
+        True,
+        False,
+    )  # a slice: the second sequences are not alike
+    assert told(0, 40, (164, 41), (120, 40)) == (0, True, False)
 
 
 def test_offsets_beyond_31_bits() -> None:
@@ -179,6 +211,7 @@ def test_extreme_logits(path: Any) -> None:
     logits[0, :, 4:20] = -math.inf
     logits[1, 0] += 1e4
     logits[1, 1] -= 1e4
+    logits[0, 2, 26] = 500.0  # alone, at the edge of a row
     losses, result = path(logits, targets, gradient)
     true_losses, true_result = exact(logits, targets, gradient)
     torch.testing.assert_close(losses.double(), true_losses, atol=2e-3, rtol=0.0)  # of 1e4 in fp32
