@@ -282,15 +282,15 @@ def draw_variance(n: int, k: int, variance: float) -> float:
 
 
 def gradient_bound(gap: float, smoothness: float, variance: float, steps: int) -> tuple[float, float]:
-    r"""How small SGD's gradient must become, from standard theory, with the constant rate that makes it so.
+    """How small SGD's gradient must become, from standard theory, with the constant rate that makes it so.
 
-    For a loss that is $\beta$-smooth, not necessarily convex, and unbiased gradients of variance at most $\sigma^2$,
-    T steps with a rate of $\eta \le 1/\beta$ have on average over the steps
+    For a loss that is beta-smooth, not necessarily convex, and unbiased gradients of variance at most sigma^2, T steps
+    with a rate eta of at most 1 / beta have on average over the steps
 
-    $$\frac1T\sum_t E\|\nabla f(w_t)\|^2 \;\le\; \frac{2\Delta}{\eta T} + \eta\beta\sigma^2,$$
+    ``E |grad f|^2 <= 2 Delta / (eta T) + eta beta sigma^2``,
 
-    which the best such rate makes at most $2\beta\Delta/T + 2\sigma\sqrt{2\beta\Delta/T}$: a decay like
-    $1/\sqrt T$. (Ghadimi and Lan, 2013, arXiv 1309.5549, theorem 2.1 in its simplest form.)
+    which the best such rate makes at most ``2 beta Delta / T + 2 sigma sqrt(2 beta Delta / T)``: a decay like
+    ``1 / sqrt(T)``. (Ghadimi and Lan, 2013, arXiv 1309.5549, theorem 2.1 in its simplest form.)
 
     It covers a round of one step (k = b), whose subset of k different examples is an unbiased draw with the variance of
     `draw_variance`. Within a round of several steps the later batches are not independent of the earlier ones.
