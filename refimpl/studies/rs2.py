@@ -662,7 +662,7 @@ def run(out: Path, profile: str = "study") -> Results:
     folder = str(fetch.cache_folder() / "studies" / SLUG / f"{profile}-{digest.hexdigest()[:12]}")
     wanted: dict[tuple[str, int], set[float]] = {}
     for arm in arms:
-        if arm.name in FIXED and arm.data != DIGITS:
+        if arm.name in FIXED:
             for seed in (*seeds_of(arm, profile), *((TUNING_SEED,) if profile == "study" else ())):
                 wanted.setdefault((arm.data, seed), set()).add(arm.r)
     wanted.pop((NOISY, TUNING_SEED), None)  # noisy arms have the rates of the clean ones
