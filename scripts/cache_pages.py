@@ -29,11 +29,11 @@ NAMES = {
     "variables": "variables",
 }
 #: One method of each kind, for charts: eight curves can be told apart.
-SHOWN = ("full", "KIVI", "StreamingLLM", "H2O", "SnapKV", "SnapKV+question", "CSKV-trained", "MKV-trained")
+SHOWN = (
+    "full", "KIVI", "StreamingLLM", "SnapKV", "SnapKV+question", "CSKV-trained", "CSKV-trained-4bit", "MKV-trained"
+)  # fmt: skip
 #: Budgets in the order of the tables, and how they are written.
 BUDGETS = {budget: f"{100 * budget:.0f} %" for budget in study.BUDGETS}
-#: Where the four-bit form of a method is what reaches a budget.
-FOUR_BITS = "-4bit"
 
 
 def table(header: list[str], rows: Iterable[list[str]]) -> str:
@@ -75,9 +75,11 @@ def grid(found: Results, say: Callable[[str], str]) -> str:
         rows.append(row)
     for method in study.AS_THEY_COME:
         if found.has(method, "task passkeys"):
-            rows.append([f"{method} ({share(found, method):.0f} %)", say(method), *[""] * len(BUDGETS)])
+            rows.append(
+                [f"{method}, {share(found, method):.0f} % of the bytes", say(method), *[""] * len(BUDGETS)]
+            )
     rows = [row for row in rows if any(row[1:])]
-    return table(["Kept", "100 %", *BUDGETS.values()], rows)
+    return table(["Kept", "As it comes", *BUDGETS.values()], rows)
 
 
 def share(found: Results, arm: str) -> float:
@@ -120,7 +122,7 @@ def perplexity_table(chart: Chart) -> str:
 
     drawn = grid(found, say)
     typical, most = 100 * float(np.median(widest)), 100 * max(widest)
-    note = "95 % intervals of the ratio to the full cache, over articles: "
+    note = f"{len(full.units)} articles. 95 % intervals of the ratio to the full cache, over articles: "
     note += f"half of them within ±{typical:.1f} %, all within ±{most:.0f} %."
     return f"{drawn}\n\n{note}"
 
@@ -141,7 +143,10 @@ def retrieval_table(chart: Chart) -> str:
 
     drawn = grid(found, say)
     most = max(widest)
-    note = f"95 % intervals of both together, paired with the full cache over articles: at most ±{most:.0f} points."
+    asked = [len(found.values("full", f"task {name}", metric="free")) for name in ("passkeys", "key_values")]
+    note = f"{asked[0]} facts and {asked[1]} lines in {len(whole)} articles. 95 % intervals of the difference from the "
+    note += "full cache, of "
+    note += f"both together and over articles: at most ±{most:.0f} points."
     return f"{drawn}\n\n{note}"
 
 
@@ -217,13 +222,6 @@ def depth_chart(chart: Chart) -> str:
     return chart(drawing, drawing["description"])
 
 
-def arm_at(found: Results, method: str, budget: float | None) -> str:
-    """The arm of a method at a budget, in four bits where those were needed to get there."""
-    four = study.Arm(method + FOUR_BITS, budget).name
-    plain = study.Arm(method, budget).name
-    return four if budget == min(BUDGETS) and found.has(four, "wikipedia") else plain
-
-
 def budget_points(found: Results) -> dict[str, list[plots.CurvePoint]]:
     """Perplexity and retrieval, one method of each kind, at their measured bytes."""
     full, whole = found.perplexity("full", "wikipedia"), study.retrieval(found, "full")
@@ -231,19 +229,19 @@ def budget_points(found: Results) -> dict[str, list[plots.CurvePoint]]:
     drawn: dict[str, list[plots.CurvePoint]] = {"perplexity": [], "retrieval": []}
     for method in SHOWN:
         for budget in (None,) if method == "full" else BUDGETS:
-            arm = arm_at(found, method, budget)
+            arm = "full" if method == "full" else study.Arm(method, budget).name
             if not found.has(arm, "task passkeys"):
                 continue
-            x, label = share(found, arm), "4 bits" if FOUR_BITS in arm else ""
+            x = share(found, arm)
             gap = study._gap(study.retrieval(found, arm), whole)
             low, right, high = (
                 float(np.clip(100 * (total + end), 0, 100)) for end in (gap.low, gap.estimate, gap.high)
             )
-            drawn["retrieval"].append(plots.CurvePoint(method, x, right, low, high, label))
+            drawn["retrieval"].append(plots.CurvePoint(method, x, right, low, high))
             if found.has(arm, "wikipedia"):  # a question in the prompt changes nothing there
                 ratio = compare(found.perplexity(arm, "wikipedia"), full)
                 low, value, high = (full.value * end for end in (ratio.low, ratio.estimate, ratio.high))
-                drawn["perplexity"].append(plots.CurvePoint(method, x, value, low, high, label))
+                drawn["perplexity"].append(plots.CurvePoint(method, x, value, low, high))
     return drawn
 
 

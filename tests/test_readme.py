@@ -44,7 +44,7 @@ def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (tmp_path / "document.txt").write_text(text.documents("wikipedia", "test")[0].text[:4000])
     exec(caches, names)
     assert names["answer"].shape[1] > names["document"].shape[1] + names["question"].shape[1]
-    assert names["cache"].compressed_nbytes < 0.25 * names["document"].numel() * 2 * 192 * 2
+    assert names["cache"].compressed_nbytes < 0.35 * names["document"].numel() * 2 * 192 * 2
 
 
 def test_welcome_page_shows_the_same_code() -> None:
