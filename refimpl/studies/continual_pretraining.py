@@ -17,7 +17,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,13 +53,13 @@ DEPENDS = [
 SLUG = "continual_pretraining"
 SEEDS = (1, 2, 3, 4, 5)
 TUNING_SEED = 0
-RATES = (5e-3, 1e-2, 2e-2)
+RATES = (1.25e-3, 2.5e-3, 5e-3, 1e-2)
 BATCH, LENGTH = 8, 64  # rows a batch, predicted tokens a row
 LOW = 0.1  # eta_min as a fraction of eta_max
 CONSTANT = 0.55  # eta_const, likewise
 NEW = {"strong": "python", "weak": "prose", "none": "wikipedia"}
 """Shifts and the kind of text that arrives."""
-SCALE = "a Llama of 0.17M weights, phases of 0.5M and 0.2M tokens; the paper: 405M and 10B weights, phases of 300B"
+SCALE = "a Llama of 0.17M weights, phases of 1.0M and 0.2M tokens; the paper: 405M and 10B weights, phases of 300B"
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,8 @@ JUDGED = {
         "re-warm 25 %",
         "constant low",
         "warm-up 0 %",
+        "warm-up 10 %",
+        "moments kept 25 %",
         "infinite 25 %",
         "union",
     ),
@@ -117,9 +119,11 @@ JUDGED = {
     "none": ("re-warm 0 %", "constant low"),
 }
 """Arms that a rule names: five seeds. The others are shown with one."""
+TUNED = ("moments kept 25 %", "infinite 25 %", "union")
+"""What has a rate of its own: the cosine that is re-warmed (its rate serves all that starts at D0), and two others."""
 SHOWN = {
     "strong": ("re-warm 1 %", "re-warm 50 %", "old only", "constant high", "half the rate", "twice the rate",
-               "warm-up 10 %", "moments kept 25 %", "infinite root 25 %", "new only"),
+               "infinite root 25 %", "new only"),
     "weak": ("re-warm 25 %", "constant low", "union"),
     "none": ("infinite 0 %",),
 }  # fmt: skip
@@ -140,7 +144,7 @@ class Size:
 
 
 SIZES = {
-    "study": Size(1000, 400, 50, 48, 128, SEEDS),
+    "study": Size(2000, 400, 50, 48, 128, SEEDS),
     "live": Size(300, 120, 30, 24, 48, SEEDS[:1]),
     "quick": Size(12, 6, 3, 4, 4, SEEDS[:1]),
 }
@@ -217,18 +221,28 @@ def _union(results: Results) -> Outcome:
 
 def _infinite(results: Results) -> Outcome:
     gap = seeds_ratio(
-        *(_bits(results, arm, "strong", "average") for arm in ("infinite 25 %", "re-warm 25 %"))
+        *(_bits(results, arm, "strong", "average") for arm in ("infinite 25 %", "moments kept 25 %"))
     )
-    return Outcome.of(gap, _within(gap, 0.01, 0.03), scale=SCALE, control="cosine, then re-warm and re-decay",
+    return Outcome.of(gap, _within(gap, 0.01, 0.03), scale=SCALE,
+                      control="cosine, then re-warm and re-decay, in one run too",
                       quantity="strong shift, 25 % replay: average bits per byte, infinite / cosine")  # fmt: skip
 
 
 def _warmup(results: Results) -> Outcome:
-    gap = seeds_ratio(*(_bits(results, arm, "strong", "average") for arm in ("warm-up 0 %", "re-warm 0 %")))
-    near = max(abs(np.log(gap.low)), abs(np.log(gap.high)))
+    gaps = [
+        seeds_ratio(*(_bits(results, arm, "strong", "average") for arm in (length, "re-warm 0 %")))
+        for length in ("warm-up 0 %", "warm-up 10 %")
+    ]
+    worst = max(gaps, key=_reach)
+    near = _reach(worst)
     verdict = Verdict.HOLDS if near < 0.01 else Verdict.PARTLY if near < 0.03 else Verdict.DOES_NOT_HOLD
-    return Outcome.of(gap, verdict, scale=SCALE, control="a warm-up of 1 % of the phase",
-                      quantity="strong shift: average bits per byte at the end, no warm-up / 1 %")  # fmt: skip
+    return Outcome.of(worst, verdict, scale=SCALE, control="a warm-up of 1 % of the phase",
+                      quantity="strong shift, worst of 2: average bits per byte, other warm-up / 1 %")  # fmt: skip
+
+
+def _reach(gap: Interval) -> float:
+    """How far from 1 the interval of a ratio goes, as a logarithm."""
+    return float(max(abs(np.log(gap.low)), abs(np.log(gap.high))))
 
 
 def _constant(results: Results) -> Outcome:
@@ -274,24 +288,27 @@ CLAIMS = [
         "Re-warming, re-decaying and replaying match training on the union from scratch.",
         "405M, strong shift, 25 % replay: average loss 1.75, union 1.75, at about half the union's compute",
         f"Strong shift, average bits per byte, 25 % replay / union, {_OVER} of the logarithm: holds if it lies below "
-        "1.01, partly below 1.03. The update costs 29 % of the union's tokens.",
+        "1.01, partly below 1.03. The update costs a sixth of the union's tokens.",
         _union,
+        paper_effect=0.03,  # the margin: a gap that cannot be seen is no match and no failure
     ),
     Claim(
         "cpt-infinite",
         "An infinite schedule, annealed at the end, is as good as a cosine that is re-warmed.",
         "405M, SlimPajama: equal losses after 300B tokens; a figure",
-        f"Strong shift, 25 % replay, as many updates, average bits per byte, infinite / cosine, {_OVER} of the "
-        "logarithm: holds if it lies below 1.01, partly below 1.03.",
+        f"Strong shift, 25 % replay, as many updates, moments kept in both, average bits per byte, infinite / cosine, "
+        f"{_OVER} of the logarithm: holds if it lies below 1.01, partly below 1.03.",
         _infinite,
+        paper_effect=0.03,
     ),
     Claim(
         "cpt-warmup",
         "The length of the warm-up does not matter in the end.",
         "0, 0.5, 1 and 2 % of the phase: no lasting difference (a figure)",
-        f"Strong shift, no replay, average bits per byte at the end, no warm-up / 1 %, {_OVER} of the logarithm: holds "
-        "if it lies within a factor of exp(0.01), partly exp(0.03).",
+        f"Strong shift, no replay, average bits per byte at the end, none / 1 % and 10 % / 1 %, {_OVER} of the "
+        "logarithm: holds if both lie within a factor of exp(0.01), partly exp(0.03).",
         _warmup,
+        paper_effect=0.03,
     ),
     Claim(
         "cpt-constant",
@@ -375,7 +392,7 @@ def schedule_of(arm: Arm, size: Size, rate: float) -> Schedule:
         >>> schedule_of(ARMS["re-warm 0 %"], SIZES["study"], 0.01)
         Cosine(steps=400, peak=0.01, low=0.001, warmup=4)
         >>> schedule_of(ARMS["infinite 25 %"], SIZES["study"], 0.01).constant_until
-        1300
+        2200
     """
     T, both, high = size.second, size.first + size.second, rate * arm.factor
     if arm.rates == "low":
@@ -509,23 +526,18 @@ def _note(results: Results, arm: str, condition: str, seed: int, values: dict[st
 
 
 def _chosen(results: Results, size: Size) -> dict[str, float]:
-    """The rate of everything that is trained from scratch: least loss on validation text."""
-    makers: dict[str, Callable[[Job], list[Record]]] = {
-        "D0": _tried_first,
-        "infinite 25 %": second,
-        "union": second,
-    }
-    jobs = [Job(arm, "strong", TUNING_SEED, size, rate, "", "validation") for arm in makers for rate in RATES]
+    """The rate of each way to train: least average of old and new on validation text at the end of both phases."""
+    jobs = [Job(arm, "strong", TUNING_SEED, size, rate, "", "validation") for arm in TUNED for rate in RATES]
     todo = [job for job in jobs if not results.has(_tuning(job), "validation", TUNING_SEED)]
     with tqdm(total=len(todo), desc=f"{SLUG}: learning rates", unit="training") as bar:
-        for job, records in in_processes(_tried, todo):
+        for job, records in in_processes(second, todo):
             found = {record.metric: record.value for record in records}
-            value = found["old"] if job.arm == "D0" else (found["old"] + found["new"]) / 2
+            value = (found["old"] + found["new"]) / 2
             _note(results, _tuning(job), "validation", TUNING_SEED, {"bits per byte": value})
             results.save()
             bar.update()
     best = {}
-    for arm in makers:
+    for arm in TUNED:
         scores = [
             results.values(_tuning(job), "validation", TUNING_SEED, metric="bits per byte")[""]
             for job in jobs
@@ -539,20 +551,6 @@ def _tuning(job: Job) -> str:
     return f"{job.arm} at {job.rate:g}"
 
 
-def _tried(job: Job) -> list[Record]:
-    return _tried_first(job) if job.arm == "D0" else second(job)
-
-
-def _tried_first(job: Job) -> list[Record]:
-    """The first phase alone, to choose its rate."""
-    model = domains.llama(context=LENGTH, seed=job.seed)
-    data = replay_loader(_rows("old"), [], 0.0, BATCH, job.size.first, seed=job.seed)
-    _fit(model, data, first_phase(job.size, job.rate), job)
-    results = Results("", {"paper": SLUG})
-    _note(results, job.arm, "validation", job.seed, measure(model, "none", job.split, job.size.measured))
-    return list(results.records())
-
-
 def _made(job: Job) -> list[Record]:
     return first(job) if job.arm.startswith("D0") else second(job)
 
@@ -562,11 +560,11 @@ def jobs_of(profile: str, rates: dict[str, float], folder: str) -> tuple[list[Jo
 
     Args:
         profile: "study", "live" or "quick".
-        rates: of "D0", "infinite 25 %" and "union".
+        rates: of `TUNED`.
         folder: for the checkpoints of the first phase.
 
     Example:
-        >>> before, after = jobs_of("quick", dict.fromkeys(("D0", "infinite 25 %", "union"), 1e-2), "")
+        >>> before, after = jobs_of("quick", dict.fromkeys(TUNED, 1e-2), "")
         >>> [job.arm for job in before]
         ['union', 'D0', 'D0 infinite']
     """
@@ -586,7 +584,7 @@ def jobs_of(profile: str, rates: dict[str, float], folder: str) -> tuple[list[Jo
             if "infinite" in arm
             else "union"
             if ARMS.get(arm, Arm()).start == "nothing"
-            else "D0"
+            else "moments kept 25 %"
         )
         return Job(arm, shift, seed, size, rates[key], folder)
 
@@ -606,8 +604,7 @@ def run(out: Path, profile: str = "study") -> Results:
     data = {domain: domains.domain_hash(domain) for domain in dict.fromkeys(NEW.values())}
     results = Results.start(out, paper=SLUG, study=__name__, depends=DEPENDS, data=data, profile=profile,
                             provisional=profile != "study")  # fmt: skip
-    scratch = ("D0", "infinite 25 %", "union")
-    rates = _chosen(results, SIZES[profile]) if profile == "study" else dict.fromkeys(scratch, RATES[1])
+    rates = _chosen(results, SIZES[profile]) if profile == "study" else dict.fromkeys(TUNED, RATES[-1])
     sources = " ".join(module_hash(name) for name in [__name__, *DEPENDS]) + profile + json.dumps(rates)
     key = hashlib.sha256(sources.encode()).hexdigest()[:12]
     folder = fetch.cache_folder() / "studies" / SLUG / key
