@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from torch.utils.data import TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
 from refimpl.core.errors import OptionError, nearest
 from refimpl.core.loop import Recipe, train
-from refimpl.core.sampling import Shuffled, loader
+from refimpl.core.sampling import Shuffled
 
 Pick = Callable[[Tensor, int], Tensor]
 _ROWS = 256  # examples measured at once
@@ -458,7 +458,10 @@ def train_proxy(
         counted = Forgetting(n)
         clock = _Clock()
         steps = epochs * (n // batch_size)
-        batches = loader(data, Shuffled(n, seed), batch_size)
+        order = BatchSampler(Shuffled(n, seed), batch_size, drop_last=True)
+        batches = DataLoader(
+            data, sampler=order, batch_size=None
+        )  # whole batches at once: a third of the time
         train(model, batches, counted, recipe(steps, seed), progress=False)
         _add(cost, "train", clock.lap(steps * batch_size))
         found, features = _measure(model, x)
