@@ -39,7 +39,8 @@ def sequence_losses(model: nn.Module, batch: Tensor | Sequence[Tensor] | Mapping
             for several processes.
         batch: int64 [B, T + 1], of which all but the first column are targets; or a sequence with that first; or a
             mapping as transformers takes it, with "input_ids" [B, T] and "labels" [B, T] (the same ids, not shifted,
-            -100 where a target does not count; default: "input_ids"); what else it holds is passed to the model.
+            -100 where a target does not count; default: "input_ids", so rows with padding need labels); what else it
+            holds is passed to the model.
 
     Returns:
         fp32 [B], in nats a token, each over the targets of its own row; 0 for a row without targets.
