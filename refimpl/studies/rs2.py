@@ -380,7 +380,7 @@ def wrong_labels(labels: Tensor, share: float, seed: int, classes: int = 10) -> 
         >>> int((wrong_labels(labels, 0.3, seed=0) != labels).sum())
         30
     """
-    rows = random_subset(len(labels), round(share * len(labels)), 1000 + seed)  # not those of a random subset
+    rows = random_subset(len(labels), round(share * len(labels)), seed)
     shift = torch.randint(1, classes, (len(rows),), generator=torch.Generator().manual_seed(seed))
     changed = labels.clone()
     changed[rows] = (labels[rows] + shift) % classes

@@ -256,11 +256,3 @@ def test_the_stored_verdicts_follow_from_the_stored_records():
     recorded = Results.load(data_path("results", "rs2.json"))
     assert recorded.claims, "the study is not finished: `refimpl study rs2` goes on where it stopped"
     assert recorded.claims == judge(recorded, study.CLAIMS)
-
-
-def test_wrong_labels_are_no_more_frequent_in_a_random_subset():
-    labels = torch.arange(3200) % 10
-    for seed in study.SEEDS:
-        wrong = study.wrong_labels(labels, study.WRONG, seed) != labels
-        assert wrong.sum() == 960
-        assert 0.2 < float(wrong[study.random_subset(3200, 320, seed)].double().mean()) < 0.4
