@@ -93,7 +93,7 @@ def test_syllabus_links_only_pages_that_are_in_the_contents(courses) -> None:
     for text in (courses.syllabus(), courses.exercises(), courses.planner()):
         for target in re.findall(r"\]\((?!https:)([^)]+)\)", text):
             assert (ROOT / "book" / target).is_file(), target
-    assert "](language_models.md)" in courses.syllabus()
+    assert "](ledger.md)" in courses.syllabus()
 
 
 def test_every_exercise_of_the_notebooks_is_listed_once_at_its_level(courses) -> None:

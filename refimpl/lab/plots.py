@@ -584,7 +584,9 @@ def _chart(marks: Sequence[_Mark], x_axis: _Axis, y_axis: _Axis, title: str, tex
     )
     star = alt.Chart(stars).mark_point(shape=_STAR, filled=True, size=110, color="black", opacity=1)
     names = alt.Chart(stars).mark_text(align="left", dx=12, color="black").encode(x=x, y=y, text="label:N")
-    layers = [lines, bars, points_layer]
+    layers = [lines, points_layer]
+    if any(mark.low is not None and not mark.source for mark in marks):  # of none Vega would take the extent
+        layers.insert(1, bars)
     if any(mark.source for mark in marks):
         layers += [star.encode(x=x, y=y, tooltip=tooltip), names]
     return (
