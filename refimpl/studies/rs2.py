@@ -46,9 +46,10 @@ DEPENDS = [
     "refimpl.data.rs2",
     "refimpl.baselines.selection",
     "refimpl.core.loop",
+    "refimpl.core.sampling",
     "refimpl.core.schedules",
     "refimpl.lab.images",
-]  # core.sampling is left out: tests of RS2 fix every row that is drawn, and the loader only fetches them
+]
 
 SLUG = "rs2"
 MNIST, NOISY, DIGITS = "mnist", "mnist-noisy", "digits"
@@ -380,7 +381,8 @@ def wrong_labels(labels: Tensor, share: float, seed: int, classes: int = 10) -> 
         >>> int((wrong_labels(labels, 0.3, seed=0) != labels).sum())
         30
     """
-    rows = random_subset(len(labels), round(share * len(labels)), seed)
+    # not the draw of the random subset with that seed, or all of its labels would be wrong
+    rows = random_subset(len(labels), round(share * len(labels)), 1000 + seed)
     shift = torch.randint(1, classes, (len(rows),), generator=torch.Generator().manual_seed(seed))
     changed = labels.clone()
     changed[rows] = (labels[rows] + shift) % classes

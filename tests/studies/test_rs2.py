@@ -216,6 +216,13 @@ def test_wrong_labels_are_as_many_as_asked_and_all_wrong():
         assert 0 <= changed.min() and changed.max() < 10
 
 
+def test_wrong_labels_are_no_more_frequent_in_a_random_subset():
+    labels = torch.arange(3200) % 10
+    for seed in study.SEEDS:
+        wrong = study.wrong_labels(labels, study.WRONG, seed) != labels
+        assert wrong[study.random_subset(3200, 320, seed)].float().mean() < 0.4
+
+
 def test_the_clock_stands_still_while_it_looks():
     model = torch.nn.Flatten()
     watch = study.Watch(torch.eye(2)[:, None], torch.tensor([0, 0]))  # one of two right
