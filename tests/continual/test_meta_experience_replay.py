@@ -459,6 +459,7 @@ def test_rows_of_a_hugging_face_dataset():
             r"stages\[0\].rows is a generator without a len",
         ),
         ({"begin": 0}, "begin=0: the buffer is empty"),
+        ({"begin": 2}, "begin=2: the chain has 2 batches.* use 1 or less"),
     ],
 )
 def test_streams_that_cannot_be(change: dict[str, Any], message: str):

@@ -116,6 +116,11 @@ class ReplayLoader(DataLoader):
             "begin": begin,
             "seed": seed,
         }
+        if replay > 0 and begin >= self._ends[-1]:
+            raise OptionError(
+                f"begin={begin}: the chain has {self._ends[-1]} batches, so none would have replayed rows; use "
+                f"{self._ends[-1] - 1} or less, or replay=0"
+            )
         if replay > 0 and begin == 0 and not buffer.begin(run, self._about):
             raise OptionError("begin=0: the buffer is empty then; use 1 or more, or a buffer with rows")
         super().__init__(range(self._ends[-1]), batch_size=None, sampler=_Steps(self._ends[-1]))  # type: ignore[arg-type]
