@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from refimpl.core.errors import CalibrationError
 from refimpl.core.io import data_path
 from refimpl.core.loop import Recipe, batches, train
 from refimpl.core.losses import sequence_losses
@@ -25,12 +26,13 @@ def results() -> Results:
     return Results("loss_reweighting.json", {"paper": study.SLUG})
 
 
-def put(results: Results, **arms: float) -> None:
+def put(results: Results, longer: bool = False, **arms: float) -> None:
     """Bits per byte of arms; seeds scatter a little, every arm in a way of its own. Underscores are spaces."""
+    text = study.at(study.TEXT, longer)
     for name, value in arms.items():
         arm = {"twice": study.TWICE, "softmax": "soft-max of losses"}.get(name, name.replace("_", " "))
         for seed, change in zip(study.SEEDS, np.roll(SPREAD, len(arm)), strict=True):
-            results.add(Record(study.SLUG, arm, study.TEXT, seed, "", "bits per byte", value + float(change)))
+            results.add(Record(study.SLUG, arm, text, seed, "", "bits per byte", value + float(change)))
 
 
 def rule(results: Results, identity: str) -> Outcome:
@@ -118,6 +120,75 @@ def test_outliers(results, few, many, verdict):
     assert rule(results, "rw-outliers").verdict is verdict
 
 
+LOWER, HIGHER = study.FINER
+
+
+def put_validation(results: Results, *scores: float) -> None:
+    """Of the plain mean at the three rates of the grid and the two between them."""
+    for lr, score in zip((*study.RATES, *study.FINER.values()), scores, strict=True):
+        arm = f"uniform at {lr:g}"
+        results.add(Record(study.SLUG, arm, study.VALIDATION, study.TUNING_SEED, "", "bits per byte", score))
+
+
+@pytest.mark.parametrize(
+    ("scores", "chosen"),
+    [
+        ((2.3, 2.0, 2.2, 2.1, 2.1), "uniform"),
+        ((2.3, 2.0, 2.2, 1.9, 2.1), LOWER),
+        ((2.3, 2.0, 2.2, 1.9, 1.8), HIGHER),
+        ((1.7, 2.0, 2.2, 1.9, 1.8), "uniform"),  # its own rate is then the first
+    ],
+)
+def test_the_finer_rates(results, scores, chosen):
+    put_validation(results, *scores)
+    assert study.finest(results) == chosen
+    for linupper, quadratic, verdict in (
+        (1.9, 1.9, HOLDS),
+        (2.1, 1.9, PARTLY),
+        (1.9, 2.0, PARTLY),
+        (2.0, 2.1, NOT),
+    ):
+        found = Results("", results.header)
+        found.add(*results.records())
+        put(found, linupper=linupper, quadratic=quadratic)
+        put(found, **{arm: 2.0 if arm == chosen else 9.0 for arm in ("uniform", *study.FINER)})
+        assert rule(found, "rw-finer").verdict is verdict
+
+
+@pytest.mark.parametrize(
+    ("linupper", "quadratic", "verdict"),
+    [(1.9, 1.9, HOLDS), (2.1, 1.9, PARTLY), (1.9, 2.0, PARTLY), (2.0, 2.1, NOT)],
+)
+def test_the_longer_run(results, linupper, quadratic, verdict):
+    put(results, uniform=1.0, linupper=9.0, quadratic=9.0)  # the short run has no say
+    put(results, longer=True, uniform=2.0, linupper=linupper, quadratic=quadratic)
+    assert rule(results, "rw-longer").verdict is verdict
+
+
+def test_rates_are_chosen_on_validation_text_and_only_from_the_grid(results, monkeypatch):
+    jobs = []
+
+    def fake(job):
+        jobs.append(job)
+        best = 2e-3 if job.longer else 8e-3 if job.arm == "quadratic" else 4e-3
+        value = 2 + abs(np.log(job.lr / best)) - (job.lr not in study.RATES)
+        return [Record(study.SLUG, job.arm, job.at(study.TEXT), job.seed, "", "bits per byte", value)]
+
+    monkeypatch.setattr(study, "in_processes", lambda run, todo: ((job, fake(job)) for job in todo))
+    monkeypatch.setattr(results, "save", lambda: None)
+    rates = study._tune(results, study.SIZES["study"])
+    assert rates == {
+        **{(arm, False): 8e-3 if arm == "quadratic" else 4e-3 for arm in study.ARMS},
+        **dict.fromkeys([(arm, True) for arm in study.LONG], 2e-3),
+    }
+    assert {(job.seed, job.split) for job in jobs} == {(study.TUNING_SEED, "validation")}
+    assert study.finest(results) in study.FINER  # which the fake makes best
+    tried = {arm: len([j for j in jobs if j.arm == arm and not j.longer]) for arm in study.ARMS}
+    assert tried == {arm: 5 if arm == "uniform" else 3 for arm in study.ARMS}
+    before = len(jobs)
+    assert study._tune(results, study.SIZES["study"]) == rates and len(jobs) == before
+
+
 # -- the toy --
 
 
@@ -187,6 +258,35 @@ def test_training_text_is_what_it_is_said_to_be():
     assert not ((real[:200, None] != copies[None]).sum(-1) <= study.CHANGED).any()
 
 
+def test_the_longer_run_sees_every_row_once_and_is_as_long_as_the_text_allows():
+    longer = study.SIZES["study"].longer
+    ids, sources = study.training_rows(1, longer)
+    assert len(ids) == longer * study.BATCH
+    assert np.allclose(
+        sources.bincount(minlength=5).double() / len(ids), list(study.SHARES.values()), atol=1e-3
+    )
+    for k, domain in enumerate(study.DOMAINS):
+        real, everything = ids[sources == k], study._corpus(domain)[0]
+        again = len(everything) - len(everything.unique(dim=0))  # equal windows of the corpus itself
+        assert len(real) - len(real.unique(dim=0)) <= again
+    with pytest.raises(CalibrationError, match="prose"):
+        study.training_rows(1, longer + 4)
+
+
+def test_a_variant_changes_one_thing():
+    losses = torch.rand(study.BATCH)
+    for arm, variant in study.VARIANTS.items():
+        rule, start = study.rule_for(arm, 80, 1)
+        base, begin = study.rule_for(variant.shape, 80, 1)
+        assert (rule.strategy, base.strategy) == (variant.shape, variant.shape)
+        assert (rule.r != base.r) + (start != begin) == 1
+        assert start in (0, 16, 40) and rule(losses, start) is not None
+        assert start == 0 or rule(losses, start - 1) is None
+    assert all(study.rule_for(arm, 80, 1)[0](losses, 79) is None for arm in (study.TWICE, *study.FINER))
+    assert not set(study.VARIANTS) & {*study.ARMS, study.TWICE, *study.FINER}
+    assert [study.rule_for("linupper", steps, 1)[1] for steps in (5, 60, 80, 176)] == [1, 12, 16, 35]
+
+
 def test_every_arm_gets_the_same():
     size = study.SIZES["study"]
     recipes = {study.recipe_for(size, 1e-2, 1) for _ in study.ARMS}
@@ -199,8 +299,10 @@ def test_every_arm_gets_the_same():
     assert study.TUNING_SEED not in study.SEEDS and study.TWICE not in study.ARMS
 
 
-def test_the_uniform_arm_is_plain_training():
+def test_the_uniform_arm_is_plain_training(monkeypatch):
     size = study.SIZES["quick"]
+    clock = iter((5.0, 12.5))
+    monkeypatch.setattr(study.time, "process_time", lambda: next(clock))
     records = study.trained(study.Job("uniform", 3, 1e-2, size, "validation"))
     ids, _ = study.training_rows(3, size.steps)
     model = llama(context=study.LENGTH, seed=3)
@@ -213,6 +315,7 @@ def test_the_uniform_arm_is_plain_training():
     assert found == pytest.approx(expected, rel=1e-5)
     shares = {r.unit: r.value for r in records if r.metric == "share of the weight"}
     assert shares == pytest.approx(study.SHARES, abs=0.05)
+    assert [r.value for r in records if r.metric == "cpu seconds"] == [7.5]
 
 
 def test_it_runs_and_takes_up_where_it_was(tmp_path: Path):
@@ -221,6 +324,16 @@ def test_it_runs_and_takes_up_where_it_was(tmp_path: Path):
     assert first.header["rule"] is None and not first.claims
     for arm in ("uniform", "linupper", "smaller batch"):
         assert 3 < first.values(arm, study.TEXT, 1, metric="bits per byte")[""] < 8
+    long = study.at(study.TEXT, True)
+    assert first.values("linupper", long, 1, metric="bits per byte") != first.values(
+        "linupper", study.TEXT, 1, metric="bits per byte"
+    )
+    rates = {
+        arm: first.values(arm, study.TRAINING, 1, metric="rate")[""] for arm in ("linupper, r = 10", LOWER)
+    }
+    assert rates == {"linupper, r = 10": 4e-3, LOWER: 2.8e-3}
+    mild = first.values("linupper, r = 10", study.TRAINING, 1, metric="effective")[""]
+    assert first.values("linupper", study.TRAINING, 1, metric="effective")[""] < mild < study.BATCH
     inside = first.values("linupper", study.TRAINING, 1, metric="effective")[""]
     assert inside == pytest.approx(
         first.values("smaller batch", study.TRAINING, 1, metric="effective")[""], rel=0.1
