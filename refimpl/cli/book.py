@@ -35,7 +35,7 @@ def chapters() -> list[str]:
 
 
 def studies() -> list[str]:
-    return [*chapters(), "tasks", "caches"]  # the studies of two benches, which belong to no paper
+    return [*chapters(), "tasks", "caches", "smollm2"]  # studies that serve several chapters
 
 
 Part = Annotated[
