@@ -1,4 +1,4 @@
-"""Independent trainings side by side: one process each, one thread each.
+"""Processes on this machine: independent trainings side by side, or one training shared among several.
 
 Small models do not fill two cores with one training: the operations are too short to be split. Several at once do.
 """
@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 Job = TypeVar("Job")
 Answer = TypeVar("Answer")
@@ -48,3 +52,34 @@ def in_processes(
                 yield running[done], done.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def in_group(function: Callable[..., None], world: int, *arguments: Any) -> None:
+    """Run ``function(rank, world, *arguments)`` in processes that form a gloo group, as under torchrun.
+
+    To try on a laptop what several machines would do. Each process has one thread.
+
+    Args:
+        function: importable by name. What it has to say it writes to a file, from rank 0.
+        world: processes.
+        arguments: picklable.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: with the traceback of the process that failed.
+
+    Example:
+        >>> in_group(print, world=0)     # with processes: in_group(train_and_save, 2, "folder")
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_member, (world, str(Path(folder, "store")), function, arguments), nprocs=world, join=True)
+
+
+def _member(
+    rank: int, world: int, store: str, function: Callable[..., None], arguments: Sequence[Any]
+) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    try:
+        function(rank, world, *arguments)
+    finally:
+        dist.destroy_process_group()

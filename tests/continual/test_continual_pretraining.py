@@ -4,14 +4,11 @@ Hugging Face Trainer."""
 from __future__ import annotations
 
 import math
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -30,6 +27,7 @@ from refimpl.core.errors import OptionError
 from refimpl.core.loop import train
 from refimpl.core.sampling import mixture_loader
 from refimpl.core.schedules import Constant, Scheduled, trainer_callback
+from refimpl.lab.jobs import in_group
 
 NEW, OLD = torch.arange(0, 500), torch.arange(1000, 1300)  # a row says where it is from
 
@@ -242,29 +240,16 @@ def test_an_interrupted_phase_goes_on_bit_for_bit(pretrained, tmp_path):
     assert torch.equal(whole.weight, again.weight)  # type: ignore[attr-defined]
 
 
-def _worker(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        model = continued(
-            load_file(Path(folder, "before")),
-            source(2),
-            ContinualPretraining(0.1, replay=0.05),
-            batch_size=4,
-            steps=25,
-        )
-        if rank == 0:
-            save_file(model.state_dict(), Path(folder, "after"))
-    finally:
-        dist.destroy_process_group()
+def _worker(rank: int, world: int, folder: str) -> None:
+    method = ContinualPretraining(0.1, replay=0.05)
+    model = continued(load_file(Path(folder, "before")), source(2), method, batch_size=8 // world, steps=25)
+    if rank == 0:
+        save_file(model.state_dict(), Path(folder, "after"))
 
 
 def test_two_processes_compute_what_one_computes(pretrained, tmp_path):
     save_file(pretrained, tmp_path / "before")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_worker, (port, str(tmp_path)), nprocs=2, join=True)
+    in_group(_worker, 2, str(tmp_path))
     single = continued(pretrained, source(2), ContinualPretraining(0.1, replay=0.05), batch_size=8, steps=25)
     torch.testing.assert_close(load_file(tmp_path / "after"), single.state_dict(), rtol=1e-3, atol=1e-5)
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import socket
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -26,6 +23,7 @@ from refimpl.continual.meta_experience_replay import (
 )
 from refimpl.core.errors import CheckpointError, OptionError
 from refimpl.core.loop import Recipe, train
+from refimpl.lab.jobs import in_group
 
 # -- the merge --
 
@@ -476,17 +474,12 @@ def test_a_chain_has_an_end():
 # -- several processes --
 
 
-def _worker(rank: int, world: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    try:
-        for kind in ("ddp", "fsdp"):
-            model = _in_parallel(world, kind)
-            values = {n: (v.full_tensor() if hasattr(v, "full_tensor") else v) for n, v in model.items()}
-            if rank == 0:
-                save_file({n: v.contiguous() for n, v in values.items()}, Path(folder, f"{kind}.safetensors"))
-    finally:
-        dist.destroy_process_group()
+def _worker(rank: int, world: int, folder: str) -> None:
+    for kind in ("ddp", "fsdp"):
+        model = _in_parallel(world, kind)
+        values = {n: (v.full_tensor() if hasattr(v, "full_tensor") else v) for n, v in model.items()}
+        if rank == 0:
+            save_file({n: v.contiguous() for n, v in values.items()}, Path(folder, f"{kind}.safetensors"))
 
 
 def _in_parallel(world: int, kind: str) -> dict[str, Tensor]:
@@ -503,10 +496,7 @@ def _in_parallel(world: int, kind: str) -> dict[str, Tensor]:
 
 
 def test_two_processes_compute_what_one_computes(tmp_path: Path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_worker, (2, port, str(tmp_path)), nprocs=2, join=True)
+    in_group(_worker, 2, str(tmp_path))
     single = _in_parallel(1, "one")
     for kind in ("ddp", "fsdp"):
         found = load_file(tmp_path / f"{kind}.safetensors")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from refimpl.core.errors import CheckpointError, OptionError, TrainingError
 from refimpl.core.loop import History, Recipe, batches, train
+from refimpl.lab.jobs import in_group
 
 
 def data(n: int = 200) -> tuple[Tensor, Tensor]:
@@ -334,15 +333,10 @@ def test_tied_weights_and_frozen_parameters_resume(tiny_gpt2: Any, tmp_path: Pat
 KINDS = ["plain", "interrupted", "fsdp"]
 
 
-def _worker(rank: int, world: int, port: int, folder: str) -> None:
+def _worker(rank: int, world: int, folder: str) -> None:
     """All kinds in one pair of processes: starting them is what takes time."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    try:
-        for kind in KINDS:
-            _train_in_parallel(rank, world, Path(folder, kind), kind)
-    finally:
-        dist.destroy_process_group()
+    for kind in KINDS:
+        _train_in_parallel(rank, world, Path(folder, kind), kind)
 
 
 def _train_in_parallel(rank: int, world: int, folder: Path, kind: str) -> None:
@@ -375,10 +369,7 @@ def _train_in_parallel(rank: int, world: int, folder: Path, kind: str) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_worker, (2, port, str(folder)), nprocs=2, join=True)
+    in_group(_worker, 2, str(folder))
     return folder
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,6 +18,7 @@ from transformers import PreTrainedModel
 from refimpl.core.errors import CalibrationError, OptionError, TrainingError
 from refimpl.core.loop import Recipe, batches, train
 from refimpl.core.losses import Weighted, sample_losses, sequence_losses, shifted_losses
+from refimpl.lab.jobs import in_group
 
 VOCABULARY = 11
 
@@ -312,14 +311,9 @@ def test_a_trainer_takes_it(tiny_llama: Callable[..., PreTrainedModel], tmp_path
 KINDS = ["plain", "fsdp"]
 
 
-def _worker(rank: int, world: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    try:
-        for kind in KINDS:
-            _train(Path(folder, kind), kind)
-    finally:
-        dist.destroy_process_group()
+def _worker(rank: int, world: int, folder: str) -> None:
+    for kind in KINDS:
+        _train(Path(folder, kind), kind)
 
 
 def _train(folder: Path, kind: str) -> None:
@@ -358,10 +352,7 @@ RECIPE = Recipe(8, lr=0.1, optimizer="sgd", momentum=0.0)
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_worker, (2, port, str(folder)), nprocs=2, join=True)
+    in_group(_worker, 2, str(folder))
     return folder
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -19,6 +17,7 @@ from refimpl.core.errors import OptionError
 from refimpl.core.loop import Recipe, batches, train
 from refimpl.core.outer import OuterStep
 from refimpl.core.sampling import Shuffled, loader, mixture_loader
+from refimpl.lab.jobs import in_group
 
 
 def data(seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -194,15 +193,10 @@ def source(kind: str, batch_size: int) -> Any:
     return mixture_loader([data(), data(1)], [0.7, 0.3], batch_size, steps=10)
 
 
-def _worker(rank: int, world: int, port: int, folder: str) -> None:
+def _worker(rank: int, world: int, folder: str) -> None:
     """All kinds in one pair of processes: starting them is what takes time."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    try:
-        for kind in KINDS:
-            _train_in_parallel(rank, world, Path(folder, kind), kind)
-    finally:
-        dist.destroy_process_group()
+    for kind in KINDS:
+        _train_in_parallel(rank, world, Path(folder, kind), kind)
 
 
 def _train_in_parallel(rank: int, world: int, folder: Path, kind: str) -> None:
@@ -238,10 +232,7 @@ def _train_in_parallel(rank: int, world: int, folder: Path, kind: str) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_worker, (2, port, str(folder)), nprocs=2, join=True)
+    in_group(_worker, 2, str(folder))
     return folder
 
 

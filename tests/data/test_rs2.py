@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -23,6 +26,7 @@ from refimpl.data.rs2 import (
     steps,
     subset_size,
 )
+from refimpl.lab.jobs import in_group
 
 # N, k: dividing, not dividing, above one half, all, one
 SIZES = [(20, 5), (20, 4), (10, 4), (23, 7), (11, 7), (13, 12), (7, 7), (9, 1), (1, 1), (101, 50)]
@@ -167,6 +171,31 @@ def test_without_replacement_it_is_full_training_with_a_shorter_schedule_bit_for
         assert torch.equal(a, c)
     start = small_net()
     assert not torch.equal(next(start.parameters()), next(ours.parameters()))
+
+
+def _worker(rank: int, world: int, folder: str) -> None:
+    for variant in VARIANTS:
+        model = _trained(variant, batch_size=12 // world)
+        if rank == 0:
+            save_file(model.state_dict(), Path(folder, variant))
+
+
+def _trained(variant: str, batch_size: int) -> nn.Module:
+    """With rounds of 26 rows, so that a last batch is dropped, and a pass that ends inside a round."""
+    data = classification(130)
+    labels = data[1] if variant == "stratified" else None
+    sampler = RS2(130, 0.2, variant, labels, seed=7)
+    model = small_net()
+    recipe = Recipe(20, lr=0.3, optimizer="sgd", seed=7)
+    train(model, loader(data, sampler, batch_size), nll, recipe, progress=False)
+    return model
+
+
+def test_two_processes_compute_what_one_computes(tmp_path):
+    in_group(_worker, 2, str(tmp_path))
+    for variant in VARIANTS:
+        single = _trained(variant, batch_size=12).state_dict()
+        torch.testing.assert_close(load_file(tmp_path / variant), single, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("variant", ["with", "stratified"])

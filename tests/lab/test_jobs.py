@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 
-from refimpl.lab.jobs import in_processes
+from refimpl.lab.jobs import in_group, in_processes
 
 
 def test_every_job_is_answered_once() -> None:
@@ -26,3 +29,20 @@ def test_a_process_has_one_thread() -> None:
 
 def _threads(job: int) -> int:
     return torch.get_num_threads()
+
+
+def test_a_group_computes_together(tmp_path: Path) -> None:
+    in_group(_sum, 2, str(tmp_path))
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["3.0 1", "3.0 1"]
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="no number"):
+        in_group(_fails, 2)
+
+
+def _sum(rank: int, world: int, folder: str) -> None:
+    value = torch.tensor(float(rank + 1))
+    dist.all_reduce(value)
+    Path(folder, str(rank)).write_text(f"{value.item()} {torch.get_num_threads()}")
+
+
+def _fails(rank: int, world: int) -> None:
+    raise ValueError("no number")
