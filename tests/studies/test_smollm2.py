@@ -21,7 +21,7 @@ HOLDS, PARTLY, NOT, CANNOT = (
     Verdict.DOES_NOT_HOLD,
     Verdict.CANNOT_BE_TESTED,
 )
-FASTER = f"MER 25 %, {study.FASTER:g} x rate"
+MERGED, CONTROL = "MER 25 %, 10 x rate", "replay 25 %, 3 x rate"
 
 
 @pytest.fixture
@@ -50,8 +50,8 @@ def rule(results: Results, identity: str) -> Outcome:
 )
 def test_replay(results, without, with_replay, verdict):
     put(results, study.BEFORE, study.BEFORE, {study.OLD: 1.0})
-    put(results, study.CPT, "re-warm 0 %", {study.OLD: without})
-    put(results, study.CPT, "re-warm 25 %", {study.OLD: with_replay})
+    put(results, study.CPT, "re-warm 0 %, 10 x rate", {study.OLD: without})
+    put(results, study.CPT, "re-warm 25 %, 10 x rate", {study.OLD: with_replay})
     outcome = rule(results, "smollm2-replay")
     assert outcome.verdict is verdict and outcome.estimate == pytest.approx(with_replay - without, abs=2e-3)
 
@@ -61,9 +61,9 @@ def test_replay(results, without, with_replay, verdict):
     [(0.9, 1.0, HOLDS), (1.01, 1.1, NOT), (1.1, 1.0, NOT), (0.9, 1.3, CANNOT), (0.9, 0.7, CANNOT)],
 )
 def test_merges(results, merged, way, verdict):
-    put(results, study.MER, FASTER, dict.fromkeys(DOMAINS, merged))
-    put(results, study.MER, "replay 25 %", dict.fromkeys(DOMAINS, 1.0))
-    for arm, moved in ((FASTER, 1.0), ("replay 25 %", way)):
+    put(results, study.MER, MERGED, dict.fromkeys(DOMAINS, merged))
+    put(results, study.MER, CONTROL, dict.fromkeys(DOMAINS, 1.0))
+    for arm, moved in ((MERGED, 1.0), (CONTROL, way)):
         results.add(Record(study.SLUG, arm, study.MER, 0, "", "displacement", moved))
     assert rule(results, "smollm2-merges").verdict is verdict
 
