@@ -15,7 +15,8 @@ Beside that stand LinUpper and Quadratic with three other temperatures, with wei
 weights in the second half only, all at the rate that was tuned for the recipe; the plain mean with two more rates to
 choose from, so that it is tuned better than what it is compared with; and a run of 176 steps, tuned anew: 2.2 times as
 long, which is as far as the prose goes if no row is to be seen twice. The rules of these two comparisons were written
-when the results of the others were known, and before their own runs.
+when the results of the others were known, and before their own runs. In the longer run every arm took the highest rate
+of the grid. So a last rule, written when that was known, gives all three a wider grid.
 """
 
 from __future__ import annotations
@@ -80,10 +81,12 @@ ARMS: dict[str, Callable[[int, int], Any]] = {
 }
 """Rules by name, each made from the steps of burn-in and a seed."""
 TWICE = "uniform, twice the rate"
-FINER = {f"uniform, rate {lr:g}": lr for lr in (2.8e-3, 5.7e-3)}
-"""Rates between those of the grid, for the plain mean alone."""
 LONG = ("uniform", "linupper", "quadratic")
 """What is trained for longer, too."""
+EXTRA = {False: (2.8e-3, 5.7e-3), True: (5.7e-3, 1.1e-2, 1.6e-2)}
+"""More rates for these arms, in the short and in the longer run: between those of the grid, and beyond its end."""
+FINER = {f"uniform, rate {lr:g}": lr for lr in EXTRA[False]}
+"""The plain mean at each of them in the short run."""
 
 
 @dataclass(frozen=True)
@@ -166,26 +169,31 @@ def validated(results: Results, arm: str, lr: float, longer: bool = False) -> fl
     return results.values(f"{arm} at {lr:g}", place, TUNING_SEED, metric="bits per byte")[""]
 
 
-def finest(results: Results) -> str:
-    """The arm that is the plain mean at the best of its five rates on validation text.
+def finest(results: Results, arm: str = "uniform", longer: bool = False) -> str:
+    """The name under which an arm of `LONG` is recorded at the best of all its rates on validation text.
 
-    The best of the grid is the arm "uniform", so there are three left to compare.
+    The best of the grid goes by the name of the arm alone, so only the extra rates are left to compare with it.
     """
-    scores = {"uniform": min(validated(results, "uniform", lr) for lr in RATES)}
-    scores |= {arm: validated(results, "uniform", lr) for arm, lr in FINER.items()}
+    scores = {arm: min(validated(results, arm, lr, longer) for lr in RATES)}
+    scores |= {f"{arm}, rate {lr:g}": validated(results, arm, lr, longer) for lr in EXTRA[longer]}
     return min(scores, key=scores.__getitem__)
 
 
 _LONG_SCALE = LM_SCALE.replace("0.3M tokens", "0.7M tokens")
 
 
-def _both(longer: bool, scale: str, control: str, quantity: str) -> Callable[[Results], Outcome]:
-    """Bits per byte of LinUpper and of Quadratic over the plain mean's: at its finest rate, or in the longer run."""
+def _both(
+    longer: bool, plain_finest: bool, shapes_finest: bool, scale: str, control: str, quantity: str
+) -> Callable[[Results], Outcome]:
+    """Bits per byte of LinUpper and of Quadratic over the plain mean's, each at its best rate of the grid or of all."""
 
     def outcome(results: Results) -> Outcome:
-        plain = "uniform" if longer else finest(results)
-        text = at(TEXT, longer)
-        gaps = [seeds_ratio(_bits(results, arm, text), _bits(results, plain, text)) for arm in LONG[1:]]
+        def bits(arm: str, all_rates: bool) -> np.ndarray:
+            name = finest(results, arm, longer) if all_rates else arm
+            return _bits(results, name, at(TEXT, longer))
+
+        plain = bits("uniform", plain_finest)
+        gaps = [seeds_ratio(bits(arm, shapes_finest), plain) for arm in LONG[1:]]
         return Outcome.of(_worst(gaps), _verdict([gap.high < 1 for gap in gaps]), scale=scale, control=control,
                           quantity=f"worst of 2: {quantity}")  # fmt: skip
 
@@ -324,7 +332,7 @@ CLAIMS = [
         "not reported",
         f"{_BITS}, LinUpper and Quadratic, each at the best of three rates, / uniform at the best of five, all chosen "
         f"on validation text, {_OVER}: holds if both lie below 1, partly if one does.",
-        _both(False, LM_SCALE, "the plain mean with five rates to choose from, against three",
+        _both(False, True, False, LM_SCALE, "the plain mean with five rates to choose from, against three",
               "bits per byte, shape / uniform, finer rates"),
     ),
     Claim(
@@ -333,8 +341,18 @@ CLAIMS = [
         "lower held-out perplexity after 20 000 steps of GPT-2; no table was available to us",
         "Bits per byte of test text after 176 steps, all corpora together, LinUpper / uniform and Quadratic / uniform, "
         f"rates chosen again at that length, {_OVER}: holds if both lie below 1, partly if one does.",
-        _both(True, _LONG_SCALE, "the plain mean, as long, at its own rate",
+        _both(True, False, False, _LONG_SCALE, "the plain mean, as long, at its own rate",
               "bits per byte after 176 steps, shape / uniform"),
+    ),
+    Claim(
+        "rw-wider",
+        "That lead is still there if every arm may choose from a wider grid of learning rates.",
+        "not reported",
+        "Bits per byte of test text after 176 steps, all corpora together, LinUpper / uniform and Quadratic / uniform, "
+        "each at the best of six rates on validation text, up to twice the highest of the grid, "
+        f"{_OVER}: holds if both lie below 1, partly if one does.",
+        _both(True, True, True, _LONG_SCALE, "the plain mean, as long, with as many rates to choose from",
+              "bits per byte after 176 steps, shape / uniform, six rates"),
     ),
 ]  # fmt: skip
 
@@ -588,7 +606,8 @@ def rule_for(arm: str, steps: int, seed: int) -> tuple[Any, int]:
         burn_in = round(variant.burn_in * steps)
         return LossReweighting(variant.shape, variant.r, burn_in), burn_in
     burn_in = round(BURN_IN * steps)
-    return ARMS["uniform" if arm in (TWICE, *FINER) else arm](burn_in, seed), burn_in
+    base = "uniform" if arm == TWICE else arm.split(", rate ")[0]
+    return ARMS[base](burn_in, seed), burn_in
 
 
 def trained(job: Job) -> list[Record]:
@@ -649,10 +668,18 @@ def _together(model: nn.Module, text: dict[str, tuple[Tensor, list[str]]]) -> di
 
 
 def _tune(results: Results, size: Size) -> dict[tuple[str, bool], float]:
-    """The rate of every arm, by its name and whether it is the longer run: fewest bits per byte on validation text."""
+    """The rate of every arm, by its name and whether it is the longer run: fewest bits per byte on validation text.
+
+    Arms that do better at an extra rate are in it twice, the second time by the name that `finest` gives.
+    """
     tuned = [(arm, longer) for longer in (False, True) for arm in (LONG if longer else ARMS)]
     jobs = [Job(arm, TUNING_SEED, lr, size, "validation", longer) for arm, longer in tuned for lr in RATES]
-    jobs += [Job("uniform", TUNING_SEED, lr, size, "validation") for lr in FINER.values()]
+    jobs += [
+        Job(arm, TUNING_SEED, lr, size, "validation", longer)
+        for longer, extra in EXTRA.items()
+        for arm in LONG
+        for lr in extra
+    ]
     todo = [
         job for job in jobs if not results.has(f"{job.arm} at {job.lr:g}", job.at(VALIDATION), TUNING_SEED)
     ]
@@ -669,7 +696,11 @@ def _tune(results: Results, size: Size) -> dict[tuple[str, bool], float]:
     for arm, longer in tuned:
         scores = {lr: validated(results, arm, lr, longer) for lr in RATES}
         rates[arm, longer] = min(scores, key=scores.__getitem__)
-    return rates
+    named = {
+        (f"{arm}, rate {lr:g}", longer): lr for longer, extra in EXTRA.items() for arm in LONG for lr in extra
+    }
+    best = [(finest(results, arm, longer), longer) for longer in EXTRA for arm in LONG]
+    return rates | {key: named[key] for key in best if key in named}
 
 
 def run(out: Path, profile: str = "study") -> Results:
@@ -694,29 +725,24 @@ def run(out: Path, profile: str = "study") -> Results:
             results.add(*records)
             bar.update()
     results.save()
-    arms = [*ARMS, TWICE, *FINER, *VARIANTS]
-    long: Sequence[str] = LONG
+    rates = {(arm, False): RATES[1] for arm in ARMS} | {(arm, True): RATES[1] for arm in LONG}
+    if profile == "study":
+        rates = _tune(results, size)
+    rates[TWICE, False] = 2 * rates["uniform", False]
+    rates |= {(arm, False): lr for arm, lr in FINER.items()}
+    rates |= {(arm, False): rates[variant.shape, False] for arm, variant in VARIANTS.items()}
     if profile == "quick":
-        arms = [
+        few = (
             "uniform",
             "linupper",
             "smaller batch",
             *list(FINER)[:1],
             "linupper, r = 10",
             "linupper, burn-in 0%",
-        ]
-        long = ["linupper"]
-    rates = {(arm, longer): RATES[1] for longer in (False, True) for arm in ARMS}
-    if profile == "study":
-        rates |= _tune(results, size)
-    rates[TWICE, False] = 2 * rates["uniform", False]
-    rates |= {(arm, False): lr for arm, lr in FINER.items()}
-    rates |= {(arm, False): rates[variant.shape, False] for arm, variant in VARIANTS.items()}
+        )
+        rates = {key: rates[key] for key in [(arm, False) for arm in few] + [("linupper", True)]}
     jobs = [
-        Job(arm, seed, rates[arm, longer], size, longer=longer)
-        for seed in size.seeds
-        for longer in (False, True)
-        for arm in (long if longer else arms)
+        Job(arm, seed, lr, size, longer=longer) for seed in size.seeds for (arm, longer), lr in rates.items()
     ]
     todo = [job for job in jobs if not results.has(job.arm, job.at(TEXT), job.seed)]
     with tqdm(total=len(todo), desc=f"{SLUG} ({profile})", unit="training") as bar:

@@ -123,11 +123,12 @@ def test_outliers(results, few, many, verdict):
 LOWER, HIGHER = study.FINER
 
 
-def put_validation(results: Results, *scores: float) -> None:
-    """Of the plain mean at the three rates of the grid and the two between them."""
-    for lr, score in zip((*study.RATES, *study.FINER.values()), scores, strict=True):
-        arm = f"uniform at {lr:g}"
-        results.add(Record(study.SLUG, arm, study.VALIDATION, study.TUNING_SEED, "", "bits per byte", score))
+def put_validation(results: Results, *scores: float, arm: str = "uniform", longer: bool = False) -> None:
+    """Of an arm at the three rates of the grid and the extra ones."""
+    place = study.at(study.VALIDATION, longer)
+    for lr, score in zip((*study.RATES, *study.EXTRA[longer]), scores, strict=True):
+        name = f"{arm} at {lr:g}"
+        results.add(Record(study.SLUG, name, place, study.TUNING_SEED, "", "bits per byte", score))
 
 
 @pytest.mark.parametrize(
@@ -165,13 +166,29 @@ def test_the_longer_run(results, linupper, quadratic, verdict):
     assert rule(results, "rw-longer").verdict is verdict
 
 
+@pytest.mark.parametrize(
+    ("linupper", "quadratic", "verdict"),
+    [(1.9, 1.9, HOLDS), (2.1, 1.9, PARTLY), (1.9, 2.0, PARTLY), (2.0, 2.1, NOT)],
+)
+def test_the_wider_grid(results, linupper, quadratic, verdict):
+    put_validation(results, 3, 2, 2, 2, 1, 4, arm="uniform", longer=True)
+    put_validation(results, 3, 2, 2, 2, 3, 1, arm="linupper", longer=True)
+    put_validation(results, 3, 2, 1, 2, 3, 4, arm="quadratic", longer=True)
+    assert study.finest(results, "quadratic", longer=True) == "quadratic"
+    put(
+        results, longer=True, uniform=9.0, linupper=9.0, quadratic=quadratic
+    )  # the first two have better rates
+    put(results, longer=True, **{"uniform, rate 0.011": 2.0, "linupper, rate 0.016": linupper})
+    assert rule(results, "rw-wider").verdict is verdict
+
+
 def test_rates_are_chosen_on_validation_text_and_only_from_the_grid(results, monkeypatch):
     jobs = []
 
     def fake(job):
         jobs.append(job)
-        best = 2e-3 if job.longer else 8e-3 if job.arm == "quadratic" else 4e-3
-        value = 2 + abs(np.log(job.lr / best)) - (job.lr not in study.RATES)
+        best = 1.1e-2 if job.longer and job.arm != "linupper" else 8e-3 if job.arm == "quadratic" else 4e-3
+        value = 2 + abs(float(np.log(job.lr / best)))
         return [Record(study.SLUG, job.arm, job.at(study.TEXT), job.seed, "", "bits per byte", value)]
 
     monkeypatch.setattr(study, "in_processes", lambda run, todo: ((job, fake(job)) for job in todo))
@@ -179,14 +196,17 @@ def test_rates_are_chosen_on_validation_text_and_only_from_the_grid(results, mon
     rates = study._tune(results, study.SIZES["study"])
     assert rates == {
         **{(arm, False): 8e-3 if arm == "quadratic" else 4e-3 for arm in study.ARMS},
-        **dict.fromkeys([(arm, True) for arm in study.LONG], 2e-3),
+        **{(arm, True): 4e-3 if arm == "linupper" else 8e-3 for arm in study.LONG},
+        ("uniform, rate 0.011", True): 1.1e-2,
+        ("quadratic, rate 0.011", True): 1.1e-2,
     }
     assert {(job.seed, job.split) for job in jobs} == {(study.TUNING_SEED, "validation")}
-    assert study.finest(results) in study.FINER  # which the fake makes best
-    tried = {arm: len([j for j in jobs if j.arm == arm and not j.longer]) for arm in study.ARMS}
-    assert tried == {arm: 5 if arm == "uniform" else 3 for arm in study.ARMS}
+    for longer, count in ((False, 5), (True, 6)):
+        tried = {arm: len([j for j in jobs if j.arm == arm and j.longer == longer]) for arm in study.ARMS}
+        assert tried == {arm: count if arm in study.LONG else 0 if longer else 3 for arm in study.ARMS}
     before = len(jobs)
     assert study._tune(results, study.SIZES["study"]) == rates and len(jobs) == before
+    assert study.rule_for("quadratic, rate 0.011", 80, 1) == study.rule_for("quadratic", 80, 1)
 
 
 # -- the toy --
