@@ -171,7 +171,7 @@ def test_the_command_line_itself_loads_nothing_heavy() -> None:
         ("refimpl led", {"ledger"}),
         (
             "refimpl study ",
-            {paper.slug for paper in papers() if paper.status == "chapter"} | {"tasks", "caches"},
+            {paper.slug for paper in papers() if paper.status == "chapter"} | {"tasks", "caches", "smollm2"},
         ),
         ("refimpl compress smollm2 Sparse", {"SparseGPT"}),
         ("refimpl evaluate llama-s", {"llama-small"}),
