@@ -9,7 +9,6 @@ import pytest
 
 from refimpl.core.io import data_path
 from refimpl.data.rs2 import RS2
-from refimpl.lab import fetch
 from refimpl.lab.domains import DOMAINS
 from refimpl.lab.ledger import Outcome, Verdict, judge
 from refimpl.lab.records import Record, Results
@@ -114,8 +113,6 @@ def test_training_rows_are_not_measured():
 
 
 def test_it_runs_and_takes_up_where_it_was(tmp_path: Path):
-    if not fetch.cache_folder().exists():
-        pytest.skip("SmolLM2 is not in the cache")
     out = tmp_path / "r.json"
     first = study.run(out, "quick")
     for arm in study.QUICK:
