@@ -68,7 +68,7 @@ def in_group(function: Callable[..., None], world: int, *arguments: Any) -> None
         torch.multiprocessing.ProcessRaisedException: with the traceback of the process that failed.
 
     Example:
-        >>> in_group(print, world=0)     # with processes: in_group(train_and_save, 2, "folder")
+        >>> in_group(max, 1)     # calls max(0, 1) in a process; say in_group(train_and_save, 2, "folder")
     """
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_member, (world, str(Path(folder, "store")), function, arguments), nprocs=world, join=True)
