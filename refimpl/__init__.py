@@ -48,11 +48,42 @@ _WHERE = {
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
-    "CSKV", "GPTQ", "H2O", "KIVI", "METHODS", "RS2", "RTN", "ActSVD", "AdaQuant", "AdaRound", "ContinualPretraining",
-    "EoRA", "LoftQ", "LossReweighting", "Magnitude", "MatryoshkaKV", "PlainSVD", "Plan", "QuantizeActivations",
-    "ReplayBuffer", "Report", "Reptile", "SnapKV", "SparseGPT", "StreamingLLM", "ThinK", "Wanda", "compress",
-    "export_compressed_tensors", "export_dense", "export_peft", "load", "plan", "save", "serve",
-]  # fmt: skip
+    "CSKV",
+    "GPTQ",
+    "H2O",
+    "KIVI",
+    "METHODS",
+    "RS2",
+    "RTN",
+    "ActSVD",
+    "AdaQuant",
+    "AdaRound",
+    "ContinualPretraining",
+    "EoRA",
+    "LoftQ",
+    "LossReweighting",
+    "Magnitude",
+    "MatryoshkaKV",
+    "PlainSVD",
+    "Plan",
+    "QuantizeActivations",
+    "ReplayBuffer",
+    "Report",
+    "Reptile",
+    "SnapKV",
+    "SparseGPT",
+    "StreamingLLM",
+    "ThinK",
+    "Wanda",
+    "compress",
+    "export_compressed_tensors",
+    "export_dense",
+    "export_peft",
+    "load",
+    "plan",
+    "save",
+    "serve",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -30,7 +30,7 @@ METHODS: dict[str, type[Method]] = {
         ActSVD,
         LoftQ,
         EoRA,
-    )  # fmt: skip
+    )
 }
 
 
@@ -62,9 +62,7 @@ def method_by_name(name: str, options: Mapping[str, Any] | None = None) -> Metho
         except (ValueError, SyntaxError):
             value = text  # a plain word, such as the pattern 2:4
         annotation = str(known[option].type)
-        wanted: Any = {"int": int, "float": (int, float), "bool": bool, "str": str}[
-            annotation.partition(" |")[0]
-        ]
+        wanted: Any = {"int": int, "float": (int, float), "bool": bool, "str": str}[annotation.partition(" |")[0]]
         fits = isinstance(value, wanted) and not (isinstance(value, bool) and wanted is not bool)
         if not (fits or (value is None and "None" in annotation)):
             raise OptionError(f"{option}={text} of {kind.__name__}: expected {annotation}")

@@ -100,8 +100,7 @@ def papers() -> tuple[Paper, ...]:
     with (Path(__file__).parent / "papers.toml").open("rb") as file:
         entries = tomllib.load(file)["paper"]
     frozen: list[dict[str, Any]] = [
-        {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
-        for entry in entries
+        {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()} for entry in entries
     ]
     rows = [Paper(**entry) for entry in frozen]
     order = list(PARTS)

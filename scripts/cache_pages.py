@@ -30,8 +30,15 @@ NAMES = {
 }
 #: One method of each kind, for charts: eight curves can be told apart.
 SHOWN = (
-    "full", "KIVI", "StreamingLLM", "SnapKV", "SnapKV+question", "CSKV-trained", "CSKV-trained-4bit", "MKV-trained"
-)  # fmt: skip
+    "full",
+    "KIVI",
+    "StreamingLLM",
+    "SnapKV",
+    "SnapKV+question",
+    "CSKV-trained",
+    "CSKV-trained-4bit",
+    "MKV-trained",
+)
 #: Budgets in the order of the tables, and how they are written.
 BUDGETS = {budget: f"{100 * budget:.0f} %" for budget in study.BUDGETS}
 
@@ -75,9 +82,7 @@ def grid(found: Results, say: Callable[[str], str]) -> str:
         rows.append(row)
     for method in study.AS_THEY_COME:
         if found.has(method, "task passkeys"):
-            rows.append(
-                [f"{method}, {share(found, method):.0f} % of the bytes", say(method), *[""] * len(BUDGETS)]
-            )
+            rows.append([f"{method}, {share(found, method):.0f} % of the bytes", say(method), *[""] * len(BUDGETS)])
     rows = [row for row in rows if any(row[1:])]
     return table(["Kept", "As it comes", *BUDGETS.values()], rows)
 
@@ -184,9 +189,7 @@ def workload_table(chart: Chart) -> str:
                 continue
             there = found.has(arm, f"task {workload}")
             row.append(
-                f"{score(found, arm, workload):.0f} / {score(found, arm, workload, 'restricted'):.0f}"
-                if there
-                else ""
+                f"{score(found, arm, workload):.0f} / {score(found, arm, workload, 'restricted'):.0f}" if there else ""
             )
         for hops in range(3):
             there = found.has(arm, "task variables")

@@ -103,11 +103,12 @@ def measure(model: Any, profile: str, contexts: tuple[int, ...], rounds: int) ->
             name: {
                 "milliseconds": times[name],
                 "ratio": [full / own for full, own in zip(times[OURS], times[name], strict=True)],
-                "bytes": sum(layer.nbytes for layer in cache.layers) if isinstance(cache, CompressedCache)
+                "bytes": sum(layer.nbytes for layer in cache.layers)
+                if isinstance(cache, CompressedCache)
                 else sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers),
             }
             for name, cache in ready.items()
-        }  # fmt: skip
+        }
     return found
 
 
@@ -130,8 +131,7 @@ def fits(model: Any, sequences: int) -> dict[str, float]:
     return {
         "tokens": float(ids.numel()),
         "CSKV, moments": seconds(lambda: moments(model, ids)) / plain,
-        "CSKV, moments and closed form": seconds(lambda: factorise(moments(model, ids), "closed_form"))
-        / plain,
+        "CSKV, moments and closed form": seconds(lambda: factorise(moments(model, ids), "closed_form")) / plain,
         "MatryoshkaKV, PCA": seconds(lambda: pca(calibrate(model, ids))) / plain,
     }
 
@@ -161,9 +161,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=data_path("cache_speed.json"))
     parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS))
     parser.add_argument("--long", action="store_true", help=f"also {LONGEST} tokens (three minutes more)")
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), help="what this machine is fast in by default"
-    )
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="what this machine is fast in by default")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--layers", type=int, help="only the first blocks of the model, to try the script")
     given = parser.parse_args()

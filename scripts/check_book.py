@@ -27,12 +27,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         values = dict(attributes)
-        passive = tag == "link" and values.get("rel") not in (
-            "stylesheet",
-            "preload",
-            "icon",
-            "modulepreload",
-        )
+        passive = tag == "link" and values.get("rel") not in ("stylesheet", "preload", "icon", "modulepreload")
         address = values.get(LOADS.get(tag, ""))
         if address and not passive:
             self.loads.append(address)

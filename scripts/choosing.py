@@ -8,9 +8,7 @@ from typing import Any
 Entry = Any  # a point of a bench
 
 
-def frontier(
-    points: Sequence[Entry], cost: Callable[[Entry], float], loss: Callable[[Entry], float]
-) -> list[Entry]:
+def frontier(points: Sequence[Entry], cost: Callable[[Entry], float], loss: Callable[[Entry], float]) -> list[Entry]:
     """The points that no other undercuts in cost without being worse, cheapest first.
 
     Example:

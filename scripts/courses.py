@@ -29,11 +29,7 @@ def chapters() -> list[Paper]:
 
 def link(paper: Paper) -> str:
     """A chapter as a link from a page in book/; the name alone while there is none."""
-    return (
-        f"[{paper.name}](../{paper.notebook})"
-        if paper.status == "chapter"
-        else f"{paper.name} (no chapter yet)"
-    )
+    return f"[{paper.name}](../{paper.notebook})" if paper.status == "chapter" else f"{paper.name} (no chapter yet)"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -93,11 +89,7 @@ def _exercises_of(path: Path) -> Iterator[Exercise]:
 
 def all_exercises() -> list[Exercise]:
     """The exercises of the tour, of the page on kernels and of every chapter, in reading order."""
-    notebooks = [
-        "notebooks/tour.ipynb",
-        "notebooks/kernels.ipynb",
-        *(paper.notebook for paper in chapters()),
-    ]
+    notebooks = ["notebooks/tour.ipynb", "notebooks/kernels.ipynb", *(paper.notebook for paper in chapters())]
     return [exercise for name in notebooks for exercise in _exercises_of(ROOT / name)]
 
 
@@ -231,8 +223,7 @@ def _reading_weeks() -> Iterator[Week]:
 def _selection(count: int) -> list[Paper]:
     """At most `count` chapters: from each part in turn, easy and long ones first, then back in reading order."""
     waiting = [
-        sorted((c for c in chapters() if c.part == part), key=lambda c: (c.difficulty, -c.minutes))
-        for part in PARTS
+        sorted((c for c in chapters() if c.part == part), key=lambda c: (c.difficulty, -c.minutes)) for part in PARTS
     ]
     chosen: list[Paper] = []
     while len(chosen) < count and any(waiting):

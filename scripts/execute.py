@@ -51,10 +51,7 @@ def main(notebook: Path) -> int:
 
     def report(cell: nbformat.NotebookNode, cell_index: int) -> None:
         if cell.cell_type == "code":
-            print(
-                f"  cell {cell_index + 1} of {len(book.cells)}, {time.perf_counter() - start:.0f} s",
-                flush=True,
-            )
+            print(f"  cell {cell_index + 1} of {len(book.cells)}, {time.perf_counter() - start:.0f} s", flush=True)
 
     client = NotebookClient(
         book,

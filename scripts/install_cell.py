@@ -57,9 +57,7 @@ def write(path: Path) -> None:
         notebook["cells"].insert(position, cell)
     cell["source"] = install_cell().splitlines(keepends=True)
     cell["metadata"] = METADATA
-    path.write_text(
-        json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf8"
-    )
+    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf8")
 
 
 if __name__ == "__main__":

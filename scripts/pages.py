@@ -190,9 +190,7 @@ def ledger_rows() -> tuple[dict[str, Any], ...]:
 
 def verdict_badge(verdict: str) -> str:
     style, sign = VERDICTS[verdict]
-    return (
-        f'<span class="verdict {style}"><span aria-hidden="true">{sign}</span> {html.escape(verdict)}</span>'
-    )
+    return f'<span class="verdict {style}"><span aria-hidden="true">{sign}</span> {html.escape(verdict)}</span>'
 
 
 def why_blind(row: dict[str, Any]) -> str:
@@ -217,11 +215,7 @@ def claim_card(row: dict[str, Any], paper: Paper) -> str:
         "Compared with": row["control"],
         "Scale": row["scale"],
         "Smallest visible effect": f"{row['mde']:.2g}",
-        **(
-            {"Why not tested": why_blind(row)}
-            if row["verdict"] == ledger.Verdict.CANNOT_BE_TESTED.value
-            else {}
-        ),
+        **({"Why not tested": why_blind(row)} if row["verdict"] == ledger.Verdict.CANNOT_BE_TESTED.value else {}),
         "Rule": row["rule"],
     }
     shown = "".join(f"<div><dt>{name}</dt><dd>{html.escape(text)}</dd></div>" for name, text in facts.items())
@@ -255,9 +249,7 @@ def ledger_page() -> str:
     )
 
     def choice(name: str, label: str, everything: str, options: dict[str, str]) -> str:
-        entries = "".join(
-            f'<option value="{value}">{html.escape(text)}</option>' for value, text in options.items()
-        )
+        entries = "".join(f'<option value="{value}">{html.escape(text)}</option>' for value, text in options.items())
         return f'<label>{label} <select name="{name}"><option value="">{everything}</option>{entries}</select></label>'
 
     form = (
@@ -413,15 +405,7 @@ def classifier_bench(chart: Chart) -> str:
             ]
             for point in sorted(points, key=lambda point: (point.method, point.bytes))
         ]
-        header = [
-            "Model",
-            "Bytes",
-            "MFLOP",
-            "Bit operations (millions)",
-            "Accuracy",
-            "95 % interval",
-            "Loss (nats)",
-        ]
+        header = ["Model", "Bytes", "MFLOP", "Bit operations (millions)", "Accuracy", "95 % interval", "Loss (nats)"]
         parts += ["The same numbers as a table:", table(header, rows)]
     return "\n\n".join(parts) or NOTHING
 
@@ -453,9 +437,7 @@ def task_scores() -> dict[str, float]:
     results = Results.load(path)
     conditions = {r.condition for r in results.records() if r.arm == "dense" and r.metric == "restricted"}
     tasks = sorted(name.removeprefix("task ") for name in conditions if name.startswith("task "))
-    return (
-        {f"{p.method} {p.label}".strip(): p.score for p in plots.task_points(results, tasks)} if tasks else {}
-    )
+    return {f"{p.method} {p.label}".strip(): p.score for p in plots.task_points(results, tasks)} if tasks else {}
 
 
 def choosing_language() -> str:

@@ -31,8 +31,7 @@ def seconds_of(case: ET.Element) -> float:
 
 def main(steps_file: Path, tests_file: Path) -> int:
     steps = {
-        name: float(seconds)
-        for name, seconds in (line.split("\t") for line in steps_file.read_text().splitlines())
+        name: float(seconds) for name, seconds in (line.split("\t") for line in steps_file.read_text().splitlines())
     }
     cases = list(ET.parse(tests_file).iter("testcase"))
     chapters = [paper for paper in papers() if paper.status == "chapter"]

@@ -28,6 +28,4 @@ if __name__ == "__main__":
     if "--write" in sys.argv[1:]:
         README.write_text(new, encoding="utf8")
     elif old != new:
-        sys.exit(
-            "README.md: the table of chapters is out of date; run python scripts/readme_table.py --write"
-        )
+        sys.exit("README.md: the table of chapters is out of date; run python scripts/readme_table.py --write")

@@ -42,9 +42,7 @@ def without_answer(source: str) -> str:
     """
     tree = ast.parse(source)
     checks = [node for node in tree.body if _is_check(node)]
-    made_here: dict[str, ast.stmt] = {
-        node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)
-    } | {
+    made_here: dict[str, ast.stmt] = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)} | {
         alias.asname or alias.name: node
         for node in tree.body
         if isinstance(node, ast.ImportFrom) and len(node.names) == 1
@@ -61,8 +59,7 @@ def without_answer(source: str) -> str:
         return source
     lines = source.splitlines()
     secret = "\n".join(
-        "\n".join(lines[node.lineno - 1 : node.end_lineno])
-        for node in sorted(hidden, key=lambda node: node.lineno)
+        "\n".join(lines[node.lineno - 1 : node.end_lineno]) for node in sorted(hidden, key=lambda node: node.lineno)
     )
     for node in hidden:
         lines[node.lineno - 1 : node.end_lineno] = [None] * (node.end_lineno - node.lineno + 1)  # type: ignore

@@ -57,9 +57,7 @@ def score_table(metric: str) -> str:
     if metric == "restricted":
         card = tasks.card_from(results(), "dense")
         chances = [100 * card.mean(task, "chance") for task in tasks.TASKS]
-        rows.append(
-            ["guessing", "", "", *(f"{c:.0f}" for c in chances), f"{sum(chances) / len(chances):.1f}"]
-        )
+        rows.append(["guessing", "", "", *(f"{c:.0f}" for c in chances), f"{sum(chances) / len(chances):.1f}"])
     widest = max(50 * ((point.high or 0.0) - (point.low or 0.0)) for point in mean)
     note = f"95 % intervals of the means, paired with the dense model: at most ±{widest:.1f} points."
     return f"{table(['Model', 'Bits', 'Perplexity', *NAMES.values(), 'Mean'], rows)}\n\n{note}"
@@ -117,10 +115,7 @@ def correlations() -> list[tuple[str, str, float]]:
 
 def correlation_table() -> str:
     values = {(task, metric): tau for task, metric, tau in correlations()}
-    rows = [
-        [NAMES[task], f"{values[task, 'free']:.2f}", f"{values[task, 'restricted']:.2f}"]
-        for task in tasks.TASKS
-    ]
+    rows = [[NAMES[task], f"{values[task, 'free']:.2f}", f"{values[task, 'restricted']:.2f}"] for task in tasks.TASKS]
     return table(["Task", "free", "among candidates"], rows)
 
 
@@ -151,13 +146,7 @@ def disagreements() -> str:
         ]
         for entry in (found or every[:5])
     ]
-    header = [
-        "Better at the task (perplexity)",
-        "Better by perplexity (perplexity)",
-        "Task",
-        "Gap",
-        "p, uncorrected",
-    ]
+    header = ["Better at the task (perplexity)", "Better by perplexity (perplexity)", "Task", "Gap", "p, uncorrected"]
     return f"{head}\n\n{table(header, rows)}"
 
 

@@ -89,9 +89,7 @@ def shifted(pixels: Tensor, most: int) -> Tensor:
     top, left = torch.randint(0, 2 * most + 1, (2, count, 1))
     rows = (top + torch.arange(height))[:, None, :, None]
     columns = (left + torch.arange(width))[:, None, None, :]
-    return padded[
-        torch.arange(count)[:, None, None, None], torch.arange(channels)[:, None, None], rows, columns
-    ]
+    return padded[torch.arange(count)[:, None, None, None], torch.arange(channels)[:, None, None], rows, columns]
 
 
 def run(name: str, plan: Plan, target: Path, runs: Path) -> Path:
@@ -222,12 +220,8 @@ other picture some digit too, with confidence.
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "names", nargs="*", metavar="name", help=f"what to train, of {', '.join(PLANS)}; all if none"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="name", help=f"what to train, of {', '.join(PLANS)}; all if none")
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "models", help="where models are written")
     parser.add_argument(
         "--runs",

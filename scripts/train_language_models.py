@@ -79,9 +79,7 @@ def _recipe(steps: int, lr: float, decay: float) -> Recipe:
 # The larger two could learn the text by heart: they get fewer passes and a decay that pulls on the scale of the run.
 PLANS = {
     "llama-small": llama(64, 2, 192, steps=1500, lr=5e-3, decay=0.1),
-    "lstm": Plan(
-        {"vocabulary": 256, "embedding": 64, "hidden": 256, "layers": 1}, _recipe(3000, lr=4e-3, decay=0.1)
-    ),
+    "lstm": Plan({"vocabulary": 256, "embedding": 64, "hidden": 256, "layers": 1}, _recipe(3000, lr=4e-3, decay=0.1)),
     "llama-medium": llama(128, 4, 256, steps=1100, lr=3e-3, decay=0.5),
     # Half the batch: 850 steps of 16 windows at 2e-3 left the validation loss at 3.95, above that of the medium one.
     "llama-large": llama(192, 4, 448, steps=1600, lr=2.5e-3, decay=0.5, batch=8, evaluate_every=100),
@@ -100,9 +98,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     backend.train_from_iterator([document.text for document in documents(CORPUS, "calibration")], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=END, pad_token=END, model_max_length=CONTEXT
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, pad_token=END, model_max_length=CONTEXT)
 
 
 def build(plan: Plan) -> nn.Module:
@@ -232,8 +228,7 @@ def card(
         corpus=CORPUS,
         context=CONTEXT,
         rows="\n".join(
-            f"| {split} | {len(found[split])} | {loss:.4f} | {bits:.4f} |"
-            for split, (loss, bits) in scores.items()
+            f"| {split} | {len(found[split])} | {loss:.4f} | {bits:.4f} |" for split, (loss, bits) in scores.items()
         ),
         batch=plan.batch,
         windows=training_windows,
@@ -294,12 +289,8 @@ how methods compare on this model, not how they compare on large ones.
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "names", nargs="*", metavar="name", help=f"what to train, of {', '.join(PLANS)}; all if none"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="name", help=f"what to train, of {', '.join(PLANS)}; all if none")
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "models", help="where models are written")
     parser.add_argument(
         "--runs",

@@ -72,14 +72,7 @@ def tiny_llama() -> Factory:
 def tiny_gpt2() -> Factory:
     """Call it for a fresh random GPT-2: Conv1D layers (weights stored input first), biases, tied embeddings."""
     return _factory(
-        GPT2LMHeadModel,
-        GPT2Config,
-        vocab_size=256,
-        n_embd=64,
-        n_head=4,
-        n_layer=2,
-        n_positions=256,
-        **_SPECIAL,
+        GPT2LMHeadModel, GPT2Config, vocab_size=256, n_embd=64, n_head=4, n_layer=2, n_positions=256, **_SPECIAL
     )
 
 

@@ -36,9 +36,7 @@ def test_every_marker_has_a_maker_and_the_reverse(script) -> None:
     assert used == set(script("pages").GENERATED)
 
 
-def test_pages_say_so_while_nothing_is_recorded(
-    script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pages_say_so_while_nothing_is_recorded(script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pages = script("pages")
     monkeypatch.setattr(pages, "data_path", lambda *parts: tmp_path.joinpath(*parts))
     monkeypatch.setattr(pages, "ledger_rows", lambda: ())
@@ -69,9 +67,7 @@ def test_address_is_used_everywhere_or_named_as_undecided(script, monkeypatch: p
     assert "colab.research.google.com/github/someone/book/blob/main/notebooks/tour.ipynb" in line
     monkeypatch.setattr(install.yaml, "safe_load", lambda text: {"repository": {"url": ""}})
     assert "not decided" in install.install_cell() and "git+" not in install.install_cell()
-    monkeypatch.setattr(
-        install.yaml, "safe_load", lambda text: {"repository": {"url": "https://example.org/b"}}
-    )
+    monkeypatch.setattr(install.yaml, "safe_load", lambda text: {"repository": {"url": "https://example.org/b"}})
     assert "git+https://example.org/b" in install.install_cell()
 
 
@@ -115,19 +111,27 @@ def test_maps_hold_every_paper_of_their_part_and_only_methods_that_exist(script)
 def test_ledger_page_escapes_filters_and_counts(script, monkeypatch: pytest.MonkeyPatch) -> None:
     pages = script("pages")
     row = {
-        "id": "a", "paper": "eora", "text": "2 < 3", "paper_number": "1", "verdict": "holds",
-        "quantity": "q", "estimate": 1.0, "low": 0.5, "high": 2.0, "control": "c", "scale": "s", "mde": 0.1,
-        "rule": "r", "stale": ["refimpl.core.io"], "problems": [],
-    }  # fmt: skip
-    monkeypatch.setattr(
-        pages, "ledger_rows", lambda: (row, {**row, "id": "b", "verdict": "partly", "stale": []})
-    )
+        "id": "a",
+        "paper": "eora",
+        "text": "2 < 3",
+        "paper_number": "1",
+        "verdict": "holds",
+        "quantity": "q",
+        "estimate": 1.0,
+        "low": 0.5,
+        "high": 2.0,
+        "control": "c",
+        "scale": "s",
+        "mde": 0.1,
+        "rule": "r",
+        "stale": ["refimpl.core.io"],
+        "problems": [],
+    }
+    monkeypatch.setattr(pages, "ledger_rows", lambda: (row, {**row, "id": "b", "verdict": "partly", "stale": []}))
     text = pages.ledger_page()
     assert "2 &lt; 3" in text and text.count("stale:") == 1
     assert text.count('<section class="claim"') == 2 and 'data-part="lowrank" data-verdict="partly"' in text
-    assert '<form class="ledger-filter" hidden>' in text, (
-        "without scripts there is no filter that does nothing"
-    )
+    assert '<form class="ledger-filter" hidden>' in text, "without scripts there is no filter that does nothing"
     assert "<b>2 claims</b></a> of 1 papers" in pages.ledger_totals()
 
 
@@ -171,9 +175,7 @@ def test_what_readers_call_has_a_docstring_with_an_example(script) -> None:
     assert not without_example, without_example
 
 
-def test_pages_link_to_their_source_once_the_address_is_known(
-    script, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pages_link_to_their_source_once_the_address_is_known(script, monkeypatch: pytest.MonkeyPatch) -> None:
     extension = script("refimpl_book")
     monkeypatch.setattr(extension, "repository", lambda: "")
     assert extension.page_links("book/ledger") == ""
@@ -225,7 +227,5 @@ def test_official_codes_belong_to_papers(script) -> None:
     pages = script("pages")
     codes = pages.tomllib.loads((ROOT / "book" / "codes.toml").read_text())
     assert set(codes) <= {paper.slug for paper in pages.papers()}
-    assert {paper.slug for paper in pages.chapters()} <= set(codes), (
-        "a chapter names the licence of its paper's code"
-    )
+    assert {paper.slug for paper in pages.chapters()} <= set(codes), "a chapter names the licence of its paper's code"
     assert pages.code_table().count("\n") == len(codes) + 1

@@ -30,14 +30,8 @@ def put(results: Results, arm: str, cost: float, right: int, perplexity: float |
     for workload in ("passkeys", "key_values"):
         for article in ARTICLES:
             for k in range(6):
-                for metric, value in (
-                    ("free", float(k < right)),
-                    ("restricted", 1.0),
-                    ("depth", (k + 0.5) / 6),
-                ):
-                    results.add(
-                        Record("caches", arm, f"task {workload}", 0, f"{article}#{k}", metric, value, cost)
-                    )
+                for metric, value in (("free", float(k < right)), ("restricted", 1.0), ("depth", (k + 0.5) / 6)):
+                    results.add(Record("caches", arm, f"task {workload}", 0, f"{article}#{k}", metric, value, cost))
     if perplexity is not None:
         counts = np.full(4, 100)
         nll = np.log(perplexity) * counts + np.array([-1.0, 0.0, 0.0, 1.0])
@@ -89,9 +83,7 @@ def test_charts_show_the_four_bit_form_beside_the_plain_one(pages, results) -> N
     assert "KIVI: 100 at 8.33" in depth and "KIVI: 0 at 91.7" in depth
 
 
-def test_nothing_is_said_before_anything_is_recorded(
-    pages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_said_before_anything_is_recorded(pages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages, "data_path", lambda *parts: tmp_path.joinpath(*parts))
     for name, make in pages.GENERATED.items():
         if name != "cache_verdicts":
@@ -101,8 +93,11 @@ def test_nothing_is_said_before_anything_is_recorded(
     faster = {"milliseconds": [10.0, 15.0, 12.5], "ratio": [2.0, 2.0, 2.0], "bytes": 3}
     measured = {
         "contexts": {"512": {"full": full, "KIVI": slower}, "2048": {"full": full, "KIVI": faster}},
-        "fits": {"tokens": 8192, "PCA": 1.25}, "threads": 2, "processor": "AVX512", "dtype": "bfloat16",
-    }  # fmt: skip
+        "fits": {"tokens": 8192, "PCA": 1.25},
+        "threads": 2,
+        "processor": "AVX512",
+        "dtype": "bfloat16",
+    }
     (tmp_path / "cache_speed.json").write_text(json.dumps(measured))
     text = pages.speed(draw)
     assert "KIVI: 25 at 512" in text and cells(text, "KIVI") == ["25.0 (0.75x)", "80.0 (2.00x)", "2048"]

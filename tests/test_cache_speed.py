@@ -23,8 +23,7 @@ def speed(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def found(*ratios: list[float]) -> dict[str, Any]:
     return {
-        str(512 * 2**k): {"a": {"milliseconds": [10.0, 40.0, 20.0], "ratio": rounds}}
-        for k, rounds in enumerate(ratios)
+        str(512 * 2**k): {"a": {"milliseconds": [10.0, 40.0, 20.0], "ratio": rounds}} for k, rounds in enumerate(ratios)
     }
 
 
@@ -42,17 +41,13 @@ def test_table_has_medians(speed: ModuleType) -> None:
 def test_one_block_of_the_model(speed: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     out = tmp_path / "speed.json"
     monkeypatch.setattr(
-        sys,
-        "argv",
-        ["cache_speed.py", "--layers", "1", "--contexts", "192", "--rounds", "1", "--out", str(out)],
+        sys, "argv", ["cache_speed.py", "--layers", "1", "--contexts", "192", "--rounds", "1", "--out", str(out)]
     )
     speed.main()
     result = json.loads(out.read_text())
     rows = result["contexts"]["192"]
     assert len(rows) == 7 and rows[speed.OURS]["ratio"] == [1.0]
     full = 192 * 2 * 192 * (2 if result["dtype"] == "bfloat16" else 4)
-    assert (
-        rows[speed.LIBRARY]["bytes"] == rows[speed.OURS]["bytes"] == full
-    )  # a copy decodes, not the cache itself
+    assert rows[speed.LIBRARY]["bytes"] == rows[speed.OURS]["bytes"] == full  # a copy decodes, not the cache itself
     assert rows["SnapKV, 20 %"]["bytes"] <= 0.2 * full and rows["MatryoshkaKV, 50 %"]["bytes"] == full // 2
     assert all(cost > 0 for cost in result["fits"].values())

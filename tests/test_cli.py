@@ -79,10 +79,7 @@ def test_ledger_filters_by_part_paper_and_verdict(monkeypatch: pytest.MonkeyPatc
     shown = run("ledger", "--paper", "slim")
     assert shown.exit_code == 0 and "None of the 3 claims fits" in shown.stdout
     rows = json.loads(run("ledger", "--verdict", "holds", "--json").stdout)
-    assert [(row["paper"], row["part"]) for row in rows] == [
-        ("eora", "lowrank"),
-        ("gradual_magnitude", "pruning"),
-    ]
+    assert [(row["paper"], row["part"]) for row in rows] == [("eora", "lowrank"), ("gradual_magnitude", "pruning")]
     monkeypatch.setattr("refimpl.lab.ledger.table", lambda: [])
     assert "No results recorded yet" in run("ledger").stdout
     assert json.loads(run("ledger", "--json").stdout) == []
@@ -133,9 +130,7 @@ def test_names_on_the_command_line_are_those_of_the_package() -> None:
     assert models.CORPORA == text.CORPORA
     assert set(models.MODELS) == {"smollm2", *filter(_is_causal, small.names())}
     recorded = [Results.load(path).records() for path in data_path("results").glob("*.json")]
-    scored = {
-        r.condition for records in recorded for r in records if r.arm == "dense" and r.metric == "correct"
-    }
+    scored = {r.condition for records in recorded for r in records if r.arm == "dense" and r.metric == "correct"}
     assert set(charts.BENCHES) - {"wikipedia"} == {name for name in scored if not name.startswith("task ")}
 
 
@@ -184,11 +179,7 @@ def test_completion(line: str, expected: set[str]) -> None:
     shown = CliRunner().invoke(
         app,
         prog_name="refimpl",
-        env={
-            "_REFIMPL_COMPLETE": "complete_bash",
-            "COMP_WORDS": line,
-            "COMP_CWORD": str(len(words) - 1),
-        },
+        env={"_REFIMPL_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)},
     )
     assert shown.exit_code == 0 and set(shown.stdout.split()) == expected
 

@@ -42,9 +42,7 @@ def refused(kind: type[Exception], *arguments: str | Path) -> str:
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's own text: long enough for a few windows, and not one of the book's corpora."""
     path = tmp_path_factory.mktemp("text") / "mine.txt"
-    path.write_text(
-        "\n\n".join(f"Line {k}: the {k * 7 % 31} birds of house {k} sing {k * k}." for k in range(900))
-    )
+    path.write_text("\n\n".join(f"Line {k}: the {k * 7 % 31} birds of house {k} sing {k * k}." for k in range(900)))
     return path
 
 
@@ -97,9 +95,7 @@ def test_every_option_is_explained(name: str) -> None:
 # -- compress --
 
 
-def test_compress_plans_without_weights_and_writes_a_loadable_folder(
-    tmp_path: Path, tiny_llama: Factory
-) -> None:
+def test_compress_plans_without_weights_and_writes_a_loadable_folder(tmp_path: Path, tiny_llama: Factory) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     tiny_llama().config.save_pretrained(source)  # a configuration is all a dry run needs
     shown = ran("compress", source, "GPTQ", "--set", "group_size=32", "--dry-run")
@@ -129,20 +125,14 @@ def test_compress_refuses_what_it_cannot_do(tmp_path: Path, tiny_llama: Factory)
         assert message in refused(OptionError, "compress", source, *arguments), arguments
     assert not (tmp_path / "o").exists()
     assert "llama-small" in refused(OptionError, "compress", "llama-smal", "RTN", "--dry-run")
-    assert "describes no model" in refused(
-        CheckpointError, "compress", "lstm", "RTN", "--out", tmp_path / "o"
-    )
-    assert "no decoder blocks" in refused(
-        OptionError, "compress", "resnet-digits", "RTN", "--out", tmp_path / "o"
-    )
+    assert "describes no model" in refused(CheckpointError, "compress", "lstm", "RTN", "--out", tmp_path / "o")
+    assert "no decoder blocks" in refused(OptionError, "compress", "resnet-digits", "RTN", "--out", tmp_path / "o")
 
 
 def test_calibration_text_of_your_own(tmp_path: Path, own: dict[str, Path], text_file: Path) -> None:
     call = ["compress", own["qwen3"], "Wanda", "--calibration"]
     assert "did you mean 'wikipedia'" in refused(OptionError, *call, "wikpedia", "--out", tmp_path / "o")
-    message = refused(
-        OptionError, *call, text_file, "--sequences", "999", "--length", "64", "--out", tmp_path / "o"
-    )
+    message = refused(OptionError, *call, text_file, "--sequences", "999", "--length", "64", "--out", tmp_path / "o")
     assert "ask for fewer" in message
     ran(*call, text_file, *FIRST, "--out", tmp_path / "o")
     assert load(tmp_path / "o").model.layers[0].mlp.up_proj.pattern == "2:4"
@@ -159,8 +149,17 @@ def test_windows_of_your_own_text_come_from_all_of_it_and_differ_between_methods
     assert sorted(map(tuple, first.tolist())) == sorted(map(tuple, every.tolist()))
 
 
-PIPELINE = ["SparseGPT", "GPTQ", "EoRA", "--set", "SparseGPT.pattern=2:4", "--set", "gptq.group_size=32",
-            "--set", "EoRA.rank=4"]  # fmt: skip
+PIPELINE = [
+    "SparseGPT",
+    "GPTQ",
+    "EoRA",
+    "--set",
+    "SparseGPT.pattern=2:4",
+    "--set",
+    "gptq.group_size=32",
+    "--set",
+    "EoRA.rank=4",
+]
 
 
 def test_a_pipeline_is_the_same_as_its_steps_in_python(tmp_path: Path) -> None:
@@ -184,9 +183,7 @@ def test_a_pipeline_plans_each_step_on_what_the_last_one_left() -> None:
     assert bits[0] == 9 and bits[1] < 4 < bits[2] < bits[0]
 
 
-def test_the_same_call_resumes_where_it_was_interrupted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_call_resumes_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from refimpl import GPTQ
 
     call = ["compress", "llama-small", *PIPELINE, *FIRST, "--out"]
@@ -222,24 +219,18 @@ def test_evaluate_measures_what_python_measures(dense: Path) -> None:
     model, tokenizer = models.load("llama-small")
     expected = metrics.perplexity(model, text.evaluation("wikipedia", tokenizer, 4, 64))
     assert content["perplexity"]["wikipedia"]["value"] == pytest.approx(expected.value, rel=1e-6)
-    assert [
-        row["document"] for row in content["perplexity"]["wikipedia"]["documents"]
-    ] == expected.by_unit().units
+    assert [row["document"] for row in content["perplexity"]["wikipedia"]["documents"]] == expected.by_unit().units
     assert content["bits_per_weight"] == 8 * next(model.parameters()).element_size()
 
 
 def test_evaluate_says_it_in_words_for_any_corpus_and_own_text(own: dict[str, Path], text_file: Path) -> None:
     shown = ran("evaluate", own["gpt2"], "--on", "news", "--on", text_file, "--sequences", "3")
     assert "GPT2LMHeadModel" in shown and "bits per weight" in shown
-    assert re.search(r"perplexity [\d.]+ on news \(3 documents, 765 tokens, in windows of 256\)", shown), (
-        shown
-    )
+    assert re.search(r"perplexity [\d.]+ on news \(3 documents, 765 tokens, in windows of 256\)", shown), shown
     assert f"on {text_file} (1 documents" in shown
 
 
-def test_evaluate_refuses_what_it_cannot_measure(
-    tmp_path: Path, own: dict[str, Path], tiny_llama: Factory
-) -> None:
+def test_evaluate_refuses_what_it_cannot_measure(tmp_path: Path, own: dict[str, Path], tiny_llama: Factory) -> None:
     assert "did you mean 'news'" in refused(OptionError, "evaluate", "llama-small", "--on", "newz")
     assert "at most 256" in refused(OptionError, "evaluate", own["gpt2"], "--length", "512")
     tiny_llama().save_pretrained(tmp_path / "bare")
@@ -268,17 +259,7 @@ def test_evaluate_adds_the_score_card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_chart_of_your_own_models(tmp_path: Path, dense: Path) -> None:
-    ran(
-        "compress",
-        "llama-small",
-        "RTN",
-        "--set",
-        "bits=3",
-        "--set",
-        "group_size=32",
-        "--out",
-        tmp_path / "r3",
-    )
+    ran("compress", "llama-small", "RTN", "--set", "bits=3", "--set", "group_size=32", "--out", tmp_path / "r3")
     three = tmp_path / "rtn3.json"
     three.write_text(ran("evaluate", tmp_path / "r3", "--json", *FIRST))
     for suffix, start in ((".html", b"<!doctype html>"), (".png", b"\x89PNG"), (".svg", b"<?xml")):
@@ -289,11 +270,7 @@ def test_chart_of_your_own_models(tmp_path: Path, dense: Path) -> None:
     assert "rtn3" in page and not re.search(r"<(script|link)[^>]*(src|href)=", page), "needs no network"
     value = json.loads(three.read_text())["perplexity"]["wikipedia"]["value"]
     label = re.search(r"rtn3: ([\d.]+) \(([\d.]+) to ([\d.]+)\) at 3.59 bits", page)
-    assert (
-        label
-        and float(label[2]) < float(label[1]) == pytest.approx(value, rel=0.01)
-        and float(label[3]) > value
-    )
+    assert label and float(label[2]) < float(label[1]) == pytest.approx(value, rel=0.01) and float(label[3]) > value
 
 
 def test_chart_of_recorded_results(tmp_path: Path) -> None:
@@ -340,8 +317,23 @@ def test_two_methods_on_a_model_of_your_own_and_out_again(
 ) -> None:
     """Qwen-like: quantise and repair, evaluate, and load the packed base with its adapter without refimpl."""
     out, base, adapter = tmp_path / "out", tmp_path / "base", tmp_path / "adapter"
-    ran("compress", own["qwen3"], "GPTQ", "EoRA", "--set", "GPTQ.group_size=32",
-        "--set", "EoRA.rank=4", "--calibration", text_file, *FIRST, "--dtype", "float32", "--out", out)  # fmt: skip
+    ran(
+        "compress",
+        own["qwen3"],
+        "GPTQ",
+        "EoRA",
+        "--set",
+        "GPTQ.group_size=32",
+        "--set",
+        "EoRA.rank=4",
+        "--calibration",
+        text_file,
+        *FIRST,
+        "--dtype",
+        "float32",
+        "--out",
+        out,
+    )
     assert "perplexity" in ran("evaluate", out, "--on", text_file, *FIRST)
     assert "low-rank path" in ran("export", out), "says which formats can hold it, and why not"
     said = ran("export", out, "--format", "compressed-tensors", "--out", base, "--adapter", adapter)
@@ -351,8 +343,21 @@ def test_two_methods_on_a_model_of_your_own_and_out_again(
 
 def test_a_gpt2_goes_out_as_plain_weights(tmp_path: Path, own: dict[str, Path], text_file: Path) -> None:
     out, plain = tmp_path / "out", tmp_path / "plain"
-    ran("compress", own["gpt2"], "SparseGPT", "RTN", "--set", "RTN.group_size=32", "--calibration", text_file,
-        *FIRST, "--dtype", "float32", "--out", out)  # fmt: skip
+    ran(
+        "compress",
+        own["gpt2"],
+        "SparseGPT",
+        "RTN",
+        "--set",
+        "RTN.group_size=32",
+        "--calibration",
+        text_file,
+        *FIRST,
+        "--dtype",
+        "float32",
+        "--out",
+        out,
+    )
     assert "Conv1D" in refused(OptionError, "export", out, "--format", "compressed-tensors", "--out", plain)
     said = ran("export", out, "--format", "dense", "--out", plain)
     logits = logits_without_refimpl(said, plain, tmp_path)

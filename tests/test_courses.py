@@ -56,10 +56,7 @@ def test_planner_has_a_row_for_each_chapter_and_links_what_it_builds_on(courses,
     assert all(f"../{paper.notebook}" in "\n".join(rows) for paper in CHAPTERS)
     eora = next(row for row in rows if "eora.ipynb" in row)
     assert eora.endswith("| the tour | 45 | 2 of 3 | no |")
-    later = [
-        dataclasses.replace(p, builds_on=("eora", "slim"), gpu=True) if p.slug == "eora" else p
-        for p in papers()
-    ]
+    later = [dataclasses.replace(p, builds_on=("eora", "slim"), gpu=True) if p.slug == "eora" else p for p in papers()]
     monkeypatch.setattr(courses, "papers", lambda: tuple(later))
     eora = next(row for row in courses.planner().splitlines() if row.startswith("| [EoRA]"))
     assert "[EoRA](../notebooks/lowrank/eora.ipynb), SLiM (no chapter yet) | 45" in eora
@@ -69,8 +66,7 @@ def test_planner_has_a_row_for_each_chapter_and_links_what_it_builds_on(courses,
 @pytest.mark.parametrize("count", [0, 1, 3, 7, 20])
 def test_syllabus_has_twelve_weeks_and_grows_with_the_chapters(courses, monkeypatch, count: int) -> None:
     entries = [
-        dataclasses.replace(paper, status="chapter" if k < count else "planned")
-        for k, paper in enumerate(papers())
+        dataclasses.replace(paper, status="chapter" if k < count else "planned") for k, paper in enumerate(papers())
     ]
     monkeypatch.setattr(courses, "papers", lambda: tuple(entries))
     monkeypatch.setattr(courses, "all_exercises", lambda: [])
@@ -84,9 +80,7 @@ def test_syllabus_has_twelve_weeks_and_grows_with_the_chapters(courses, monkeypa
     assert with_chapter == 7 if count >= 7 else count <= with_chapter <= 2 * count
     assert ("Chapters to exchange" in text) == (count > 7)
     linked = set(re.findall(r"notebooks/\w+/(\w+)\.ipynb", text))
-    assert linked == {paper.slug for paper in entries if paper.status == "chapter"}, (
-        "planned papers have no link"
-    )
+    assert linked == {paper.slug for paper in entries if paper.status == "chapter"}, "planned papers have no link"
 
 
 def test_syllabus_links_only_pages_that_are_in_the_contents(courses) -> None:
@@ -147,11 +141,7 @@ def test_no_solution_is_left_and_everything_else_is(student, tmp_path: Path) -> 
                 assert new == old
         for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", texts):
             assert (path.parent / target.partition("#")[0]).is_file(), target
-        outputs = [
-            cell.get("outputs")
-            for cell in json.loads(path.read_text())["cells"]
-            if cell["cell_type"] == "code"
-        ]
+        outputs = [cell.get("outputs") for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
         assert sum(map(bool, outputs)) > 5, "the book's own outputs stay"
 
 
@@ -191,9 +181,7 @@ def test_exercises_of_the_copy_still_tell_right_from_wrong(
     monkeypatch.setenv("REFIMPL_PROFILE", "quick")
     student.build(tmp_path / "class")
     solutions = re.findall(
-        r"<summary>Solution.*?```python\n(.*?)```",
-        "\n".join(sources(ROOT / "notebooks" / name, "markdown")),
-        re.S,
+        r"<summary>Solution.*?```python\n(.*?)```", "\n".join(sources(ROOT / "notebooks" / name, "markdown")), re.S
     )
     names: dict[str, Any] = {"__name__": "__main__"}
     tried = 0
@@ -205,9 +193,7 @@ def test_exercises_of_the_copy_still_tell_right_from_wrong(
         if opened:
             assert "Not attempted" in said
             assert execute(source.replace(opened[0], solutions[tried]), names).startswith("Right.")
-            assert execute(source.replace(opened[0], f"{opened[1]} = 'nonsense'"), names).startswith(
-                "Not yet"
-            )
+            assert execute(source.replace(opened[0], f"{opened[1]} = 'nonsense'"), names).startswith("Not yet")
             tried += 1
     assert tried == len(solutions) > 0
 

@@ -31,16 +31,7 @@ def test_import_rules_cover_every_part() -> None:
 
 
 def test_public_names_load_no_classroom() -> None:
-    unwanted = [
-        "refimpl.lab",
-        "refimpl.studies",
-        "datasets",
-        "matplotlib",
-        "pandas",
-        "altair",
-        "gensim",
-        "triton",
-    ]
+    unwanted = ["refimpl.lab", "refimpl.studies", "datasets", "matplotlib", "pandas", "altair", "gensim", "triton"]
     # torch itself imports triton where it is installed; then only our own import of it counts.
     code = (
         "import sys, torch, transformers\n"

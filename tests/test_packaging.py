@@ -70,9 +70,7 @@ def test_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("extra", "newer"), [("", False), ("", True), ("[lab]", False)], ids=["current", "newer", "lab"]
 )
-def test_installing_changes_neither_torch_nor_numpy(
-    wheel: Path, tmp_path: Path, extra: str, newer: bool
-) -> None:
+def test_installing_changes_neither_torch_nor_numpy(wheel: Path, tmp_path: Path, extra: str, newer: bool) -> None:
     # the answer must not depend on this machine's pip settings (constraints, indexes)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
     environment["PIP_CONFIG_FILE"] = os.devnull

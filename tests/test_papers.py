@@ -107,9 +107,7 @@ def test_every_notebook_starts_with_the_same_install_cell() -> None:
     script = load_script("install_cell")
     for path in script.notebooks():
         cell = script.first_code_cell(json.loads(path.read_text()))
-        assert "".join(cell["source"]) == script.install_cell(), (
-            f"{path}: python scripts/install_cell.py --write"
-        )
+        assert "".join(cell["source"]) == script.install_cell(), f"{path}: python scripts/install_cell.py --write"
         assert cell["metadata"].get("tags") == ["remove-cell"], path
 
 

@@ -37,9 +37,7 @@ def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("plain"), "repair")
     reference = names["model"](ids).logits.float()
     for exported in (whole, adapted):
-        assert torch.allclose(
-            exported(ids).logits.float(), reference, atol=0.05 * reference.abs().max().item()
-        )
+        assert torch.allclose(exported(ids).logits.float(), reference, atol=0.05 * reference.abs().max().item())
     assert torch.equal(packed(ids).logits, names["quantised"](ids).logits)
     (tmp_path / "document.txt").write_text(text.documents("wikipedia", "test")[0].text[:4000])
     exec(caches, names)
@@ -57,13 +55,9 @@ def test_readme_training_runs() -> None:
     """In fewer steps, which is all that differs."""
     *_, code, data = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     names: dict = {}
-    exec(
-        code.replace("steps=700", "steps=20").replace("start=70, frequency=35", "start=2, frequency=1"), names
-    )
+    exec(code.replace("steps=700", "steps=20").replace("start=70, frequency=35", "start=2, frequency=1"), names)
     packed = [layer for layer in names["model"].modules() if isinstance(layer, PackedLinear)]
-    left = sum(layer.nonzeros for layer in packed) / sum(
-        layer.in_features * layer.out_features for layer in packed
-    )
+    left = sum(layer.nonzeros for layer in packed) / sum(layer.in_features * layer.out_features for layer in packed)
     assert len(packed) == 10 and left == pytest.approx(0.1, abs=0.001)
     before = small.load("llama-small")
     exec(data.replace("rounds=40", "rounds=3").replace("steps=100", "steps=20"), names)

@@ -57,9 +57,7 @@ def page_links(docname: str) -> str:
     )
     if not address or source is None:
         return ""
-    issue = (
-        f"{address}/issues/new?title={quote(f'Error in {source}')}&body={quote(f'On the page {docname}: ')}"
-    )
+    issue = f"{address}/issues/new?title={quote(f'Error in {source}')}&body={quote(f'On the page {docname}: ')}"
     return (
         f'<p class="page-links"><a href="{html.escape(issue)}">Report an error on this page</a> '
         f'<a href="{html.escape(f"{address}/edit/{branch()}/{source}")}">Edit this page</a></p>'
@@ -110,9 +108,7 @@ def read_source(app: Any, docname: str, source: list[str]) -> None:
         committed = ROOT / f"{docname}.ipynb"
         live = executed_path(committed)
         text = source[0]
-        if live.exists() and json.loads(live.read_text(encoding="utf8"))["metadata"]["executed_key"] == key(
-            committed
-        ):
+        if live.exists() and json.loads(live.read_text(encoding="utf8"))["metadata"]["executed_key"] == key(committed):
             text = live.read_text(encoding="utf8")
         notebook = json.loads(text)
         for cell in notebook["cells"]:
@@ -141,9 +137,7 @@ def docstring_lines(app: Any, what: str, name: str, item: Any, options: Any, lin
             pieces = re.split(r"(``.*?``|`[^`]*`|:\w+:`[^`]*`)", line)
             for place, piece in enumerate(pieces):
                 if place % 2 == 0:
-                    plural = (
-                        "\\ " if place and piece[:1].isalnum() else ""
-                    )  # `name`s: markup must not touch a letter
+                    plural = "\\ " if place and piece[:1].isalnum() else ""  # `name`s: markup must not touch a letter
                     pieces[place] = plural + re.sub(r"(?<!\*)\*(?!\*)|\|", r"\\\g<0>", piece)
             lines[k] = "".join(pieces)
 

@@ -106,9 +106,15 @@ class AdaRound(Reconstruction):
         rounded = cast(RoundedSite, layer)
         recipe = Recipe(self.iterations, lr=self.lr, schedule="constant", seed=self.seed)
         return reconstruct(
-            layer, stats, recipe, target=target, samples=self.samples, parameters=[{"params": [rounded.V]}],
-            penalty=lambda layer: self.regulariser * layer.undecided(), after_step=[self._anneal],
-        )  # fmt: skip
+            layer,
+            stats,
+            recipe,
+            target=target,
+            samples=self.samples,
+            parameters=[{"params": [rounded.V]}],
+            penalty=lambda layer: self.regulariser * layer.undecided(),
+            after_step=[self._anneal],
+        )
 
     def _anneal(self, step: int, layer: nn.Module) -> None:
         done = (step / self.iterations - WARM_UP) / (1 - WARM_UP)

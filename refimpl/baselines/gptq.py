@@ -45,9 +45,7 @@ class GPTQ(Method):
     def layer_config(self, site: Site) -> dict[str, Any]:
         return quantised_config(site, self.bits, self.group_size, self.symmetric)
 
-    def quantise(
-        self, W: Tensor, gram: Tensor, mask: Tensor | None, log: dict[str, Any], group: int
-    ) -> Solution:
+    def quantise(self, W: Tensor, gram: Tensor, mask: Tensor | None, log: dict[str, Any], group: int) -> Solution:
         """The method on plain tensors: W [m, d], G [d, d], mask [m, d] or None."""
         order = torch.argsort(gram.diagonal(), descending=True) if self.act_order else None
         ordered = gram if order is None else gram[order][:, order]
@@ -60,8 +58,16 @@ class GPTQ(Method):
         mask, pattern = mask_of(site)
         found = self.quantise(W, stats.gram, mask, site.log, check_group(site, self.group_size))
         zero = None if self.symmetric else found.zero
-        return PackedLinear(codes=found.codes, scale=found.scale, zero=zero, bits=self.bits, mask=mask, pattern=pattern,
-                            bias=site.bias, dtype=W.dtype)  # fmt: skip
+        return PackedLinear(
+            codes=found.codes,
+            scale=found.scale,
+            zero=zero,
+            bits=self.bits,
+            mask=mask,
+            pattern=pattern,
+            bias=site.bias,
+            dtype=W.dtype,
+        )
 
     def flops(self, site: Site) -> float:
         d, m = site.in_features, site.out_features

@@ -52,9 +52,7 @@ def inverse_root(gram: Tensor, damping: float, log: dict[str, Any]) -> Tensor:
             return torch.linalg.solve_triangular(L.flip(0, 1), eye, upper=True).float()
         used = max(10 * used, 1e-6)
         if used > 1e3:  # no positive semidefinite matrix needs this much
-            raise CalibrationError(
-                "calibration: the second moment of the inputs cannot be factorised; it holds NaN"
-            )
+            raise CalibrationError("calibration: the second moment of the inputs cannot be factorised; it holds NaN")
         log["damping"] = used
 
 
@@ -143,9 +141,7 @@ def solve(
                     ahead = C[j : j + width]
                     if ahead.shape[0] > end - j:  # columns of later blocks lack this block's updates so far
                         ahead = _with_pending(ahead, errors[: j - start], U[start:j, j : j + width], end - j)
-                    saliency = (
-                        ahead / diagonal[j : j + width, None]
-                    ).square()  # w^2 / [inv(H)]_jj of what remains
+                    saliency = (ahead / diagonal[j : j + width, None]).square()  # w^2 / [inv(H)]_jj of what remains
                     if structure is None:
                         # counted from the left edge, so that the blocks add up to int(m * d * sparsity)
                         count = int(m * (j + len(saliency)) * sparsity) - int(m * j * sparsity)
@@ -165,9 +161,7 @@ def solve(
                     if j % group == 0:
                         ahead = C[j : j + group]
                         if ahead.shape[0] > end - j:
-                            ahead = _with_pending(
-                                ahead, errors[: j - start], U[start:j, j : j + group], end - j
-                            )
+                            ahead = _with_pending(ahead, errors[: j - start], U[start:j, j : j + group], end - j)
                         found = minmax_grid((ahead * kept[j : j + group]).T, bits, symmetric)
                         grids.append(Grid(found.scale.flatten(), found.zero.flatten(), bits))
                     grid = grids[-1]

@@ -122,9 +122,7 @@ class Wanda(Pruner):
         assert stats is not None
         W = site.weight
         norm = stats.norm + (stats.norm.sum() == 0)  # an expert no token chose: by magnitude
-        return self._pack(
-            site, W, prune_mask(W.abs().float() * norm, self.pattern, self.sparsity, per_row=True)
-        )
+        return self._pack(site, W, prune_mask(W.abs().float() * norm, self.pattern, self.sparsity, per_row=True))
 
     def dropped(self, site: Site) -> int:
         return site.out_features * int(site.in_features * self.sparsity)

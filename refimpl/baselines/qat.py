@@ -101,9 +101,7 @@ def towards(
             f"them, or batch_size={len(samples)}"
         )
     if not torch.isfinite(target).all():
-        raise CalibrationError(
-            "calibration: the float network's logits are not finite; check model and samples"
-        )
+        raise CalibrationError("calibration: the float network's logits are not finite; check model and samples")
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         for module in model.modules():
@@ -114,10 +112,16 @@ def towards(
         return {"divergence": float(divergence(all_logits(model, samples), target))}
 
     return train(
-        model, batches(samples, target, batch_size=batch_size, seed=recipe.seed), loss, recipe, parameters=parameters,
-        evaluate=evaluate, evaluate_every=max(1, recipe.steps // 10), keep_best="divergence" if keep_best else None,
+        model,
+        batches(samples, target, batch_size=batch_size, seed=recipe.seed),
+        loss,
+        recipe,
+        parameters=parameters,
+        evaluate=evaluate,
+        evaluate_every=max(1, recipe.steps // 10),
+        keep_best="divergence" if keep_best else None,
         progress=progress,
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()
@@ -178,8 +182,16 @@ def fine_tune(
             setattr(site.parent, site.attribute, trained[site.name])
         groups = [group for layer in trained.values() for group in scaled_rates(layer, recipe.lr)]
         with torch.enable_grad():
-            history = towards(model, pixels, target, recipe, batch_size=batch_size, keep_best=keep_best,
-                              parameters=groups, progress=progress)  # fmt: skip
+            history = towards(
+                model,
+                pixels,
+                target,
+                recipe,
+                batch_size=batch_size,
+                keep_best=keep_best,
+                parameters=groups,
+                progress=progress,
+            )
     except BaseException:
         for site in sites:
             setattr(site.parent, site.attribute, dense[site.name])

@@ -46,9 +46,7 @@ class Reconstruction(Method, abc.ABC):
 
     def __post_init__(self) -> None:
         if self.activation_bits is not None and not 2 <= self.activation_bits <= 8:
-            raise OptionError(
-                f"activation_bits={self.activation_bits}: use 2 to 8, or None to leave inputs alone"
-            )
+            raise OptionError(f"activation_bits={self.activation_bits}: use 2 to 8, or None to leave inputs alone")
         for name, least in (("iterations", 0), ("samples", 1)):
             if getattr(self, name) < least:
                 raise OptionError(f"{name}={getattr(self, name)}: use {least} or more")

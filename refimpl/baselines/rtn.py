@@ -30,12 +30,8 @@ def quantised_config(site: Site, bits: int, group_size: int | None, symmetric: b
         raise OptionError(f"bits={bits}: use 2 to 8")
     current = site.module
     sparse = isinstance(current, PackedLinear) and current.pattern is not None
-    if isinstance(current, CompressedLayer) and not (
-        isinstance(current, PackedLinear) and current.bits is None
-    ):
-        raise OptionError(
-            f"{site.name!r} is already {current}; quantise before adding a low-rank path, and only once"
-        )
+    if isinstance(current, CompressedLayer) and not (isinstance(current, PackedLinear) and current.bits is None):
+        raise OptionError(f"{site.name!r} is already {current}; quantise before adding a low-rank path, and only once")
     return {
         "type": "PackedLinear",
         "in_features": site.in_features,
@@ -88,8 +84,16 @@ class RTN(Method):
         groups = W.float().unflatten(1, (-1, check_group(site, self.group_size)))
         grid = minmax_grid(groups, self.bits, self.symmetric)
         zero = None if self.symmetric else grid.zero[..., 0]
-        return PackedLinear(codes=grid.encode(groups).flatten(1), scale=grid.scale[..., 0], zero=zero, bits=self.bits,
-                            mask=mask, pattern=pattern, bias=site.bias, dtype=W.dtype)  # fmt: skip
+        return PackedLinear(
+            codes=grid.encode(groups).flatten(1),
+            scale=grid.scale[..., 0],
+            zero=zero,
+            bits=self.bits,
+            mask=mask,
+            pattern=pattern,
+            bias=site.bias,
+            dtype=W.dtype,
+        )
 
     def flops(self, site: Site) -> float:
         return 6.0 * site.in_features * site.out_features

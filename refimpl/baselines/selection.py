@@ -75,9 +75,7 @@ def class_quotas(labels: Tensor, k: int) -> Tensor:
     there = labels.bincount()
     classes = int((there > 0).sum())
     if k < classes:
-        raise OptionError(
-            f"k={k} is too small for one example of each of {classes} classes; use {classes} or more"
-        )
+        raise OptionError(f"k={k} is too small for one example of each of {classes} classes; use {classes} or more")
     quotas = torch.zeros_like(there)
     while (missing := k - int(quotas.sum())) > 0:
         open_classes = (quotas < there).nonzero()[:, 0]
@@ -267,9 +265,7 @@ def grand(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(functional_call(model, at, (row[None],)), label[None])
 
     def norm(row: Tensor, label: Tensor) -> Tensor:
-        return (
-            torch.stack([g.square().sum() for g in grad(loss)(parameters, row, label).values()]).sum().sqrt()
-        )
+        return torch.stack([g.square().sum() for g in grad(loss)(parameters, row, label).values()]).sum().sqrt()
 
     training = model.training
     model.eval()
@@ -355,9 +351,7 @@ def top(scores: Tensor, k: int) -> Tensor:
     """
     _check_budget(len(scores), k)
     if scores.isnan().any():
-        raise OptionError(
-            f"scores[{int(scores.isnan().nonzero()[0])}] is NaN: the proxy's training has diverged"
-        )
+        raise OptionError(f"scores[{int(scores.isnan().nonzero()[0])}] is NaN: the proxy's training has diverged")
     return scores.sort(descending=True, stable=True).indices[:k]
 
 
@@ -459,9 +453,7 @@ def train_proxy(
         clock = _Clock()
         steps = epochs * (n // batch_size)
         order = BatchSampler(Shuffled(n, seed), batch_size, drop_last=True)
-        batches = DataLoader(
-            data, sampler=order, batch_size=None
-        )  # whole batches at once: a third of the time
+        batches = DataLoader(data, sampler=order, batch_size=None)  # whole batches at once: a third of the time
         train(model, batches, counted, recipe(steps, seed), progress=False)
         _add(cost, "train", clock.lap(steps * batch_size))
         found, features = _measure(model, x)
@@ -521,16 +513,12 @@ def select(name: str, labels: Tensor, k: int, *, proxy: Proxy | None = None, see
         return Selection(random_subset(len(labels), k, seed), clock.lap())
     if name == "balanced":
         generator = torch.Generator().manual_seed(seed)
-        chosen = by_class(
-            labels, k, lambda rows, quota: torch.randperm(len(rows), generator=generator)[:quota]
-        )
+        chosen = by_class(labels, k, lambda rows, quota: torch.randperm(len(rows), generator=generator)[:quota])
         return Selection(chosen, clock.lap())
     if proxy is None:
         raise OptionError(f"name={name!r} reads a proxy: pass proxy=train_proxy(...)")
     if len(proxy.features) != len(labels):
-        raise OptionError(
-            f"proxy is of {len(proxy.features)} examples, labels of {len(labels)}: train it on these"
-        )
+        raise OptionError(f"proxy is of {len(proxy.features)} examples, labels of {len(labels)}: train it on these")
     chosen = by_class(labels, k, _picks(name, proxy))
     paid = proxy.cost["train"] + proxy.cost["forward"]
     return Selection(chosen, clock.lap() + paid + (proxy.cost["grand"] if name == "grand" else Cost()))
@@ -601,9 +589,7 @@ def _check_budget(n: int, k: int) -> None:
 
 def _check_labels(labels: Tensor, classes: int | None = None) -> None:
     if labels.dim() != 1 or labels.is_floating_point():
-        raise OptionError(
-            f"labels are {labels.dtype} {list(labels.shape)}: give whole numbers, one for each example"
-        )
+        raise OptionError(f"labels are {labels.dtype} {list(labels.shape)}: give whole numbers, one for each example")
     outside = (labels < 0) if classes is None else (labels < 0) | (labels >= classes)
     if outside.any():
         row = int(outside.nonzero()[0])
@@ -613,7 +599,5 @@ def _check_labels(labels: Tensor, classes: int | None = None) -> None:
 
 def _check_features(features: Tensor, k: int) -> None:
     if features.dim() != 2 or not features.is_floating_point() or not features.isfinite().all():
-        raise OptionError(
-            f"features are {features.dtype} {list(features.shape)}: give a finite float matrix [n, d]"
-        )
+        raise OptionError(f"features are {features.dtype} {list(features.shape)}: give a finite float matrix [n, d]")
     _check_budget(len(features), k)

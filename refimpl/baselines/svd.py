@@ -50,9 +50,7 @@ class PlainSVD(LowRankRepair):
         PlainSVD(rank=32)
     """
 
-    def compress_site(
-        self, site: Site, stats: InputStats | None, original: Tensor | None
-    ) -> CompensatedLinear:
+    def compress_site(self, site: Site, stats: InputStats | None, original: Tensor | None) -> CompensatedLinear:
         assert original is not None
         B, A = balanced(*truncated_svd(self.error(site, original), self.rank))
         return self.attach(site, *to_layer_dtype(site, A, B))
@@ -75,9 +73,7 @@ class ActSVD(LowRankRepair):
     alpha: float = 0.5
     statistics: ClassVar[frozenset[str]] = frozenset({"abs"})
 
-    def compress_site(
-        self, site: Site, stats: InputStats | None, original: Tensor | None
-    ) -> CompensatedLinear:
+    def compress_site(self, site: Site, stats: InputStats | None, original: Tensor | None) -> CompensatedLinear:
         assert stats is not None and original is not None
         s = stats.mean_abs**self.alpha
         s = s + (s.max() == 0)  # an expert no token chose: plain SVD
@@ -121,15 +117,11 @@ class LoftQ(Method):
                 "then PlainSVD or EoRA"
             )
         shape = {"A": (site.in_features, self.rank), "B": (self.rank, site.out_features)}
-        adapter = {
-            name: {"type": "Factor", "in_features": i, "out_features": o} for name, (i, o) in shape.items()
-        }
+        adapter = {name: {"type": "Factor", "in_features": i, "out_features": o} for name, (i, o) in shape.items()}
         base = quantised_config(site, self.bits, self.group_size, self.symmetric)
         return {"type": "CompensatedLinear", "base": base, "adapter": {"type": "LowRankLinear", **adapter}}
 
-    def compress_site(
-        self, site: Site, stats: InputStats | None, original: Tensor | None
-    ) -> CompensatedLinear:
+    def compress_site(self, site: Site, stats: InputStats | None, original: Tensor | None) -> CompensatedLinear:
         W = site.weight
         rounding = RTN(self.bits, self.group_size, self.symmetric)
         low_rank = torch.zeros_like(W, dtype=torch.float32)

@@ -20,16 +20,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 BOOK, YOURS = "The book", "Your own model"
-app.command("papers", epilog="Example: refimpl papers --part pruning --planned", rich_help_panel=BOOK)(
-    book.list_papers
-)
+app.command("papers", epilog="Example: refimpl papers --part pruning --planned", rich_help_panel=BOOK)(book.list_papers)
 app.command(epilog="Example: refimpl fetch smollm2", rich_help_panel=BOOK)(book.fetch)
-app.command(epilog="Example: refimpl study eora --profile quick --out eora.json", rich_help_panel=BOOK)(
-    book.study
-)
-app.command(epilog="Example: refimpl ledger --part lowrank --verdict holds", rich_help_panel=BOOK)(
-    book.ledger
-)
+app.command(epilog="Example: refimpl study eora --profile quick --out eora.json", rich_help_panel=BOOK)(book.study)
+app.command(epilog="Example: refimpl ledger --part lowrank --verdict holds", rich_help_panel=BOOK)(book.ledger)
 app.command(epilog="Example: refimpl methods GPTQ", rich_help_panel=YOURS)(compress.methods)
 app.command(
     epilog="Example: refimpl compress smollm2 SparseGPT EoRA --set SparseGPT.pattern=2:4 --set EoRA.rank=32 "
@@ -37,12 +31,11 @@ app.command(
     rich_help_panel=YOURS,
 )(compress.compress)
 app.command(
-    epilog="Example: refimpl evaluate smaller --on wikipedia --on python --json > smaller.json",
-    rich_help_panel=YOURS,
+    epilog="Example: refimpl evaluate smaller --on wikipedia --on python --json > smaller.json", rich_help_panel=YOURS
 )(evaluate.evaluate)
-app.command(
-    epilog="Example: refimpl export smaller --format dense --out for-transformers", rich_help_panel=YOURS
-)(export.export)
+app.command(epilog="Example: refimpl export smaller --format dense --out for-transformers", rich_help_panel=YOURS)(
+    export.export
+)
 app.command(epilog="Example: refimpl chart dense.json smaller.json --out chart.html", rich_help_panel=YOURS)(
     charts.chart
 )

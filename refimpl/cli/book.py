@@ -54,9 +54,7 @@ def list_papers(
     as_json: Annotated[bool, typer.Option("--json", help="Every field of every entry, as JSON.")] = False,
 ) -> None:
     """List the papers that have a chapter."""
-    chosen = [
-        paper for paper in papers() if (paper.status == "chapter" or planned) and part in (None, paper.part)
-    ]
+    chosen = [paper for paper in papers() if (paper.status == "chapter" or planned) and part in (None, paper.part)]
     if as_json:
         print_json([{**asdict(paper), "notebook": paper.notebook, "url": paper.url} for paper in chosen])
         return
@@ -72,9 +70,7 @@ def list_papers(
 def fetch(
     names: Annotated[
         list[str] | None,
-        typer.Argument(
-            help=f"{', '.join(RESOURCES)}; everything if left out.", autocompletion=lambda: list(RESOURCES)
-        ),
+        typer.Argument(help=f"{', '.join(RESOURCES)}; everything if left out.", autocompletion=lambda: list(RESOURCES)),
     ] = None,
 ) -> None:
     """Fetch the models and texts of the book into the cache, and check their hashes."""
@@ -95,8 +91,7 @@ def study(
     ],
     profile: Annotated[Profile, typer.Option(help="Size of the experiment.")] = Profile.study,
     out: Annotated[
-        Path | None,
-        typer.Option(help="Results file; data/results/<slug>.json for the study size by default."),
+        Path | None, typer.Option(help="Results file; data/results/<slug>.json for the study size by default.")
     ] = None,
 ) -> None:
     """Run a paper's experiment and write its results file. An interrupted run is resumed."""

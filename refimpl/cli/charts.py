@@ -30,9 +30,7 @@ def chart(
             help="What `refimpl evaluate --json` wrote, the dense model first; the recorded results if left out."
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="What to write: .html (interactive), .png or .svg.")] = Path(
-        "chart.html"
-    ),
+    out: Annotated[Path, typer.Option(help="What to write: .html (interactive), .png or .svg.")] = Path("chart.html"),
     bench: Annotated[
         str,
         typer.Option(
@@ -48,19 +46,16 @@ def chart(
     paper: Annotated[
         str | None,
         typer.Option(
-            help="Only results of this paper.",
-            callback=one_of("--paper", lambda: [paper.slug for paper in papers()]),
+            help="Only results of this paper.", callback=one_of("--paper", lambda: [paper.slug for paper in papers()])
         ),
     ] = None,
     method: Annotated[
-        list[str] | None,
-        typer.Option(help="Only results of this method, such as GPTQ or GPTQ+EoRA; may be repeated."),
+        list[str] | None, typer.Option(help="Only results of this method, such as GPTQ or GPTQ+EoRA; may be repeated.")
     ] = None,
     cost: Annotated[
         str,
         typer.Option(
-            help=f"Horizontal axis of classifiers: {', '.join(COSTS)}.",
-            callback=one_of("--cost", lambda: list(COSTS)),
+            help=f"Horizontal axis of classifiers: {', '.join(COSTS)}.", callback=one_of("--cost", lambda: list(COSTS))
         ),
     ] = "bytes",
     title: Annotated[str, typer.Option(help="Above the chart.")] = "",
@@ -170,9 +165,7 @@ def _own(files: list[Path], bench: str) -> list[Point]:
                 gap = compare(result, base)
                 low, high = gap.low * base.value, gap.high * base.value
             except OptionError:
-                typer.echo(
-                    f"{name}: measured on other text than {read[0][0]}, so without an interval", err=True
-                )
+                typer.echo(f"{name}: measured on other text than {read[0][0]}, so without an interval", err=True)
         points.append(plots.Point(name, bits, result.value, low, high))
     return points
 

@@ -47,8 +47,7 @@ def methods(
     name: Annotated[
         str | None,
         typer.Argument(
-            help="Show the options of this method; all methods if left out.",
-            autocompletion=lambda: list(METHODS),
+            help="Show the options of this method; all methods if left out.", autocompletion=lambda: list(METHODS)
         ),
     ] = None,
 ) -> None:
@@ -126,15 +125,13 @@ def compress(
         str | None, typer.Option(help="Regular expression; only matching linear maps are compressed.")
     ] = None,
     out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for the result. The same call resumes after an interruption."),
+        Path | None, typer.Option(help="Folder for the result. The same call resumes after an interruption.")
     ] = None,
     dtype: Precision = DType.auto,
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run",
-            help="Only say what would be done: sites, bits, peak memory, FLOPs. Reads no weights.",
+            "--dry-run", help="Only say what would be done: sites, bits, peak memory, FLOPs. Reads no weights."
         ),
     ] = False,
 ) -> None:
@@ -171,7 +168,7 @@ def compress(
         "batch_size": batch_size,
         "targets": targets,
         "dtype": str(precision).removeprefix("torch."),
-    }  # fmt: skip
+    }
     if _already_there(out, call, len(chosen)):
         typer.echo(f"Already there, from this very call: {out}")
         return
@@ -312,9 +309,7 @@ def _plan(
             setattr(model.get_submodule(parent), attribute, empty_layer(row["layer"], dtype, "meta"))
         plans.append(plan)
     for row in plans[-1].sites:
-        typer.echo(
-            f"{row['site']:50} {row['shape'][0]:6} x {row['shape'][1]:<6} {row['bits']:6.2f} bits per weight"
-        )
+        typer.echo(f"{row['site']:50} {row['shape'][0]:6} x {row['shape'][1]:<6} {row['bits']:6.2f} bits per weight")
     for site, reason in plans[-1].skipped.items():
         typer.echo(f"{site:50} left as it is ({reason})")
     for plan in plans:

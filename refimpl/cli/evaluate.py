@@ -79,8 +79,7 @@ def evaluate(
                 )
         size = metrics.footprint(loaded, folder)
         measured = {
-            corpus: metrics.perplexity(loaded, tokens, batch_size).by_unit()
-            for corpus, tokens in token_sets.items()
+            corpus: metrics.perplexity(loaded, tokens, batch_size).by_unit() for corpus, tokens in token_sets.items()
         }
         card = None
         if tasks:
@@ -119,9 +118,7 @@ def evaluate(
             }
         )
         return
-    typer.echo(
-        f"{model}: {type(loaded).__name__}, {size.parameters / 1e6:.1f} million parameters, {precision}"
-    )
+    typer.echo(f"{model}: {type(loaded).__name__}, {size.parameters / 1e6:.1f} million parameters, {precision}")
     typer.echo(
         f"    {size.bits_per_weight:.2f} bits per weight of the linear maps, {size.bits_per_parameter:.2f} per "
         f"parameter of the whole model; {size.bytes / 1e6:.1f} MB in memory, "

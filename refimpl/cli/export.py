@@ -50,8 +50,7 @@ def export(
         ),
     ] = False,
     base: Annotated[
-        str | None,
-        typer.Option(help="For peft: folder or Hub id of the model that the adapter belongs to."),
+        str | None, typer.Option(help="For peft: folder or Hub id of the model that the adapter belongs to.")
     ] = None,
 ) -> None:
     """Write a compressed model so that it loads without refimpl, and say how."""

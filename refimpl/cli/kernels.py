@@ -10,9 +10,7 @@ import typer
 from refimpl.cli.console import waiting
 from refimpl.core.errors import OptionError, RefimplError, nearest, require
 
-app = typer.Typer(
-    help="The Triton kernels: what compilers make of them, and how fast they are.", no_args_is_help=True
-)
+app = typer.Typer(help="The Triton kernels: what compilers make of them, and how fast they are.", no_args_is_help=True)
 
 Names = Annotated[list[str] | None, typer.Argument(help="Kernels, such as sparse_matvec; all if left out.")]
 
@@ -20,9 +18,7 @@ Names = Annotated[list[str] | None, typer.Argument(help="Kernels, such as sparse
 @app.command(epilog="Example: refimpl kernels audit sparse_matvec --out audit.json")
 def audit(
     names: Names = None,
-    out: Annotated[
-        Path | None, typer.Option(help="JSON file to write; rows of other kernels in it stay.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write; rows of other kernels in it stay.")] = None,
 ) -> None:
     """Compile kernels for NVIDIA and AMD GPUs, which need not be here, and read the machine code.
 

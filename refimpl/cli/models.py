@@ -23,14 +23,7 @@ CORPORA = ("wikipedia", "news", "python", "prose")
 LONGEST = 512  # tokens per sequence, or what the model can read if that is less
 #: What makes a checkpoint usable beside its weights; copied along.
 COMPANIONS = (
-    *(
-        "tokenizer*",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "chat_template*",
-        "vocab.*",
-        "merges.txt",
-    ),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*", "merges.txt"),
     "generation_config.json",
 )
 
@@ -57,14 +50,10 @@ Model = Annotated[
     ),
 ]
 Precision = Annotated[
-    DType,
-    typer.Option(
-        help="What to compute in, and to store what is not packed in; auto: bfloat16 where it is fast."
-    ),
+    DType, typer.Option(help="What to compute in, and to store what is not packed in; auto: bfloat16 where it is fast.")
 ]
 Length = Annotated[
-    int | None,
-    typer.Option(help=f"Tokens per sequence; {LONGEST} by default, or what the model can read.", min=2),
+    int | None, typer.Option(help=f"Tokens per sequence; {LONGEST} by default, or what the model can read.", min=2)
 ]
 
 
@@ -83,9 +72,7 @@ def checkpoint(model: str) -> Path:
     # a Hub id has an owner, a few old ones apart; asking the Hub for a typing error takes long without a network
     if "/" not in model and model not in MODELS and not Path(model).expanduser().exists():
         if "did you mean" in (known := nearest(model, MODELS)):
-            raise OptionError(
-                f"{model} is no local folder; use {known}, a folder or a Hub id ('owner/model')"
-            )
+            raise OptionError(f"{model} is no local folder; use {known}, a folder or a Hub id ('owner/model')")
     return models.smollm2_path() if model == "smollm2" else models.folder(model)
 
 
@@ -114,8 +101,7 @@ def tokenizer_of(folder: Path, purpose: str) -> PreTrainedTokenizerBase:
 
     if not has_tokenizer(folder):
         raise OptionError(
-            f"{purpose} needs the model's tokenizer, and {folder} holds none; save it there "
-            "(tokenizer.save_pretrained)"
+            f"{purpose} needs the model's tokenizer, and {folder} holds none; save it there (tokenizer.save_pretrained)"
         )
     try:
         return AutoTokenizer.from_pretrained(folder)
@@ -123,9 +109,7 @@ def tokenizer_of(folder: Path, purpose: str) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from error
 
 
-def own_text(
-    option: str, source: str, tokenizer: PreTrainedTokenizerBase, length: int, draw: int
-) -> TokenSet:
+def own_text(option: str, source: str, tokenizer: PreTrainedTokenizerBase, length: int, draw: int) -> TokenSet:
     """Windows of the user's own texts in a random but repeatable order, so that the first n come from all of them."""
     import torch
 
@@ -133,9 +117,7 @@ def own_text(
 
     path = Path(source).expanduser()
     if not path.exists():
-        raise OptionError(
-            f"{option} {source} is neither a file or folder nor {nearest(source, text.CORPORA)}"
-        )
+        raise OptionError(f"{option} {source} is neither a file or folder nor {nearest(source, text.CORPORA)}")
     try:
         tokens = text.from_texts(path, tokenizer, length)
     except CalibrationError as error:
@@ -144,9 +126,7 @@ def own_text(
             "smaller number"
         ) from error
     chosen = torch.randperm(len(tokens.ids), generator=torch.Generator().manual_seed(draw))
-    return dataclasses.replace(
-        tokens, ids=tokens.ids[chosen], units=[tokens.units[k] for k in chosen.tolist()]
-    )
+    return dataclasses.replace(tokens, ids=tokens.ids[chosen], units=[tokens.units[k] for k in chosen.tolist()])
 
 
 def first(tokens: TokenSet, sequences: int) -> TokenSet:

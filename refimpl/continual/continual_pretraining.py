@@ -175,15 +175,11 @@ def replay_loader(
         >>> sum(int(batch[0].sum()) for batch in batches), 0.05 * 8 * 100
         (40, 40.0)
     """
-    sizes = [
-        len(data[0]) if isinstance(data, (tuple, list)) else _length(data, i) for i, data in enumerate(old)
-    ]
+    sizes = [len(data[0]) if isinstance(data, (tuple, list)) else _length(data, i) for i, data in enumerate(old)]
     return mixture_loader([new, *old], shares(r, sizes), batch_size, steps, seed, start)
 
 
-def replay_stream(
-    new: Any, old: Sequence[Any], r: float, sizes: Sequence[int] | None = None, seed: int = 0
-) -> Any:
+def replay_stream(new: Any, old: Sequence[Any], r: float, sizes: Sequence[int] | None = None, seed: int = 0) -> Any:
     """Step 4 for Hugging Face datasets, streaming or not: rows drawn one by one, so r holds on average only.
 
     The stream ends when every part was read once; the Trainer's ``max_steps`` keeps the budget.

@@ -44,26 +44,26 @@ class Checkpoint:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise CheckpointError(
-                f"checkpoint={str(folder)!r} is not a folder; pass the path of a saved model"
-            )
+            raise CheckpointError(f"checkpoint={str(folder)!r} is not a folder; pass the path of a saved model")
         files = self._listed() or sorted(self.folder.glob("*.safetensors"))
         if not files:
             pickled = sorted(path.name for path in self.folder.glob("*.bin"))
             raise CheckpointError(
                 f"checkpoint={str(folder)!r} has no safetensors file"
-                + (f"; {pickled[0]} is a pickle, which can run code when read and is refused: "
-                   "convert it with save_pretrained in an environment you trust" if pickled else "")
-            )  # fmt: skip
+                + (
+                    f"; {pickled[0]} is a pickle, which can run code when read and is refused: "
+                    "convert it with save_pretrained in an environment you trust"
+                    if pickled
+                    else ""
+                )
+            )
         self._files: dict[str, Path] = {}
         for path in files:
             try:
                 with safe_open(path, framework="pt") as handle:
                     self._files.update(dict.fromkeys(handle.keys(), path))
             except SafetensorError as error:
-                raise CheckpointError(
-                    f"{path} is truncated or not safetensors ({error}); fetch it again"
-                ) from error
+                raise CheckpointError(f"{path} is truncated or not safetensors ({error}); fetch it again") from error
 
     def _listed(self) -> list[Path]:
         """The files an index names: that of transformers, or our own manifest; [] without one."""
@@ -73,14 +73,10 @@ class Checkpoint:
             try:
                 names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             except (ValueError, KeyError, AttributeError) as error:
-                raise CheckpointError(
-                    f"{index} cannot be read ({error!r}); copy or download it again"
-                ) from error
+                raise CheckpointError(f"{index} cannot be read ({error!r}); copy or download it again") from error
             for name in names:
                 if not (self.folder / name).exists():
-                    raise CheckpointError(
-                        f"checkpoint={str(self.folder)!r} lacks {name}; copy or download it again"
-                    )
+                    raise CheckpointError(f"checkpoint={str(self.folder)!r} lacks {name}; copy or download it again")
             return [self.folder / name for name in names]
         return []
 
@@ -164,11 +160,7 @@ class Reference:
                 module = self.layout.get_submodule(site.name)
                 transposed = is_conv1d(module)
                 key, index = (f"{site.name}.weight", None) if self.checkpoint is None else (key, index)
-            weight = (
-                self.checkpoint.tensor(key, index)
-                if self.checkpoint
-                else self.layout.get_parameter(key).detach()
-            )
+            weight = self.checkpoint.tensor(key, index) if self.checkpoint else self.layout.get_parameter(key).detach()
         except AttributeError as error:
             raise CheckpointError(
                 f"reference: it has no uncompressed weight {key!r}; pass the model (or its folder) as it was before "
@@ -211,13 +203,9 @@ def read_config(folder: str | Path) -> Any:
     from transformers import AutoConfig
 
     if not (Path(folder) / "config.json").is_file():
-        raise CheckpointError(
-            f"checkpoint={str(folder)!r} has no config.json; pass a folder saved by save_pretrained"
-        )
+        raise CheckpointError(f"checkpoint={str(folder)!r} has no config.json; pass a folder saved by save_pretrained")
     config = AutoConfig.from_pretrained(folder)
-    if hasattr(
-        config, "quantization_config"
-    ):  # our own mark, or a format that transformers would unpack itself
+    if hasattr(config, "quantization_config"):  # our own mark, or a format that transformers would unpack itself
         format_name = config.quantization_config.get("quant_method")
         if format_name != "refimpl":
             raise CheckpointError(

@@ -79,13 +79,9 @@ def calibration_batches(
         got = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise CalibrationError(f"calibration: expected integer token ids [sequences, length], got {got}")
     if ids.numel() == 0:
-        raise CalibrationError(
-            f"calibration: shape {tuple(ids.shape)} holds no tokens; pass at least one sequence"
-        )
+        raise CalibrationError(f"calibration: shape {tuple(ids.shape)} holds no tokens; pass at least one sequence")
     if ids.shape[1] < 2:
-        raise CalibrationError(
-            f"calibration: sequences of length {ids.shape[1]} are too short; use 2 tokens or more"
-        )
+        raise CalibrationError(f"calibration: sequences of length {ids.shape[1]} are too short; use 2 tokens or more")
     if longest is not None and ids.shape[1] > longest:
         raise CalibrationError(
             f"calibration: sequences of length {ids.shape[1]} are longer than the {longest} positions of the model; "
@@ -327,9 +323,7 @@ def compress(
         if io.is_compressed(folder):
             io.restore_layers(model, folder, device="meta", dtype=dtype)
     elif dtype is not None:
-        raise OptionError(
-            f"dtype={dtype} is for models read from a folder; change this one with model.to(dtype)"
-        )
+        raise OptionError(f"dtype={dtype} is for models read from a folder; change this one with model.to(dtype)")
     elif not isinstance(model, nn.Module):
         raise OptionError(f"model={model!r}: pass a transformers model, or the folder of its checkpoint")
     with experts_put_back(model, always=False):  # whatever is refused below leaves the model as it was
@@ -341,9 +335,7 @@ def compress(
                     "save(model, ...) afterwards"
                 )
             batch_size = WHOLE_BATCH if batch_size is None else batch_size
-            entries = compress_whole(
-                model, method, sites, calibration, reference, order, batch_size, progress
-            )
+            entries = compress_whole(model, method, sites, calibration, reference, order, batch_size, progress)
             return Report(model, repr(method), entries, time.perf_counter() - start)
         original = reference_of(model, method, reference, sites)
         batches = _batches(model, method, calibration, BATCH if batch_size is None else batch_size)
@@ -376,22 +368,12 @@ def compress(
 
     reports: list[SiteReport] = list(writer.reports(SiteReport)) if writer else []
     last = max((index for index, chosen in by_block.items() if chosen), default=-1)
-    bar = tqdm(
-        total=len(blocks),
-        initial=done,
-        desc=type(method).__name__,
-        unit="block",
-        disable=not progress,
-        delay=1,
-    )
+    bar = tqdm(total=len(blocks), initial=done, desc=type(method).__name__, unit="block", disable=not progress, delay=1)
     finished = done
     try:
         for index in range(done, len(blocks)):
             block, chosen = blocks[index], by_block[index]
-            with (
-                _materialised(block, index, model, source) if source else nullcontext(),
-                all_or_nothing(chosen),
-            ):
+            with _materialised(block, index, model, source) if source else nullcontext(), all_or_nothing(chosen):
                 entries = _compress_block(
                     block, index, chosen, method, original, activations, order, propagate=index < last
                 )
@@ -403,11 +385,7 @@ def compress(
             finished = index + 1
             bar.update()
     except KeyboardInterrupt:
-        where = (
-            f"; call it again with out={str(out)!r} to go on"
-            if writer
-            else " (pass out= to make a run resumable)"
-        )
+        where = f"; call it again with out={str(out)!r} to go on" if writer else " (pass out= to make a run resumable)"
         tqdm.write(f"interrupted after {finished} of {len(blocks)} blocks{where}")
         raise
     finally:
@@ -620,8 +598,14 @@ def _plan(
         size = layer.nbytes - layer.parts().get("bias", 0)
         count = site.in_features * site.out_features
         before = sum(tensor.nbytes for tensor in current.state_dict().values())
-        rows.append({"site": site.name, "shape": [site.out_features, site.in_features], "layer": config,
-                     "bits": 8 * size / count})  # fmt: skip
+        rows.append(
+            {
+                "site": site.name,
+                "shape": [site.out_features, site.in_features],
+                "layer": config,
+                "bits": 8 * size / count,
+            }
+        )
         bits, weights, saved = bits + 8 * size, weights + count, saved + before - layer.nbytes
         flops += method.flops(site)
         if not samples:
@@ -652,6 +636,11 @@ def _plan(
     streams = 0 if whole else samples * length * _width(model) * dtype.itemsize
     total = sum({id(t): t.nbytes for t in model.state_dict(keep_vars=True).values()}.values())
     return Plan(
-        repr(method), rows, skipped_modules(model, sites), bits / weights, total - saved,
-        max(held.values(), default=0) + targets_held + work + streams + inside, flops,
-    )  # fmt: skip
+        repr(method),
+        rows,
+        skipped_modules(model, sites),
+        bits / weights,
+        total - saved,
+        max(held.values(), default=0) + targets_held + work + streams + inside,
+        flops,
+    )

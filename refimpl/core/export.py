@@ -34,13 +34,7 @@ from refimpl.core.checkpoint import MANIFEST
 from refimpl.core.device import read
 from refimpl.core.errors import CheckpointError, OptionError, require
 from refimpl.core.fold import _feeds
-from refimpl.core.io import (
-    check_transformers,
-    compressed_layers,
-    read_json,
-    write_json,
-    write_tensors,
-)
+from refimpl.core.io import check_transformers, compressed_layers, read_json, write_json, write_tensors
 from refimpl.core.layers import (
     CompensatedLinear,
     CompressedLayer,
@@ -58,14 +52,7 @@ _MARK = "<!-- written by refimpl.core.export -->"
 _PACKED = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape")
 _EXPERTS = "re:.*[.]experts[.].*"  # every map of every expert
 _SHARD_LIMIT = 2_000_000_000  # bytes of one file, all of which are in memory while it is written
-_MODEL_FILES = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.bin",
-    "config.json",
-    "adapter_config.json",
-    MANIFEST,
-)
+_MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "config.json", "adapter_config.json", MANIFEST)
 
 
 # ---- the three formats
@@ -169,11 +156,7 @@ def export_compressed_tensors(
     pack = require("compressed_tensors.compressors", "export").pack_to_int32
 
     def tensors(name: str, layer: CompressedLayer) -> dict[str, Tensor]:
-        return (
-            source.packed(name, quantised[name], pack)
-            if name in quantised
-            else source.dense(name, layer, True)
-        )
+        return source.packed(name, quantised[name], pack) if name in quantised else source.dense(name, layer, True)
 
     settings = _settings(quantised)
     config = {
@@ -185,9 +168,7 @@ def export_compressed_tensors(
         "ignore": source.unquantised(quantised),
     }
     if len(settings) == 1 and (adapter is not None or not all(q.symmetric for q in quantised.values())):
-        config["dequantize"] = (
-            True  # while loading: asymmetric grids are not read otherwise, and PEFT wants weights
-        )
+        config["dequantize"] = True  # while loading: asymmetric grids are not read otherwise, and PEFT wants weights
     with _whole(folder) as staging, nullcontext() if adapter is None else _whole(adapter) as beside:
         pieces = source.pieces(tensors, lambda name: source.packed_experts(name, quantised, pack))
         _write_checkpoint(staging, source, pieces, config)
@@ -393,18 +374,18 @@ class _Source:
 
     def check_experts(self, quantised: dict[str, _Quantised]) -> None:
         """Raise `OptionError` unless all experts are quantised alike, on symmetric grids: only so they are read."""
-        maps = [f"{name}.{i}.{part}" for name, experts in self.experts.items()
-                for i in range(experts.num_experts) for part in ("gate_up_proj", "down_proj")]  # fmt: skip
+        maps = [
+            f"{name}.{i}.{part}"
+            for name, experts in self.experts.items()
+            for i in range(experts.num_experts)
+            for part in ("gate_up_proj", "down_proj")
+        ]
         if not maps:
             return
         first = quantised.get(maps[0])
         for name in maps:
             layer = quantised.get(name)
-            if (
-                layer is None
-                or first is None
-                or _settings({name: layer}).keys() != _settings({name: first}).keys()
-            ):
+            if layer is None or first is None or _settings({name: layer}).keys() != _settings({name: first}).keys():
                 raise OptionError(
                     f"model: {name!r} is not quantised like the other layers of the experts, and transformers reads "
                     "experts from pack-quantized only if all have the same bits and group size; use export_dense"
@@ -476,9 +457,7 @@ class _Source:
         _, part = name.rsplit(".", 1)
         key = f"{self.owner(name, self.experts)}.{part}"
         stored = self.stored({key: torch.zeros(2, 2, 2)})
-        return next(
-            (k for k, tensor in stored.items() if tensor.dim() != 2 or not k.endswith(".weight")), None
-        )
+        return next((k for k, tensor in stored.items() if tensor.dim() != 2 or not k.endswith(".weight")), None)
 
     # -- tensors
 
@@ -533,15 +512,11 @@ class _Source:
                 for key, rows in self.stored({f"{name}.{part}": stack}).items():
                     stem = key.removesuffix(".weight")
                     tensors[f"{stem}.{kind}"] = rows
-                    tensors[f"{stem}.weight_shape"] = torch.tensor(
-                        [len(rows), self.layers[names[0]].in_features]
-                    )
+                    tensors[f"{stem}.weight_shape"] = torch.tensor([len(rows), self.layers[names[0]].in_features])
         return tensors
 
     def pieces(
-        self,
-        tensors: Callable[[str, CompressedLayer], dict[str, Tensor]],
-        experts: Callable[[str], dict[str, Tensor]],
+        self, tensors: Callable[[str, CompressedLayer], dict[str, Tensor]], experts: Callable[[str], dict[str, Tensor]]
     ) -> Iterator[dict[str, Tensor]]:
         """All tensors under the names of the architecture: what lies outside the blocks, then block by block.
 
@@ -598,9 +573,7 @@ class _Source:
 
         def weight(index: int, part: str) -> Tensor:
             module: Any = experts.get_submodule(f"{index}.{part}")
-            return (
-                _weight(_in_files(module)) if isinstance(module, CompressedLayer) else module.weight.detach()
-            )
+            return _weight(_in_files(module)) if isinstance(module, CompressedLayer) else module.weight.detach()
 
         return {
             f"{name}.{part}": torch.stack([weight(index, part) for index in range(experts.num_experts)])
@@ -619,16 +592,16 @@ class _Source:
         for name, norm in norms.items():
             if type(self.model.get_submodule(name)) is nn.Identity:
                 one = torch.ones(norm.num_features, dtype=self.dtype, device=device)
-                tensors |= {f"{name}.weight": one, f"{name}.bias": 0 * one, f"{name}.running_mean": 0 * one,
-                            f"{name}.running_var": one - norm.eps,
-                            f"{name}.num_batches_tracked": torch.zeros((), dtype=torch.long)}  # fmt: skip
+                tensors |= {
+                    f"{name}.weight": one,
+                    f"{name}.bias": 0 * one,
+                    f"{name}.running_mean": 0 * one,
+                    f"{name}.running_var": one - norm.eps,
+                    f"{name}.num_batches_tracked": torch.zeros((), dtype=torch.long),
+                }
         moved: set[str] = set()
-        convs = [
-            n for n, m in self.architecture.named_modules() if isinstance(m, nn.Conv2d) and m.bias is None
-        ]
-        biases = {
-            n: b for n in convs if (b := getattr(self.model.get_submodule(n), "bias", None)) is not None
-        }
+        convs = [n for n, m in self.architecture.named_modules() if isinstance(m, nn.Conv2d) and m.bias is None]
+        biases = {n: b for n in convs if (b := getattr(self.model.get_submodule(n), "bias", None)) is not None}
         if biases:
             size = getattr(self.model.config, "image_size", None) or 224
             channels = next(m.in_channels for m in self.architecture.modules() if isinstance(m, nn.Conv2d))
@@ -695,9 +668,7 @@ def _whole(folder: str | Path) -> Iterator[Path]:
     folder = Path(folder)
     card = folder / "README.md"
     ours = card.is_file() and _MARK in card.read_text(errors="replace")
-    if folder.is_file() or (
-        not ours and (card.exists() or any(next(folder.glob(p), None) for p in _MODEL_FILES))
-    ):
+    if folder.is_file() or (not ours and (card.exists() or any(next(folder.glob(p), None) for p in _MODEL_FILES))):
         raise CheckpointError(
             f"folder={str(folder)!r} holds something that is no export of ours; choose another folder"
         )
@@ -746,10 +717,7 @@ def _no_bars() -> Iterator[None]:
 
 
 def _write_checkpoint(
-    staging: Path,
-    source: _Source,
-    pieces: Iterator[dict[str, Tensor]],
-    quantization: dict[str, Any] | None = None,
+    staging: Path, source: _Source, pieces: Iterator[dict[str, Tensor]], quantization: dict[str, Any] | None = None
 ) -> None:
     """Write tensors, index and configurations as ``save_pretrained`` does, file by file.
 
@@ -760,9 +728,7 @@ def _write_checkpoint(
     files: list[Path] = []
     for shard in _shards(pieces):
         with _no_bars():
-            source.architecture.save_pretrained(
-                part, state_dict={n: t.contiguous() for n, t in shard.items()}
-            )
+            source.architecture.save_pretrained(part, state_dict={n: t.contiguous() for n, t in shard.items()})
         for path in sorted(part.glob("*.safetensors")):
             files.append(path.rename(staging / f"{len(files)}.safetensors"))
         del shard  # or it would live on while the next is made
@@ -827,22 +793,23 @@ def _settings(quantised: dict[str, _Quantised]) -> dict[tuple[int, int | None, b
     return settings
 
 
-def _config_groups(
-    source: _Source, settings: dict[tuple[int, int | None, bool], list[str]]
-) -> dict[str, Any]:
+def _config_groups(source: _Source, settings: dict[tuple[int, int | None, bool], list[str]]) -> dict[str, Any]:
     """The ``config_groups`` of the format: the settings with the layers they are for."""
     groups: dict[str, Any] = {}
     for number, ((bits, group_size, symmetric), names) in enumerate(settings.items()):
-        weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "dynamic": False,
-                   "strategy": "channel" if group_size is None else "group", "group_size": group_size}  # fmt: skip
+        weights = {
+            "num_bits": bits,
+            "type": "int",
+            "symmetric": symmetric,
+            "dynamic": False,
+            "strategy": "channel" if group_size is None else "group",
+            "group_size": group_size,
+        }
         # with one setting, what is not ignored is quantised; with several, each lists its layers, but experts, which
         # are no modules of transformers, are found by a pattern that names them
         targets = [name for name in names if not source.owner(name, source.experts)]
         targets += [_EXPERTS] if len(targets) < len(names) else []
-        groups[f"group_{number}"] = {
-            "targets": ["Linear"] if len(settings) == 1 else targets,
-            "weights": weights,
-        }
+        groups[f"group_{number}"] = {"targets": ["Linear"] if len(settings) == 1 else targets, "weights": weights}
     return groups
 
 
@@ -877,9 +844,11 @@ def _not_here(adapter: bool) -> str:
 
 
 def _dense_card(source: _Source, bases: bool) -> str:
-    sums = "" if bases or not source.low_rank_paths() else (
-        " Low-rank paths are multiplied out and rounded once, so logits agree up to rounding."
-    )  # fmt: skip
+    sums = (
+        ""
+        if bases or not source.low_rank_paths()
+        else (" Low-rank paths are multiplied out and rounded once, so logits agree up to rounding.")
+    )
     body = f"""
 {_what(source)} Every layer is an ordinary one: pruned weights are zeros, quantised weights are the numbers their codes
 stand for, so the files are as large as those of the original model.{sums}
@@ -891,9 +860,7 @@ stand for, so the files are as large as those of the original model.{sums}
     return _card("A compressed model as plain weights", "transformers", body, code)
 
 
-def _packed_card(
-    source: _Source, quantised: dict[str, _Quantised], config: dict[str, Any], adapter: bool
-) -> str:
+def _packed_card(source: _Source, quantised: dict[str, _Quantised], config: dict[str, Any], adapter: bool) -> str:
     settings, version = _settings(quantised), config["version"]
     rows = "\n".join(
         f"| {len(names)} | {bits} | {size or 'one per row'} | {'symmetric' if symmetric else 'asymmetric'} |"
@@ -901,9 +868,7 @@ def _packed_card(
     )
     notes = [f"Linear layers that are ordinary weights: {len(source.unquantised(quantised))}."]
     if any(q.sparse for q in quantised.values()):
-        notes.append(
-            "Pruned weights are stored as quantised zeros: the sparsity is kept but saves no bytes here."
-        )
+        notes.append("Pruned weights are stored as quantised zeros: the sparsity is kept but saves no bytes here.")
     odd = sorted({bits for bits, _, _ in settings} - {2, 4, 8})
     if odd:
         notes.append(
@@ -923,9 +888,7 @@ def _packed_card(
             "`quantization_config=CompressedTensorsConfig(dequantize=True)` in the call."
         )
     elif adapter:
-        notes.append(
-            "Before the adapter is loaded, run the model once on any tokens: that unpacks the weights."
-        )
+        notes.append("Before the adapter is loaded, run the model once on any tokens: that unpacks the weights.")
     body = f"""
 {_what(source)} Its quantised layers are in the `pack-quantized` format of compressed-tensors
 (`pip install compressed-tensors`, written with {version}); the weights are exactly those of the compressed model.
@@ -955,6 +918,4 @@ Load that model as its README says, then the adapter. Factors that were quantise
         f'base = {auto}.from_pretrained("{base}")\n'
         'model = PeftModel.from_pretrained(base, "THIS FOLDER")'
     )
-    return _card(
-        "Low-rank paths of a compressed model", "peft", body, code, None if Path(base).exists() else base
-    )
+    return _card("Low-rank paths of a compressed model", "peft", body, code, None if Path(base).exists() else base)

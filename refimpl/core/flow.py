@@ -10,8 +10,21 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 # the same values in another shape, layout or place: what happens to them happens to the output
-_PASSES_ON = {"view", "_unsafe_view", "reshape", "alias", "detach", "clone", "contiguous", "_to_copy", "squeeze",
-              "unsqueeze", "transpose", "permute", "t"}  # fmt: skip
+_PASSES_ON = {
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "alias",
+    "detach",
+    "clone",
+    "contiguous",
+    "_to_copy",
+    "squeeze",
+    "unsqueeze",
+    "transpose",
+    "permute",
+    "t",
+}
 
 
 class Consumers(TorchDispatchMode):

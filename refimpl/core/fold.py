@@ -190,9 +190,7 @@ def _feeds(model: nn.Module, example: Any) -> tuple[dict[str, str], dict[str, st
             reason = "no convolution directly before it"
         elif calls[source] != 1:
             reason = f"the convolution before it, {conv!r}, is called {calls[source]} times"
-        elif list(fed_by.values()).count(conv) > 1 or not all(
-            "batch_norm" in op for op in consumers.found[conv]
-        ):
+        elif list(fed_by.values()).count(conv) > 1 or not all("batch_norm" in op for op in consumers.found[conv]):
             reason = f"something else uses the output of {conv!r} too"
         elif module.running_var is None:
             reason = "it has no running statistics"
@@ -248,9 +246,7 @@ def _(layer: nn.Conv2d, factor: Tensor, shift: Tensor | None) -> None:
 def _(layer: PackedLinear, factor: Tensor, shift: Tensor | None) -> None:
     if layer.bits is not None:
         layer.scale = layer.scale.float() * factor[:, None]
-    elif (
-        layer.pattern is not None and parse_pattern(layer.pattern) is None
-    ):  # the kept values of all rows in a row
+    elif layer.pattern is not None and parse_pattern(layer.pattern) is None:  # the kept values of all rows in a row
         mask = layer.nonzero_mask()
         assert mask is not None
         per_value = factor[:, None].expand_as(mask)[mask]
@@ -313,9 +309,7 @@ def _get(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError as error:
-        raise OptionError(
-            f"model: it has no {name!r}; pass the model whose batch norms were folded"
-        ) from error
+        raise OptionError(f"model: it has no {name!r}; pass the model whose batch norms were folded") from error
 
 
 def _set(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -58,7 +58,5 @@ def minmax_grid(w: Tensor, bits: int, symmetric: bool = False) -> Grid:
         scale = (high - low) / levels
     scale = scale.to(SCALE_DTYPE).float()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    zero = (
-        torch.full_like(scale, 2 ** (bits - 1)) if symmetric else torch.round(-low / scale).clamp(0, levels)
-    )
+    zero = torch.full_like(scale, 2 ** (bits - 1)) if symmetric else torch.round(-low / scale).clamp(0, levels)
     return Grid(scale, zero, bits)

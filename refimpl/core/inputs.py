@@ -40,9 +40,7 @@ class InputSamples(InputStats):
         5
     """
 
-    def __init__(
-        self, x: Tensor | None, y: Tensor | None, low: Tensor, high: Tensor, rectified: bool = False
-    ) -> None:
+    def __init__(self, x: Tensor | None, y: Tensor | None, low: Tensor, high: Tensor, rectified: bool = False) -> None:
         super().__init__(0, low.device, ())
         self._x, self._y, self.low, self.high, self.rectified = x, y, low, high, rectified
         self.tokens = 0 if x is None else len(x)

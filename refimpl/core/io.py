@@ -106,8 +106,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         {'w': tensor([1., 1.])}
     """
     with atomic_write(path) as temporary:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary,
-                  metadata={"format": "pt"})  # fmt: skip
+        save_file(
+            {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
+            temporary,
+            metadata={"format": "pt"},
+        )
 
 
 def compressed_layers(model: nn.Module) -> dict[str, CompressedLayer]:
@@ -213,9 +216,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     folder = Path(folder)
     ours = is_compressed(folder) or (folder / _SAVING).exists()
     if any(folder.glob("*.safetensors")) and not ours:
-        raise CheckpointError(
-            f"folder={str(folder)!r} holds a checkpoint that is not ours; choose another folder"
-        )
+        raise CheckpointError(f"folder={str(folder)!r} holds a checkpoint that is not ours; choose another folder")
     with experts_put_back(model, always=True):
         unfuse_experts(model)  # one format, whether any expert was compressed or not
         _save(model, folder)
@@ -237,13 +238,7 @@ def _save(model: nn.Module, folder: Path) -> None:
             shards.setdefault(f"{file}.safetensors", {})[name] = tensor
     for file, content in shards.items():
         write_tensors(folder / file, content)
-    _finish(
-        model,
-        folder,
-        {name: file for file, content in shards.items() for name in content},
-        _layers(model),
-        {},
-    )
+    _finish(model, folder, {name: file for file, content in shards.items() for name in content}, _layers(model), {})
     (folder / _SAVING).unlink()
 
 
@@ -255,8 +250,13 @@ def _finish(
         (folder / stale).unlink()
     _write_config(model, folder)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    manifest = {"format": 1, "dtype": str(dtype).removeprefix("torch."), "layers": layers,
-                "weight_map": weight_map, **run}  # fmt: skip
+    manifest = {
+        "format": 1,
+        "dtype": str(dtype).removeprefix("torch."),
+        "layers": layers,
+        "weight_map": weight_map,
+        **run,
+    }
     identities = [name for name, module in model.named_modules() if type(module) is nn.Identity]
     if identities:
         manifest["identities"] = identities
@@ -264,10 +264,7 @@ def _finish(
 
 
 def restore_layers(
-    model: nn.Module,
-    folder: str | Path,
-    device: torch.device | str = "meta",
-    dtype: torch.dtype | None = None,
+    model: nn.Module, folder: str | Path, device: torch.device | str = "meta", dtype: torch.dtype | None = None
 ) -> None:
     """Give `model` the compressed layers recorded in `folder`, with uninitialised tensors (of `dtype`, or as stored).
 
@@ -280,13 +277,9 @@ def restore_layers(
     """
     manifest = read_json(Path(folder) / MANIFEST)
     if manifest.get("format") != 1:
-        raise CheckpointError(
-            f"{folder}: format {manifest.get('format')!r} is not 1; it needs a newer refimpl"
-        )
+        raise CheckpointError(f"{folder}: format {manifest.get('format')!r} is not 1; it needs a newer refimpl")
     unfuse_experts(model)
-    for name in manifest.get(
-        "identities", []
-    ):  # where a batch norm was folded, the architecture still has it
+    for name in manifest.get("identities", []):  # where a batch norm was folded, the architecture still has it
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, nn.Identity())
     for key in manifest["weight_map"]:  # and what it was folded into has a bias now
@@ -305,17 +298,13 @@ def _submodule(model: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def _place_layers(
-    model: nn.Module, layers: dict[str, Any], dtype: torch.dtype, device: torch.device | str
-) -> None:
+def _place_layers(model: nn.Module, layers: dict[str, Any], dtype: torch.dtype, device: torch.device | str) -> None:
     for name, config in layers.items():
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, empty_layer(config, dtype, device))
 
 
-def load(
-    folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> nn.Module:
+def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> nn.Module:
     """Read a model written by `save` or by `compress(..., out=)`.
 
     Args:
@@ -364,9 +353,7 @@ use transformers' from_pretrained for plain checkpoints
     missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if missing or left:
         what = f"lacks {missing[0]!r}" if missing else f"has a tensor of no use, {sorted(left)[0]!r}"
-        raise CheckpointError(
-            f"{folder} {what}: it is damaged or was written by another version; save the model again"
-        )
+        raise CheckpointError(f"{folder} {what}: it is damaged or was written by another version; save the model again")
     if dtype is not None:
         _cast(model, dtype)
     return model.to(device).eval()
@@ -379,9 +366,7 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
             set_tensor(module, name, parameter.to(dtype))
         if isinstance(module, (PackedLinear, ServedLinear)):
             module.dtype = dtype
-        if isinstance(module, ServedSparseLinear) or (
-            isinstance(module, PackedLinear) and module.bits is None
-        ):
+        if isinstance(module, ServedSparseLinear) or (isinstance(module, PackedLinear) and module.bits is None):
             module.values = module.values.to(dtype)
 
 
@@ -405,13 +390,7 @@ class ShardWriter:
     def __init__(self, folder: Path, model: nn.Module, marks: list[str]) -> None:
         self.folder, self.marks = folder, marks
         self.prefix, _ = find_blocks(model)
-        self.state: dict[str, Any] = {
-            "done": 0,
-            "marks": marks,
-            "reports": [],
-            "layers": {},
-            "weight_map": {},
-        }
+        self.state: dict[str, Any] = {"done": 0, "marks": marks, "reports": [], "layers": {}, "weight_map": {}}
         finished, unfinished = folder / MANIFEST, folder / _PROGRESS
         if unfinished.exists():
             state = read_json(unfinished)
@@ -425,15 +404,15 @@ class ShardWriter:
         elif finished.exists():
             manifest = read_json(finished)
             if manifest.get("marks") != marks and not self._already(manifest, model):
-                raise CheckpointError(
-                    f"out={str(folder)!r} holds another compressed model; choose another folder"
-                )
-            self.state |= {"done": len(marks), "reports": manifest["reports"], "layers": manifest["layers"],
-                           "weight_map": manifest["weight_map"]}  # fmt: skip
+                raise CheckpointError(f"out={str(folder)!r} holds another compressed model; choose another folder")
+            self.state |= {
+                "done": len(marks),
+                "reports": manifest["reports"],
+                "layers": manifest["layers"],
+                "weight_map": manifest["weight_map"],
+            }
         elif folder.exists() and any(folder.iterdir()):
-            raise CheckpointError(
-                f"out={str(folder)!r} is not empty and not one of our runs; choose another folder"
-            )
+            raise CheckpointError(f"out={str(folder)!r} is not empty and not one of our runs; choose another folder")
 
     def _already(self, manifest: dict[str, Any], model: nn.Module) -> bool:
         # the same call made again on the very model it has already compressed; a next step has another run digest
@@ -448,18 +427,14 @@ class ShardWriter:
         """Entries of the finished blocks, as `kind`."""
         return [kind(**entry) for entry in self.state["reports"]]
 
-    def add_block(
-        self, index: int, block: nn.Module, hidden: list[Tensor], entries: list[dict[str, Any]]
-    ) -> None:
+    def add_block(self, index: int, block: nn.Module, hidden: list[Tensor], entries: list[dict[str, Any]]) -> None:
         """Write one finished block and the activations behind it; the progress file last."""
         prefix = f"{self.prefix}.{index}."
         tensors = {prefix + name: tensor for name, tensor in block.state_dict().items()}
         file = f"block-{index:05d}.safetensors"
         write_tensors(self.folder / file, tensors)
         if hidden:
-            write_tensors(
-                self.folder / f"hidden-{index:05d}.safetensors", {str(i): h for i, h in enumerate(hidden)}
-            )
+            write_tensors(self.folder / f"hidden-{index:05d}.safetensors", {str(i): h for i, h in enumerate(hidden)})
         self.state["layers"] |= _layers(block, prefix)
         self.state["weight_map"] |= dict.fromkeys(tensors, file)
         self.state["reports"] += entries

@@ -99,9 +99,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("precision", PRECISIONS)):
             if getattr(self, name) not in known:
-                raise OptionError(
-                    f"{name}={getattr(self, name)!r}: use {nearest(getattr(self, name), known)}"
-                )
+                raise OptionError(f"{name}={getattr(self, name)!r}: use {nearest(getattr(self, name), known)}")
         if self.steps < 1:
             raise OptionError(f"steps={self.steps}: use 1 or more")
         if not (self.lr > 0 and math.isfinite(self.lr)):
@@ -183,9 +181,7 @@ def batches(
         (3, [0, 1, 2, 3, 4, 5])
     """
     if not tensors or len({len(tensor) for tensor in tensors}) > 1:
-        raise OptionError(
-            f"tensors have {[len(t) for t in tensors]} rows; pass at least one, all of one length"
-        )
+        raise OptionError(f"tensors have {[len(t) for t in tensors]} rows; pass at least one, all of one length")
     rank, world = _rank_and_world()
     share = len(tensors[0]) // world if drop_last else math.ceil(len(tensors[0]) / world)
     if batch_size < 1 or share < (batch_size if drop_last else 1):
@@ -255,9 +251,7 @@ def _seed_step(device: torch.device, *numbers: int) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def _optimizer(
-    model: nn.Module, parameters: Sequence[dict[str, Any]] | None, recipe: Recipe
-) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module, parameters: Sequence[dict[str, Any]] | None, recipe: Recipe) -> torch.optim.Optimizer:
     if parameters is None:
         trainable = [p for p in model.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [
@@ -266,14 +260,11 @@ def _optimizer(
         ]
     else:
         groups = [
-            {"weight_decay": recipe.weight_decay, **group, "params": list(group["params"])}
-            for group in parameters
+            {"weight_decay": recipe.weight_decay, **group, "params": list(group["params"])} for group in parameters
         ]
     groups = [group for group in groups if group["params"]]
     if not groups:
-        raise OptionError(
-            "model: none of its parameters require a gradient; call requires_grad_() on those to train"
-        )
+        raise OptionError("model: none of its parameters require a gradient; call requires_grad_() on those to train")
     for group in groups:
         group["highest_lr"] = group.setdefault("lr", recipe.lr)
     if recipe.optimizer == "sgd":
@@ -391,9 +382,7 @@ class _Run:
             self._evaluate(0)
         stream = _stream(self.data, start * self.recipe.accumulate)
         silent = not progress or self.rank > 0
-        bar = tqdm(
-            total=self.recipe.steps, initial=start, desc="training", unit="step", disable=silent, delay=1
-        )
+        bar = tqdm(total=self.recipe.steps, initial=start, desc="training", unit="step", disable=silent, delay=1)
         read_every = 1 if self.device.type == "cpu" else _READ_EVERY
         with bar:
             for step in range(start + 1, self.recipe.steps + 1):
@@ -486,9 +475,7 @@ class _Run:
             metrics = {name: float(value) for name, value in self.evaluate(self.model).items()}
         if self.keep_best is not None:
             if self.keep_best not in metrics:
-                raise OptionError(
-                    f"keep_best={self.keep_best!r}: evaluate returns {nearest(self.keep_best, metrics)}"
-                )
+                raise OptionError(f"keep_best={self.keep_best!r}: evaluate returns {nearest(self.keep_best, metrics)}")
             value = metrics[self.keep_best]
             others = [entry[self.keep_best] for entry in self.history.evaluations]
             if not any(other <= value for other in others) and not math.isnan(value):
@@ -512,7 +499,7 @@ class _Run:
             "processes": self.world,
             "batches": _length(self.data),
             "first batch": digest.hexdigest() if self.rank == 0 else None,
-        }  # fmt: skip
+        }
 
     def _save(self, step: int) -> None:
         assert self.folder is not None
@@ -520,9 +507,7 @@ class _Run:
         optimizer: Any = get_optimizer_state_dict(self.model, self.optimizer, options=gather)
         parts: dict[str, Any] = {"model": get_model_state_dict(self.model, options=gather)}
         if self.best is not None:
-            parts["best"] = {
-                n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in self.best.items()
-            }
+            parts["best"] = {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in self.best.items()}
         if self.rank == 0:
             for parameter, state in optimizer["state"].items():
                 parts |= {

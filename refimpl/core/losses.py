@@ -229,9 +229,7 @@ class Weighted:
     def combine(self, own: Tensor) -> Tensor:
         """From this process's losses [B] to the scalar whose gradient is averaged over processes."""
         if own.dim() != 1:
-            raise CalibrationError(
-                f"losses has shape {list(own.shape)}; it must be a vector, one loss a sample"
-            )
+            raise CalibrationError(f"losses has shape {list(own.shape)}; it must be a vector, one loss a sample")
         rank, world = _rank_and_world()
         every = own.detach().float()
         if world > 1:
@@ -254,9 +252,7 @@ class Weighted:
         return world * (mine.detach() * own).sum()
 
     def _keep(self, losses: Tensor, weights: Tensor) -> None:
-        self._pending.append(
-            torch.stack([losses.mean(), len(losses) * weights.max(), 1 / weights.square().sum()])
-        )
+        self._pending.append(torch.stack([losses.mean(), len(losses) * weights.max(), 1 / weights.square().sum()]))
         if len(self._pending) >= _READ_EVERY:
             self._read()
 
@@ -266,9 +262,7 @@ class Weighted:
         values = read_all(torch.stack(self._pending).flatten())
         for mean, concentration, effective in zip(values[::3], values[1::3], values[2::3], strict=True):
             step = 1 + len(self._history)
-            self._history.append(
-                {"step": step, "loss": mean, "concentration": concentration, "effective": effective}
-            )
+            self._history.append({"step": step, "loss": mean, "concentration": concentration, "effective": effective})
         self._pending.clear()
 
     def history(self) -> list[dict[str, float]]:

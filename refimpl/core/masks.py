@@ -103,9 +103,10 @@ def weight_matrices(model: nn.Module, targets: str | None = None) -> dict[str, n
             raise OptionError(f"targets={targets!r} is not a regular expression: {error}") from error
     if not chosen:
         raise OptionError(
-            f"targets={targets!r} matches no weight matrix; names look like {next(iter(found))!r}" if found
+            f"targets={targets!r} matches no weight matrix; names look like {next(iter(found))!r}"
+            if found
             else f"model={type(model).__name__}: found no weight matrix to mask (packed layers cannot be masked)"
-        )  # fmt: skip
+        )
     once: dict[int, tuple[str, nn.Parameter]] = {}
     for name, weight in chosen.items():
         owner, _, attribute = name.rpartition(".")

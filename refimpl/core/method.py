@@ -92,9 +92,7 @@ def check_method(method: object) -> None:
             yield from concrete(kind)
 
     given = method.__name__ if isinstance(method, type) else str(method)
-    raise OptionError(
-        f"method={given!r}: pass an instance, as GPTQ(), of {nearest(given, sorted(concrete(Method)))}"
-    )
+    raise OptionError(f"method={given!r}: pass an instance, as GPTQ(), of {nearest(given, sorted(concrete(Method)))}")
 
 
 def check_group(site: Site, group_size: int | None) -> int:

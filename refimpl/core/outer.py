@@ -17,9 +17,7 @@ from refimpl.core.loop import _rank_and_world
 
 Update = Callable[[list[Tensor], list[Tensor]], None]
 
-_PREFIX = (
-    "outer_slow_"  # of the buffers; numbers follow, since the dots of a parameter's name are not allowed
-)
+_PREFIX = "outer_slow_"  # of the buffers; numbers follow, since the dots of a parameter's name are not allowed
 
 
 class OuterStep:

@@ -71,13 +71,7 @@ class QuantizedSite(nn.Module):
     ) -> None:
         super().__init__()
         W = site.weight.detach()
-        self.bits, self.mask, self.pattern, self.dtype, self.geometry = (
-            bits,
-            mask,
-            pattern,
-            W.dtype,
-            site.geometry,
-        )
+        self.bits, self.mask, self.pattern, self.dtype, self.geometry = (bits, mask, pattern, W.dtype, site.geometry)
         self.W = nn.Parameter(W.float().unflatten(1, (-1, group)).clone())
         R, Z = RANGES[clip](self.W.detach(), bits)
         self.R, self.Z = nn.Parameter(R), nn.Parameter(Z)
@@ -128,9 +122,15 @@ class QuantizedSite(nn.Module):
         grid = to_grid(self.R, self.Z, self.bits)
         bias = self.bias
         layer = PackedLinear(
-            codes=self.codes(grid).flatten(1), scale=grid.scale[..., 0], zero=grid.zero[..., 0], bits=self.bits,
-            mask=self.mask, pattern=self.pattern, bias=None if bias is None else bias.to(self.dtype), dtype=self.dtype,
-        )  # fmt: skip
+            codes=self.codes(grid).flatten(1),
+            scale=grid.scale[..., 0],
+            zero=grid.zero[..., 0],
+            bits=self.bits,
+            mask=self.mask,
+            pattern=self.pattern,
+            bias=None if bias is None else bias.to(self.dtype),
+            dtype=self.dtype,
+        )
         if self.input_bits is None:
             return layer
         assert self.R_x is not None and self.Z_x is not None
@@ -264,9 +264,17 @@ def reconstruct(
 
     with torch.enable_grad():
         history = train(
-            layer, data, total, recipe, parameters=parameters, after_step=after_step, evaluate=evaluate,
-            evaluate_every=max(1, recipe.steps // _LOOKS), keep_best="error", progress=False,
-        )  # fmt: skip
+            layer,
+            data,
+            total,
+            recipe,
+            parameters=parameters,
+            after_step=after_step,
+            evaluate=evaluate,
+            evaluate_every=max(1, recipe.steps // _LOOKS),
+            keep_best="error",
+            progress=False,
+        )
     layer.eval()
     errors = [entry["error"] for entry in history.evaluations]
     return {"before": errors[0], "after": min(errors)}

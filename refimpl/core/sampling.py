@@ -17,15 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    BatchSampler,
-    ConcatDataset,
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    Sampler,
-    TensorDataset,
-)
+from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
 
 from refimpl.core.errors import CheckpointError, OptionError, require
 from refimpl.core.loop import _rank_and_world
@@ -62,9 +54,7 @@ class EpochSampler(Sampler[int]):
 
     def __init__(self, seed: int = 0) -> None:
         self.seed, self.epoch = seed, 0
-        self._begin = self._given = (
-            0  # rows of this process: where the next iteration begins, how many were given
-        )
+        self._begin = self._given = 0  # rows of this process: where the next iteration begins, how many were given
         self._drawn: tuple[int, Tensor] | None = None
 
     def draw(self, epoch: int) -> Tensor:
@@ -188,11 +178,7 @@ class Weighted(EpochSampler):
     """
 
     def __init__(
-        self,
-        weights: Tensor | Sequence[float],
-        size: int | None = None,
-        seed: int = 0,
-        replacement: bool = True,
+        self, weights: Tensor | Sequence[float], size: int | None = None, seed: int = 0, replacement: bool = True
     ) -> None:
         super().__init__(seed)
         self.weights = torch.as_tensor(weights, dtype=torch.float64, device="cpu").detach()
@@ -200,9 +186,7 @@ class Weighted(EpochSampler):
             raise OptionError(f"weights have shape {list(self.weights.shape)}; pass one weight per row, [n]")
         bad = (~self.weights.isfinite() | (self.weights < 0)).nonzero()
         if len(bad):
-            raise OptionError(
-                f"weights[{int(bad[0])}]={float(self.weights[bad[0]])}: use finite weights of 0 or more"
-            )
+            raise OptionError(f"weights[{int(bad[0])}]={float(self.weights[bad[0]])}: use finite weights of 0 or more")
         possible = int(self.weights.count_nonzero())
         if not possible:
             raise OptionError("weights are all 0, no row can be drawn; give one of them a positive weight")
@@ -220,9 +204,7 @@ class Weighted(EpochSampler):
         if self.replacement:
             ends = self.weights.cumsum(0)
             points = torch.rand(self.size, dtype=torch.float64, generator=source) * ends[-1]
-            last = torch.nextafter(
-                ends[-1], ends.new_zeros(())
-            )  # rounding may not reach a last row of weight 0
+            last = torch.nextafter(ends[-1], ends.new_zeros(()))  # rounding may not reach a last row of weight 0
             return torch.searchsorted(ends, points.clamp(max=last), right=True)
         # of exponential clocks with these rates, the order of the first rings
         waits = torch.empty_like(self.weights).exponential_(generator=source) / self.weights
@@ -256,13 +238,7 @@ class Mixture(Sampler[list[int]]):
     """
 
     def __init__(
-        self,
-        lengths: Sequence[int],
-        shares: Shares,
-        batch_size: int,
-        steps: int,
-        seed: int = 0,
-        start: int = 0,
+        self, lengths: Sequence[int], shares: Shares, batch_size: int, steps: int, seed: int = 0, start: int = 0
     ) -> None:
         _positive("batch_size", batch_size)
         _positive("steps", steps)
@@ -272,9 +248,7 @@ class Mixture(Sampler[list[int]]):
         self.batch_size, self.steps, self.start, self.epoch = batch_size, steps, start, 0
         self._shares = shares
         self._last: tuple[tuple[float, ...], list[Fraction]] | None = None
-        self._totals = [
-            [0] * len(self.lengths)
-        ]  # rows of each source before step 0, 1, ..., for moving shares
+        self._totals = [[0] * len(self.lengths)]  # rows of each source before step 0, 1, ..., for moving shares
         self._orders: dict[int, tuple[int, Tensor]] = {}
         self._before(start + steps)  # whatever is wrong with the shares, now
 
@@ -346,9 +320,7 @@ class Mixture(Sampler[list[int]]):
         return rows
 
 
-def loader(
-    data: Any, sampler: EpochSampler, batch_size: int, drop_last: bool = True, workers: int = 0
-) -> DataLoader:
+def loader(data: Any, sampler: EpochSampler, batch_size: int, drop_last: bool = True, workers: int = 0) -> DataLoader:
     """A loader over the rows that a sampler draws; for `refimpl.core.loop.train`, which moves its epochs on.
 
     Args:
@@ -388,13 +360,7 @@ def loader(
 
 
 def mixture_loader(
-    sources: Sequence[Any],
-    shares: Shares,
-    batch_size: int,
-    steps: int,
-    seed: int = 0,
-    start: int = 0,
-    workers: int = 0,
+    sources: Sequence[Any], shares: Shares, batch_size: int, steps: int, seed: int = 0, start: int = 0, workers: int = 0
 ) -> DataLoader:
     """A loader of `steps` batches that mix several sources with fixed shares, as `Mixture` says.
 
@@ -425,9 +391,7 @@ def mixture_loader(
     ]
     for i, shape in enumerate(shapes):
         if shape != shapes[0]:
-            raise OptionError(
-                f"sources: tensors {i} have rows of {shape}, the first {shapes[0]}; cut all alike"
-            )
+            raise OptionError(f"sources: tensors {i} have rows of {shape}, the first {shapes[0]}; cut all alike")
     mixture = Mixture([len(rows) for rows in found], shares, batch_size, steps, seed, start)
     return _loader(ConcatDataset(found), mixture, workers)
 
@@ -460,8 +424,7 @@ def interleave(datasets: Sequence[Any], shares: Sequence[float], seed: int = 0) 
     hub = require("datasets", "lab")
     parts = _fractions(tuple(shares), len(datasets), "shares")
     kinds = [
-        next((kind for kind in (hub.Dataset, hub.IterableDataset) if isinstance(data, kind)), None)
-        for data in datasets
+        next((kind for kind in (hub.Dataset, hub.IterableDataset) if isinstance(data, kind)), None) for data in datasets
     ]
     for i, (data, kind) in enumerate(zip(datasets, kinds, strict=True)):
         if kind is None or kind is not kinds[0]:
@@ -506,18 +469,14 @@ def _rows(data: Any, name: str) -> Any:
         data = (data,)
     if isinstance(data, (tuple, list)) and data and all(isinstance(part, Tensor) for part in data):
         if len({len(part) for part in data}) > 1:
-            raise OptionError(
-                f"{name} has tensors of {[len(part) for part in data]} rows; pass equal lengths"
-            )
+            raise OptionError(f"{name} has tensors of {[len(part) for part in data]} rows; pass equal lengths")
         return TensorDataset(*data)
     if isinstance(data, IterableDataset) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise OptionError(
             f"{name} is a {type(data).__name__}, which has no length or no rows to index; pass tensors or a map-style "
             "dataset (streams are mixed by `interleave`)"
         )
-    if (
-        hasattr(data, "with_format") and data.format["type"] is None
-    ):  # Hugging Face: lists of numbers otherwise
+    if hasattr(data, "with_format") and data.format["type"] is None:  # Hugging Face: lists of numbers otherwise
         return data.with_format("torch")
     return data
 

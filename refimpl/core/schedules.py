@@ -242,9 +242,7 @@ class Infinite(Schedule):
             raise OptionError("warmup, cooldown, hold and anneal are all 0; give one of them updates")
         _check_rates(low=self.low, constant=self.constant, peak=self.peak)
         if self.anneal and not self.low > 0:
-            raise OptionError(
-                f"low={self.low}: an exponential never reaches zero; use a positive rate, or anneal=0"
-            )
+            raise OptionError(f"low={self.low}: an exponential never reaches zero; use a positive rate, or anneal=0")
         if not self.cooldown and self.constant != self.peak:
             raise OptionError(
                 f"cooldown=0 leaves no updates to come down from peak={self.peak} to constant={self.constant}; "
@@ -385,9 +383,7 @@ def trainer_callback(schedule: Schedule) -> TrainerCallback:
     from transformers import TrainerCallback  # seconds, which a user of the loop saves
 
     class ScheduleCallback(TrainerCallback):
-        def on_train_begin(
-            self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **others: Any
-        ) -> None:
+        def on_train_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **others: Any) -> None:
             if state.max_steps > schedule.horizon:
                 raise OptionError(
                     f"max_steps={state.max_steps} go past the schedule, which ends after {schedule.horizon}; make it "

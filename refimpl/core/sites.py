@@ -50,9 +50,7 @@ class UnfusedExperts(nn.Module):
         self.num_experts = cast(Tensor, fused.down_proj).shape[0]
         for index in range(self.num_experts):
             expert = nn.Module()
-            gate_up, down = (
-                cast(Tensor, getattr(fused, name))[index] for name in ("gate_up_proj", "down_proj")
-            )
+            gate_up, down = (cast(Tensor, getattr(fused, name))[index] for name in ("gate_up_proj", "down_proj"))
             for name, weight in (("gate_up_proj", gate_up), ("down_proj", down)):
                 linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
                 linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
@@ -146,9 +144,7 @@ def experts_put_back(model: nn.Module, always: bool) -> Iterator[None]:
 
 def _refuse_encoder_decoder(model: nn.Module) -> None:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise OptionError(
-            f"model={type(model).__name__}: encoder-decoder models are not supported; use a decoder"
-        )
+        raise OptionError(f"model={type(model).__name__}: encoder-decoder models are not supported; use a decoder")
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -393,8 +389,11 @@ def find_sites(model: nn.Module, targets: str | None = None) -> list[Site]:
     except re.error as error:
         raise OptionError(f"targets={targets!r} is not a regular expression: {error}") from error
     if not chosen:
-        raise OptionError(f"targets={targets!r} matches no site; names look like {sites[0].name!r}" if sites
-                          else "model: it has no linear maps inside its blocks")  # fmt: skip
+        raise OptionError(
+            f"targets={targets!r} matches no site; names look like {sites[0].name!r}"
+            if sites
+            else "model: it has no linear maps inside its blocks"
+        )
     return chosen
 
 

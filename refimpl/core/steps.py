@@ -104,9 +104,7 @@ def reference_of(
         >>> reference_of(nn.Linear(2, 2), RTN(), None, [])
     """
     if reference is model:
-        raise OptionError(
-            "reference is the model that is being compressed; pass an untouched copy or its folder"
-        )
+        raise OptionError("reference is the model that is being compressed; pass an untouched copy or its folder")
     if not method.uses_reference:
         return None
     if reference is None:

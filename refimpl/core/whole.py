@@ -72,16 +72,12 @@ def sample_batches(model: nn.Module, method: Method, calibration: Any, batch_siz
         )
         raise CalibrationError(f"calibration: expected {wanted}, got {got}")
     if samples.numel() == 0:
-        raise CalibrationError(
-            f"calibration: shape {tuple(samples.shape)} is empty; pass at least one sample"
-        )
+        raise CalibrationError(f"calibration: shape {tuple(samples.shape)} is empty; pass at least one sample")
     check_samples(method, len(samples))
     if read((~torch.isfinite(samples)).any()):
         raise CalibrationError("calibration: the samples contain NaN or infinity; leave those out")
     if samples.is_inference():
-        samples = (
-            samples.clone()
-        )  # such tensors do not count their changes in place, which the statistics rely on
+        samples = samples.clone()  # such tensors do not count their changes in place, which the statistics rely on
     parameter = next(p for p in model.parameters() if p.is_floating_point())
     batches = list(samples.to(parameter.device, parameter.dtype).split(batch_size))
     channels = getattr(getattr(model, "config", None), "num_channels", None)
@@ -141,9 +137,7 @@ def call_shapes(model: nn.Module, sites: list[Site], shape: tuple[int, ...] | No
         config = getattr(model, "config", None)
         channels, size = (getattr(config, name, None) for name in ("num_channels", "image_size"))
         if channels is None or size is None:
-            raise OptionError(
-                "shape=None: the model does not say what it takes; pass (channels, height, width)"
-            )
+            raise OptionError("shape=None: the model does not say what it takes; pass (channels, height, width)")
         shape = (channels, *([size, size] if isinstance(size, int) else size))
     found: dict[str, CallShape] = {}
 
@@ -154,9 +148,7 @@ def call_shapes(model: nn.Module, sites: list[Site], shape: tuple[int, ...] | No
         return after
 
     handles = [site.placed.register_forward_hook(record(site)) for site in sites]
-    tensors = {
-        name: tensor.to("meta") for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-    }
+    tensors = {name: tensor.to("meta") for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     dtype = next(t.dtype for t in tensors.values() if t.is_floating_point())
     name = getattr(model, "main_input_name", None)
     batch = torch.empty(1, *shape, dtype=dtype, device="meta")
@@ -164,9 +156,7 @@ def call_shapes(model: nn.Module, sites: list[Site], shape: tuple[int, ...] | No
     try:
         functional_call(model, tensors, args, named)
     except (RuntimeError, ValueError, IndexError) as error:
-        raise OptionError(
-            f"shape={shape}: {type(model).__name__} does not take such samples: {error}"
-        ) from error
+        raise OptionError(f"shape={shape}: {type(model).__name__} does not take such samples: {error}") from error
     finally:
         for handle in handles:
             handle.remove()
@@ -324,12 +314,7 @@ def compress_whole(
 
 
 def _with_statistics(
-    model: nn.Module,
-    method: Method,
-    sites: list[Site],
-    batches: list[Tensor],
-    originals: dict[str, Tensor],
-    order: str,
+    model: nn.Module, method: Method, sites: list[Site], batches: list[Tensor], originals: dict[str, Tensor], order: str
 ) -> Iterator[tuple[Site, Any]]:
     """Sites in the order of execution with the statistics of their inputs; each must be replaced before the next."""
     if not batches:
@@ -344,9 +329,7 @@ def _with_statistics(
             yield from ((site, found.pop(site.name)) for site in stage.sites)
         return
     outputs: dict[str, InputSamples] = {}
-    if (
-        "inputs" in method.statistics
-    ):  # what is to be reproduced does not depend on what was compressed before
+    if "inputs" in method.statistics:  # what is to be reproduced does not depend on what was compressed before
         with original_weights(sites, originals), SampleCollector(sites, inputs=False) as collector:
             for batch in batches:
                 run(model, batch)

@@ -97,12 +97,7 @@ def upper(h: Tensor) -> Tensor:
     return (h + 1) / 2
 
 
-SHAPES: dict[str, Shape] = {
-    "linupper": lin_upper,
-    "quadratic": quadratic,
-    "extremes": extremes,
-    "upper": upper,
-}
+SHAPES: dict[str, Shape] = {"linupper": lin_upper, "quadratic": quadratic, "extremes": extremes, "upper": upper}
 
 
 def tempered(f: Tensor, r: float) -> Tensor:

@@ -37,9 +37,7 @@ def subset_size(n: int, r: float) -> int:
         2500
     """
     if not (isinstance(r, (int, float)) and 0 < r <= 1):
-        raise OptionError(
-            f"r={r!r}: it is the share of the data that a round sees, use more than 0 and at most 1"
-        )
+        raise OptionError(f"r={r!r}: it is the share of the data that a round sees, use more than 0 and at most 1")
     k = round(r * n)
     if k < 1:
         raise OptionError(f"r={r:g} of n={n} examples is none; use r={1 / max(1, n):.2g} or more")
@@ -116,9 +114,7 @@ def draw_stratified(labels: Tensor, r: float, seed: int, j: int) -> Tensor:
     """
     subset_size(len(labels), r)
     if labels.dim() != 1 or labels.is_floating_point():
-        raise OptionError(
-            f"labels are {labels.dtype} {list(labels.shape)}: give whole numbers, one for each example"
-        )
+        raise OptionError(f"labels are {labels.dtype} {list(labels.shape)}: give whole numbers, one for each example")
     outside = labels < 0
     if outside.any():
         row = int(outside.nonzero()[0])
@@ -225,9 +221,7 @@ class RS2(EpochSampler):
         True
     """
 
-    def __init__(
-        self, n: int, r: float, variant: str = "without", labels: Tensor | None = None, seed: int = 0
-    ) -> None:
+    def __init__(self, n: int, r: float, variant: str = "without", labels: Tensor | None = None, seed: int = 0) -> None:
         super().__init__(seed)
         if variant not in VARIANTS:
             raise OptionError(f"variant={variant!r}: use {nearest(variant, VARIANTS)}")
@@ -235,14 +229,10 @@ class RS2(EpochSampler):
         if variant == "stratified":
             if labels is None or len(labels) != n:
                 given = "none" if labels is None else len(labels)
-                raise OptionError(
-                    f"variant='stratified': give labels, one for each of n={n} examples, not {given}"
-                )
+                raise OptionError(f"variant='stratified': give labels, one for each of n={n} examples, not {given}")
             self.draw(0)  # whatever is wrong with them, now
         elif labels is not None:
-            raise OptionError(
-                f"labels: variant={variant!r} does not look at them; leave them out, or use 'stratified'"
-            )
+            raise OptionError(f"labels: variant={variant!r} does not look at them; leave them out, or use 'stratified'")
 
     def draw(self, epoch: int) -> Tensor:
         """The rows of round `epoch`."""

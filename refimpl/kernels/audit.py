@@ -99,9 +99,7 @@ def launches(kernel: str) -> dict[str, Launch]:
         True
     """
     if kernel not in all_kernels():
-        raise RuntimeError(
-            f"kernel {kernel!r}: there is none of this name; choose among {', '.join(all_kernels())}"
-        )
+        raise RuntimeError(f"kernel {kernel!r}: there is none of this name; choose among {', '.join(all_kernels())}")
     found: dict[str, Launch] = importlib.import_module(f"refimpl.kernels.{kernel}").variants()
     return found
 
@@ -132,9 +130,7 @@ def _collect(kernel: str, functions: dict[str, list[str]]) -> None:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("refimpl.kernels"):
             package = node.module == "refimpl.kernels"
-            for name in (
-                [alias.name for alias in node.names] if package else [str(node.module).rpartition(".")[2]]
-            ):
+            for name in [alias.name for alias in node.names] if package else [str(node.module).rpartition(".")[2]]:
                 if name not in functions:
                     _collect(name, functions)
 
@@ -165,11 +161,7 @@ def _canonical(node: object) -> str:
 
 
 def _is_docstring(node: object) -> bool:
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 # --- compile -----------------------------------------------------------------------------------------------------
@@ -200,19 +192,18 @@ def _compile(launch: Launch, target: str) -> Any:
 
     driver.set_active(_AbsentGPU(target))
     return launch.kernel.warmup(
-        grid=launch.grid, num_warps=launch.num_warps, num_stages=launch.num_stages,
-        **launch.arguments, **launch.constants,
-    )  # fmt: skip
+        grid=launch.grid,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        **launch.arguments,
+        **launch.constants,
+    )
 
 
 # --- read the machine code ---------------------------------------------------------------------------------------
 
-_LOAD = re.compile(
-    r"\bld\.global\S*?(?:\.v(?P<vector>[248]))?\.[bsuf](?P<bits>\d+)\s+[^\[]*\[\s*(?P<address>%\w+)"
-)
-_COPY = re.compile(
-    r"\bcp\.async\.\w+\.shared\.global\s+\[[^\]]*\],\s*\[\s*(?P<address>%\w+)[^\]]*\],\s*(?P<bytes>\w+)"
-)
+_LOAD = re.compile(r"\bld\.global\S*?(?:\.v(?P<vector>[248]))?\.[bsuf](?P<bits>\d+)\s+[^\[]*\[\s*(?P<address>%\w+)")
+_COPY = re.compile(r"\bcp\.async\.\w+\.shared\.global\s+\[[^\]]*\],\s*\[\s*(?P<address>%\w+)[^\]]*\],\s*(?P<bytes>\w+)")
 _PARAMETER = re.compile(r"ld\.param\.\w+\s+(%\w+), \[\w+_param_(\d+)\]")
 
 
@@ -314,9 +305,7 @@ def _read_nvidia(compiled: Any, names: list[str]) -> dict[str, Any]:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
         usage, sass = (
-            subprocess.run(
-                [_tool("cuobjdump"), option, str(cubin)], capture_output=True, text=True, check=True
-            ).stdout
+            subprocess.run([_tool("cuobjdump"), option, str(cubin)], capture_output=True, text=True, check=True).stdout
             for option in ("-res-usage", "-sass")
         )
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
@@ -338,8 +327,17 @@ def _read_amd(compiled: Any) -> dict[str, Any]:
     text = compiled.asm["amdgcn"]
     values = {key: int(value) for key, value in re.findall(r"\.(\w+_count):\s+(\d+)", text)}
     code = re.findall(r"^\t([sv]_\w+|ds_\w+|global_\w+|buffer_\w+|flat_\w+)", text, re.MULTILINE)
-    bits = {"ubyte": 8, "sbyte": 8, "ushort": 16, "sshort": 16, "short": 16, "dword": 32, "dwordx2": 64, "dwordx3": 96,
-            "dwordx4": 128}  # fmt: skip
+    bits = {
+        "ubyte": 8,
+        "sbyte": 8,
+        "ushort": 16,
+        "sshort": 16,
+        "short": 16,
+        "dword": 32,
+        "dwordx2": 64,
+        "dwordx3": 96,
+        "dwordx4": 128,
+    }
     widths: Counter[int] = Counter()
     for op in code:
         kind = re.match(r"(?:global|buffer|flat)_load_(\w+?)(?:_d16\w*)?$", op)
@@ -358,9 +356,10 @@ def _read(kernel: str, variant: str, launch: Launch, target: str) -> Row:
     compiled = _compile(launch, target)
     # the parameters that are left: None and the integer 1 become constants
     names = [
-        name for name in launch.kernel.arg_names
+        name
+        for name in launch.kernel.arg_names
         if isinstance(launch.arguments.get(name), Tensor) or launch.arguments.get(name) not in (None, 1)
-    ]  # fmt: skip
+    ]
     read = _read_amd(compiled) if target in AMD else _read_nvidia(compiled, names)
     tensors = {
         name: value
@@ -368,9 +367,14 @@ def _read(kernel: str, variant: str, launch: Launch, target: str) -> Row:
         if isinstance(value, Tensor) and name not in ("x", "u", "query", "y", "partials", "sums", "arrived")
     }
     return Row(
-        kernel=kernel, variant=variant, target=target, shared=compiled.metadata.shared, warps=launch.num_warps,
-        main=max(tensors, key=lambda name: tensors[name].nbytes), **read,
-    )  # fmt: skip
+        kernel=kernel,
+        variant=variant,
+        target=target,
+        shared=compiled.metadata.shared,
+        warps=launch.num_warps,
+        main=max(tensors, key=lambda name: tensors[name].nbytes),
+        **read,
+    )
 
 
 def targets(kernel: str) -> tuple[str, ...]:
@@ -428,9 +432,13 @@ def elsewhere(module: str, jobs: list[tuple[str, str]], progress: bool, interpre
     environment.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton warns where nobody has said
     command = [sys.executable, "-c", f"from refimpl.kernels.{module} import _child; _child()"]
     done = subprocess.run(
-        command, input=json.dumps([jobs, progress]), text=True, env=environment, stdout=subprocess.PIPE,
+        command,
+        input=json.dumps([jobs, progress]),
+        text=True,
+        env=environment,
+        stdout=subprocess.PIPE,
         stderr=None if progress else subprocess.PIPE,
-    )  # fmt: skip
+    )
     if done.returncode:
         raise RuntimeError(f"refimpl.kernels.{module} fails: {(done.stderr or 'see above')[-2000:]}")
     return json.loads(done.stdout)
@@ -474,11 +482,14 @@ def keep(out: Path, prints: dict[str, str], rows: list[Any], before: list[Any]) 
     """Write rows with the fingerprints of the kernels they are of; rows of other kernels in the file stay."""
     known = json.loads(out.read_text())["fingerprints"] if out.exists() else {}
     every = [*(row for row in before if row.kernel not in prints), *rows]
-    write_json(out, {
-        "versions": versions(),
-        "fingerprints": {**known, **prints},
-        "rows": [asdict(row) for row in sorted(every, key=lambda row: row.kernel)],
-    })  # fmt: skip
+    write_json(
+        out,
+        {
+            "versions": versions(),
+            "fingerprints": {**known, **prints},
+            "rows": [asdict(row) for row in sorted(every, key=lambda row: row.kernel)],
+        },
+    )
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -516,8 +527,19 @@ def write_json(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
-_HEAD = ("kernel", "launch", "GPU", "registers", "spills", "shared", "load of", "bits", "tensor core", "instructions",
-         "per load")  # fmt: skip
+_HEAD = (
+    "kernel",
+    "launch",
+    "GPU",
+    "registers",
+    "spills",
+    "shared",
+    "load of",
+    "bits",
+    "tensor core",
+    "instructions",
+    "per load",
+)
 
 
 def table(rows: Iterable[Row]) -> str:
@@ -530,8 +552,18 @@ def table(rows: Iterable[Row]) -> str:
     """
     lines = ["| " + " | ".join(_HEAD) + " |", "|" + " --- |" * 3 + " ---: |" * 3 + " --- |" + " ---: |" * 4]
     for row in rows:
-        cells = (row.kernel, row.variant, row.target, row.registers, row.spills, row.shared, row.main,
-                 row.main_width or "", row.tensor_core, row.instructions,
-                 "" if row.per_load is None else f"{row.per_load:.0f}")  # fmt: skip
+        cells = (
+            row.kernel,
+            row.variant,
+            row.target,
+            row.registers,
+            row.spills,
+            row.shared,
+            row.main,
+            row.main_width or "",
+            row.tensor_core,
+            row.instructions,
+            "" if row.per_load is None else f"{row.per_load:.0f}",
+        )
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)

@@ -116,10 +116,8 @@ def materialise(launch: Launch, device: torch.device | str, seed: int = 0) -> La
 
     arguments = {
         name: fill(name, value) if isinstance(value, Tensor) else value for name, value in launch.arguments.items()
-    }  # fmt: skip
-    return Launch(
-        launch.kernel, launch.grid, arguments, launch.constants, launch.num_warps, launch.num_stages
-    )
+    }
+    return Launch(launch.kernel, launch.grid, arguments, launch.constants, launch.num_warps, launch.num_stages)
 
 
 def expand(launch: Launch) -> Tensor:
@@ -175,9 +173,7 @@ def compile_anew(function: Callable[[], Any]) -> Callable[[], Any]:
     return compiled
 
 
-def measure_device(
-    device: torch.device | str, time: Timer = do_bench, size: int = 2**30, width: int = 8192
-) -> Device:
+def measure_device(device: torch.device | str, time: Timer = do_bench, size: int = 2**30, width: int = 8192) -> Device:
     """Bandwidth by a copy of `size` bytes, operations by a product of two matrices of `width` squared.
 
     Example:
@@ -397,9 +393,7 @@ def run(kernels: list[str] | None = None, out: Path | None = None, progress: boo
         )
     names = kernels if kernels is not None else all_kernels()
     jobs = {kernel: launches(kernel) for kernel in names}
-    if any(
-        not hasattr(launch.kernel, "device_caches") for found in jobs.values() for launch in found.values()
-    ):
+    if any(not hasattr(launch.kernel, "device_caches") for found in jobs.values() for launch in found.values()):
         raise RuntimeError("TRITON_INTERPRET=1 is set: it would time the interpreter; unset it")
     device = measure_device("cuda")
     problems = {name: _problems(name) for name in names}
@@ -413,9 +407,7 @@ def run(kernels: list[str] | None = None, out: Path | None = None, progress: boo
         else:
             rows.append(measure(kernel, variant, materialise(jobs[kernel][variant], "cuda"), device))
         if out is not None:  # after each: a run of minutes may be interrupted
-            write_json(
-                out, {"versions": versions(), "device": asdict(device), "rows": [asdict(row) for row in rows]}
-            )
+            write_json(out, {"versions": versions(), "device": asdict(device), "rows": [asdict(row) for row in rows]})
     return rows
 
 

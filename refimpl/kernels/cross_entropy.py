@@ -115,9 +115,20 @@ def _exp(x):
 @jit
 @no_type_check
 def _cross_entropy(
-    logits, targets, lse, losses, tokens, vocabulary, batch_stride, token_stride, ignore_index,
-    WIDTH: tl.constexpr, GROUPS: tl.constexpr, LEAD: tl.constexpr, EDGES: tl.constexpr,
-):  # fmt: skip
+    logits,
+    targets,
+    lse,
+    losses,
+    tokens,
+    vocabulary,
+    batch_stride,
+    token_stride,
+    ignore_index,
+    WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LEAD: tl.constexpr,
+    EDGES: tl.constexpr,
+):
     """A row: its log-sum-exp and its loss. LEAD: elements between a multiple of 128 bits and `logits`."""
     row = tl.program_id(0)
     target = tl.load(targets + row)
@@ -158,10 +169,23 @@ def _cross_entropy(
 @jit
 @no_type_check
 def _cross_entropy_backward(
-    logits, targets, lse, scale, gradient, tokens, vocabulary, batch_stride, token_stride, gradient_stride,
+    logits,
+    targets,
+    lse,
+    scale,
+    gradient,
+    tokens,
+    vocabulary,
+    batch_stride,
+    token_stride,
+    gradient_stride,
     ignore_index,
-    WIDTH: tl.constexpr, GROUPS: tl.constexpr, LEAD: tl.constexpr, EDGES: tl.constexpr, IN_STEP: tl.constexpr,
-):  # fmt: skip
+    WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LEAD: tl.constexpr,
+    EDGES: tl.constexpr,
+    IN_STEP: tl.constexpr,
+):
     """A row of the gradient; all zeros, and nothing read, where the target does not count.
 
     IN_STEP: the row of the gradient lies as far from a multiple of 128 bits as that of the logits.
@@ -200,9 +224,7 @@ def _cross_entropy_backward(
 # --- launch ------------------------------------------------------------------------------------------------------
 
 
-def cost(
-    batch: int, tokens: int, vocabulary: int, itemsize: int = 2, backward: bool = False
-) -> tuple[int, int]:
+def cost(batch: int, tokens: int, vocabulary: int, itemsize: int = 2, backward: bool = False) -> tuple[int, int]:
     """Bytes and operations that any implementation needs which is given logits in memory.
 
     Args:
@@ -250,8 +272,12 @@ def _shared(logits: Tensor) -> tuple[dict[str, int], dict[str, int | bool], int]
     """Arguments, constants and warps that both launches have."""
     (batch, tokens, vocabulary), width = logits.shape, 16 // logits.element_size()
     batch_stride, token_stride, _ = logits.stride()
-    arguments = {"tokens": tokens, "vocabulary": vocabulary, "batch_stride": batch_stride * (batch > 1),
-                 "token_stride": token_stride * (tokens > 1)}  # fmt: skip
+    arguments = {
+        "tokens": tokens,
+        "vocabulary": vocabulary,
+        "batch_stride": batch_stride * (batch > 1),
+        "token_stride": token_stride * (tokens > 1),
+    }
     lead = logits.data_ptr() // logits.element_size() % width
     groups = min(_GROUPS, max(32, 1 << (-(-vocabulary // width) - 1).bit_length()))
     edges = lead > 0 or any(arguments[k] % width for k in ("vocabulary", "batch_stride", "token_stride"))
@@ -275,8 +301,14 @@ def plan(logits: Tensor, targets: Tensor, lse: Tensor, losses: Tensor, ignore_in
     """
     arguments, constants, warps = _shared(logits)
     tensors = {"logits": logits, "targets": targets, "lse": lse, "losses": losses}
-    return Launch(_cross_entropy, (targets.numel(),), {**tensors, **arguments, "ignore_index": ignore_index},
-                  constants, warps, num_stages=1)  # fmt: skip
+    return Launch(
+        _cross_entropy,
+        (targets.numel(),),
+        {**tensors, **arguments, "ignore_index": ignore_index},
+        constants,
+        warps,
+        num_stages=1,
+    )
 
 
 def plan_backward(
@@ -299,17 +331,26 @@ def plan_backward(
     in_step = all(elements % constants["WIDTH"] == 0 for elements in apart)
     tensors = {"logits": logits, "targets": targets, "lse": lse, "scale": scale, "gradient": gradient}
     numbers = {**arguments, "gradient_stride": stride, "ignore_index": ignore_index}
-    return Launch(_cross_entropy_backward, (targets.numel(),), {**tensors, **numbers},
-                  {**constants, "IN_STEP": in_step}, warps, num_stages=1)  # fmt: skip
+    return Launch(
+        _cross_entropy_backward,
+        (targets.numel(),),
+        {**tensors, **numbers},
+        {**constants, "IN_STEP": in_step},
+        warps,
+        num_stages=1,
+    )
 
 
 # model, vocabulary, dtype, sequences, tokens, whether the last token's logits are sliced off
 VARIANTS = (
-    ("SmolLM2", 49152, torch.bfloat16, 2, 1024, False), ("SmolLM2", 49152, torch.float16, 2, 1024, False),
-    ("Llama-8B", 128256, torch.bfloat16, 1, 1024, False), ("Llama-8B", 128256, torch.float32, 1, 512, False),
-    ("GPT-2", 50257, torch.bfloat16, 2, 1024, False), ("GPT-2", 50257, torch.float16, 2, 1024, True),
+    ("SmolLM2", 49152, torch.bfloat16, 2, 1024, False),
+    ("SmolLM2", 49152, torch.float16, 2, 1024, False),
+    ("Llama-8B", 128256, torch.bfloat16, 1, 1024, False),
+    ("Llama-8B", 128256, torch.float32, 1, 512, False),
+    ("GPT-2", 50257, torch.bfloat16, 2, 1024, False),
+    ("GPT-2", 50257, torch.float16, 2, 1024, True),
     ("a small model", 1024, torch.float32, 32, 128, False),
-)  # fmt: skip
+)
 
 
 def problems() -> dict[str, Inputs]:
@@ -379,9 +420,7 @@ def _slabs(logits: Tensor) -> list[tuple[slice, slice]]:
     along = max(1, min(tokens, _SLAB // size))
     across = max(1, _SLAB // (along * size)) if along == tokens else 1
     return [
-        (slice(b, b + across), slice(t, t + along))
-        for b in range(0, batch, across)
-        for t in range(0, tokens, along)
+        (slice(b, b + across), slice(t, t + along)) for b in range(0, batch, across) for t in range(0, tokens, along)
     ]
 
 
@@ -424,9 +463,7 @@ def torch_forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[T
     return _mean(losses.masked_fill_(~counted, 0.0), counted), lse
 
 
-def torch_backward(
-    gradient: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int
-) -> Tensor:
+def torch_backward(gradient: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int) -> Tensor:
     """The gradient in the logits, [B, T, V] in their dtype, in PyTorch, slab by slab; contiguous."""
     counted, known, _ = _sorted(targets, logits.shape[2], ignore_index)
     scale, known = _scale(gradient, counted)[:, None, None], known.unsqueeze(-1)
@@ -480,9 +517,7 @@ def _backward(gradient: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ig
 
 
 @_backward.register_kernel("cuda")
-def _backward_cuda(
-    gradient: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int
-) -> Tensor:
+def _backward_cuda(gradient: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int) -> Tensor:
     if unsupported(logits, capability(logits)) is not None:  # said in the forward pass
         return torch_backward(gradient, logits, targets, lse, ignore_index)
     result = logits.new_empty(logits.shape)
@@ -493,9 +528,7 @@ def _backward_cuda(
 
 
 @_backward.register_fake
-def _backward_fake(
-    gradient: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int
-) -> Tensor:
+def _backward_fake(gradient: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int) -> Tensor:
     return logits.new_empty(logits.shape)
 
 

@@ -36,17 +36,8 @@ except ModuleNotFoundError:  # no wheels for macOS and Windows: the reference wo
 TARGETS = ("sm_80", "sm_90")  # on AMD GPUs it would spill registers, so PyTorch computes it there
 _DTYPES = (torch.float16, torch.bfloat16)
 _TARGET_PROGRAMS = 128  # about one for each multiprocessor of a large GPU
-_GROWING = [
-    "n",
-    "span",
-    "split",
-    "near",
-    "sinks",
-    "start",
-    "hidden",
-    "rows",
-    "parts",
-]  # no code of their own for each value
+# no code of their own for each value
+_GROWING = ["n", "span", "split", "near", "sinks", "start", "hidden", "rows", "parts"]
 
 
 def jit(function: Any) -> Any:
@@ -247,9 +238,19 @@ def _halves(octets):
 @jit
 @no_type_check
 def _key_features(
-    keys, key_step, key_least, base, tile, end, r, dtype: tl.constexpr,
-    TILE: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+    keys,
+    key_step,
+    key_least,
+    base,
+    tile,
+    end,
+    r,
+    dtype: tl.constexpr,
+    TILE: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     """Columns r of the features of tokens `tile` and on, [TILE, RANKS]. GROUP: tokens that share scales; 0: 16 bits."""
     if GROUP == 0:
         entry = tile + tl.arange(0, TILE)
@@ -272,9 +273,18 @@ def _key_features(
 @jit
 @no_type_check
 def _value_features(
-    values, step, entry, seen, start, dtype: tl.constexpr,
-    RANK: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PLACES: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
+    values,
+    step,
+    entry,
+    seen,
+    start,
+    dtype: tl.constexpr,
+    RANK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PLACES: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
     """Columns from `start` on of the features of a tile, [TILE, WIDTH]; of codes ``(code - 8) step`` only.
 
     GROUPS: groups of channels that share scales; 0: 16 bits.
@@ -297,13 +307,47 @@ def _value_features(
 @jit
 @no_type_check
 def _stored(
-    query, keys, key_step, key_least, values, value_step, value_least, key_factor, key_bias, frequencies, first,
-    n, span, start, hidden, heads, half, rank, scale, b, part, head0, slot, q_row,
-    H: tl.constexpr, HEADS: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
-    BAND: tl.constexpr, TILE: tl.constexpr, RANK_K: tl.constexpr, RANKS: tl.constexpr, GROUP: tl.constexpr,
-    RANK_V: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PLACES: tl.constexpr,
+    query,
+    keys,
+    key_step,
+    key_least,
+    values,
+    value_step,
+    value_least,
+    key_factor,
+    key_bias,
+    frequencies,
+    first,
+    n,
+    span,
+    start,
+    hidden,
+    heads,
+    half,
+    rank,
+    scale,
+    b,
+    part,
+    head0,
+    slot,
+    q_row,
+    H: tl.constexpr,
+    HEADS: tl.constexpr,
+    SHARED: tl.constexpr,
+    ROWS: tl.constexpr,
+    HALF: tl.constexpr,
+    BAND: tl.constexpr,
+    TILE: tl.constexpr,
+    RANK_K: tl.constexpr,
+    RANKS: tl.constexpr,
+    GROUP: tl.constexpr,
+    RANK_V: tl.constexpr,
+    PIECES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PLACES: tl.constexpr,
     INTERPRET: tl.constexpr,
-):  # fmt: skip
+):
     """The stored tokens from ``part * span`` on: maximum, total and ``sum_t p_t c_t`` [ROWS, WIDTH].
 
     Rows are the query heads of HEADS key heads. The key heads take turns, and each adds the scores of its own queries;
@@ -329,9 +373,7 @@ def _stored(
         scores = tl.zeros([TILE, ROWS], tl.float32)
         for f0 in range(0, half, BAND):
             f = f0 + tl.arange(0, BAND)
-            turns = (
-                tl.load(frequencies + f).to(tl.float64) * 683565275.5764316
-            )  # radians in units of 2^-32 turns
+            turns = tl.load(frequencies + f).to(tl.float64) * 683565275.5764316  # radians in units of 2^-32 turns
             turns = turns.to(tl.int64).to(tl.int32)
             angles = (tile + offset + j)[:, None] * turns[None, :]
             cos = _cosine(angles)
@@ -347,9 +389,7 @@ def _stored(
                     )
                     factor = key_factor + r[:, None] * (H * 2 * HALF) + column[None, :]
                     k1 = dot(features, tl.load(factor, mask=(r < RANK_K)[:, None], other=0.0), k1, INTERPRET)
-                    k2 = dot(
-                        features, tl.load(factor + HALF, mask=(r < RANK_K)[:, None], other=0.0), k2, INTERPRET
-                    )
+                    k2 = dot(features, tl.load(factor + HALF, mask=(r < RANK_K)[:, None], other=0.0), k2, INTERPRET)
                 if key_bias is not None:
                     k1 += tl.load(key_bias + column).to(tl.float32)[None, :]
                     k2 += tl.load(key_bias + column + HALF).to(tl.float32)[None, :]
@@ -386,10 +426,28 @@ def _stored(
 @jit
 @no_type_check
 def _whole(
-    query, near_keys, near_values, sink_keys, sink_values, seen, near, sinks, heads, scale, b, head0, slot, q_row,
-    H: tl.constexpr, HEADS: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
-    TILE: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
+    query,
+    near_keys,
+    near_values,
+    sink_keys,
+    sink_values,
+    seen,
+    near,
+    sinks,
+    heads,
+    scale,
+    b,
+    head0,
+    slot,
+    q_row,
+    H: tl.constexpr,
+    HEADS: tl.constexpr,
+    SHARED: tl.constexpr,
+    ROWS: tl.constexpr,
+    HALF: tl.constexpr,
+    TILE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
     """The sinks, then the window: maximum, total and ``sum_t p_t v_t`` [ROWS, d]."""
     dtype: tl.constexpr = query.dtype.element_ty
     x = tl.arange(0, 2 * HALF)
@@ -432,14 +490,55 @@ def _whole_tile(window, sink, head, j, known, x, near, sinks):
 @jit
 @no_type_check
 def _lowrank_decode(
-    query, keys, key_step, key_least, values, value_step, value_least, key_factor, key_bias, frequencies, near_keys,
-    near_values, sink_keys, sink_values, first, seen, partials, sums, n, span, split, near, sinks, start, hidden, rows,
-    heads, half, rank, factor, scale,
-    H: tl.constexpr, HEADS: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
-    BAND: tl.constexpr, TILE: tl.constexpr, RANK_K: tl.constexpr, RANKS: tl.constexpr, GROUP: tl.constexpr,
-    RANK_V: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PLACES: tl.constexpr,
-    PITCH: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
+    query,
+    keys,
+    key_step,
+    key_least,
+    values,
+    value_step,
+    value_least,
+    key_factor,
+    key_bias,
+    frequencies,
+    near_keys,
+    near_values,
+    sink_keys,
+    sink_values,
+    first,
+    seen,
+    partials,
+    sums,
+    n,
+    span,
+    split,
+    near,
+    sinks,
+    start,
+    hidden,
+    rows,
+    heads,
+    half,
+    rank,
+    factor,
+    scale,
+    H: tl.constexpr,
+    HEADS: tl.constexpr,
+    SHARED: tl.constexpr,
+    ROWS: tl.constexpr,
+    HALF: tl.constexpr,
+    BAND: tl.constexpr,
+    TILE: tl.constexpr,
+    RANK_K: tl.constexpr,
+    RANKS: tl.constexpr,
+    GROUP: tl.constexpr,
+    RANK_V: tl.constexpr,
+    PIECES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PLACES: tl.constexpr,
+    PITCH: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
     """A share of ``sum_t exp(s_t) v_t`` for the query heads of HEADS key heads; the formula stands above the module.
 
     Axis 1 of the grid: `split` programs with `span` stored tokens each, then one for what is kept whole.
@@ -454,11 +553,47 @@ def _lowrank_decode(
     # what is handed on is divided by its total, so that 16 bits do
     if part < split:
         most, total, mixed, middles = _stored(
-            query, keys, key_step, key_least, values, value_step, value_least, key_factor, key_bias, frequencies,
-            first, n, span, start, hidden, heads, half, rank, scale * factor, b, part, head0, slot, q_row,
-            H, HEADS, SHARED, ROWS, HALF, BAND, TILE, RANK_K, RANKS, GROUP, RANK_V, PIECES, WIDTH, GROUPS, PLACES,
+            query,
+            keys,
+            key_step,
+            key_least,
+            values,
+            value_step,
+            value_least,
+            key_factor,
+            key_bias,
+            frequencies,
+            first,
+            n,
+            span,
+            start,
+            hidden,
+            heads,
+            half,
+            rank,
+            scale * factor,
+            b,
+            part,
+            head0,
+            slot,
+            q_row,
+            H,
+            HEADS,
+            SHARED,
+            ROWS,
+            HALF,
+            BAND,
+            TILE,
+            RANK_K,
+            RANKS,
+            GROUP,
+            RANK_V,
+            PIECES,
+            WIDTH,
+            GROUPS,
+            PLACES,
             INTERPRET,
-        )  # fmt: skip
+        )
         share = (1.0 / tl.where(total > 0, total, 1.0))[:, None]  # a program may have seen nothing
         for piece in tl.static_range(PIECES):
             r = piece * WIDTH + tl.arange(0, WIDTH)
@@ -467,18 +602,33 @@ def _lowrank_decode(
         if GROUPS > 0:
             group = tl.arange(0, PLACES)
             place_middles = partials + out[:, None] * PITCH + RANK_V + group[None, :]
-            tl.store(
-                place_middles,
-                (middles * share).to(tl.float16),
-                mask=used[:, None] & (group < GROUPS)[None, :],
-            )
+            tl.store(place_middles, (middles * share).to(tl.float16), mask=used[:, None] & (group < GROUPS)[None, :])
         tl.store(sums + out * 2, most, mask=used)
         tl.store(sums + out * 2 + 1, total, mask=used)
     else:
         most_whole, total_whole, mixed_whole = _whole(
-            query, near_keys, near_values, sink_keys, sink_values, seen, near, sinks, heads, scale, b, head0, slot,
-            q_row, H, HEADS, SHARED, ROWS, HALF, 32, INTERPRET,
-        )  # fmt: skip
+            query,
+            near_keys,
+            near_values,
+            sink_keys,
+            sink_values,
+            seen,
+            near,
+            sinks,
+            heads,
+            scale,
+            b,
+            head0,
+            slot,
+            q_row,
+            H,
+            HEADS,
+            SHARED,
+            ROWS,
+            HALF,
+            32,
+            INTERPRET,
+        )
         place_whole = partials + out[:, None] * PITCH + tl.arange(0, 2 * HALF)[None, :]
         share = (1.0 / tl.where(total_whole > 0, total_whole, 1.0))[:, None]
         tl.store(place_whole, (mixed_whole * share).to(tl.float16), mask=used[:, None])
@@ -489,10 +639,23 @@ def _lowrank_decode(
 @jit
 @no_type_check
 def _lowrank_merge(
-    partials, sums, value_factor, value_bias, y, split, parts, rows,
-    H: tl.constexpr, SHARED: tl.constexpr, D: tl.constexpr, RANK_V: tl.constexpr, GROUPS: tl.constexpr,
-    PITCH: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr,
-):  # fmt: skip
+    partials,
+    sums,
+    value_factor,
+    value_bias,
+    y,
+    split,
+    parts,
+    rows,
+    H: tl.constexpr,
+    SHARED: tl.constexpr,
+    D: tl.constexpr,
+    RANK_V: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PITCH: tl.constexpr,
+    PARTS: tl.constexpr,
+    RANKS: tl.constexpr,
+):
     """A query head: ``y = (sum_i w_i o_i) B_V + (sum_i w_i) b_V + w o``, ``w_i = l_i 2^(m_i - max m)`` over their sum.
 
     i counts the programs that had stored tokens; the last one, where there is one more, had what is kept whole.
@@ -567,27 +730,77 @@ def plan(inputs: Inputs, y: Tensor) -> tuple[Launch, Launch]:
     sums = i.query.new_empty(parts, batch * q_heads, 2, dtype=torch.float32)
     width = min(128, _power(rank_v, 32))
     arguments: dict[str, Tensor | int | float | None] = {
-        "query": i.query, "keys": i.keys, "key_step": i.key_step, "key_least": i.key_least, "values": i.values,
-        "value_step": i.value_step, "value_least": i.value_least, "key_factor": i.key_factor, "key_bias": i.key_bias,
-        "frequencies": i.frequencies, "near_keys": i.near_keys, "near_values": i.near_values,
-        "sink_keys": i.sink_keys if sinks else None, "sink_values": i.sink_values if sinks else None,
-        "first": i.first, "seen": i.seen, "partials": partials, "sums": sums, "n": n, "span": span, "split": split,
-        "near": near, "sinks": sinks, "start": i.start, "hidden": i.hidden, "rows": batch * q_heads,
-        "heads": together, "half": d // 2, "rank": rank_k, "factor": i.factor, "scale": i.scaling * math.log2(math.e),
-    }  # fmt: skip
+        "query": i.query,
+        "keys": i.keys,
+        "key_step": i.key_step,
+        "key_least": i.key_least,
+        "values": i.values,
+        "value_step": i.value_step,
+        "value_least": i.value_least,
+        "key_factor": i.key_factor,
+        "key_bias": i.key_bias,
+        "frequencies": i.frequencies,
+        "near_keys": i.near_keys,
+        "near_values": i.near_values,
+        "sink_keys": i.sink_keys if sinks else None,
+        "sink_values": i.sink_values if sinks else None,
+        "first": i.first,
+        "seen": i.seen,
+        "partials": partials,
+        "sums": sums,
+        "n": n,
+        "span": span,
+        "split": split,
+        "near": near,
+        "sinks": sinks,
+        "start": i.start,
+        "hidden": i.hidden,
+        "rows": batch * q_heads,
+        "heads": together,
+        "half": d // 2,
+        "rank": rank_k,
+        "factor": i.factor,
+        "scale": i.scaling * math.log2(math.e),
+    }
     constants = {
-        "H": heads, "HEADS": together, "SHARED": shared, "ROWS": _power(together * shared), "HALF": d // 2,
-        "BAND": min(32, d // 2), "TILE": tile, "RANK_K": rank_k, "RANKS": 32 if rank_k > 16 else 16,
-        "GROUP": 0 if i.key_step is None else 2 * i.keys.shape[4], "RANK_V": rank_v, "WIDTH": width,
-        "PIECES": -(-rank_v // width), "GROUPS": groups, "PLACES": _power(groups),
-        "PITCH": partials.shape[2], "INTERPRET": i.query.device.type == "cpu",
-    }  # fmt: skip
+        "H": heads,
+        "HEADS": together,
+        "SHARED": shared,
+        "ROWS": _power(together * shared),
+        "HALF": d // 2,
+        "BAND": min(32, d // 2),
+        "TILE": tile,
+        "RANK_K": rank_k,
+        "RANKS": 32 if rank_k > 16 else 16,
+        "GROUP": 0 if i.key_step is None else 2 * i.keys.shape[4],
+        "RANK_V": rank_v,
+        "WIDTH": width,
+        "PIECES": -(-rank_v // width),
+        "GROUPS": groups,
+        "PLACES": _power(groups),
+        "PITCH": partials.shape[2],
+        "INTERPRET": i.query.device.type == "cpu",
+    }
     merging: dict[str, Tensor | int | float | None] = {
-        "partials": partials, "sums": sums, "value_factor": i.value_factor, "value_bias": i.value_bias, "y": y,
-        "split": split, "parts": parts, "rows": batch * q_heads,
-    }  # fmt: skip
-    sizes = {"H": heads, "SHARED": shared, "D": d, "RANK_V": rank_v, "GROUPS": groups,
-             "PITCH": partials.shape[2], "PARTS": 32, "RANKS": 64}  # fmt: skip
+        "partials": partials,
+        "sums": sums,
+        "value_factor": i.value_factor,
+        "value_bias": i.value_bias,
+        "y": y,
+        "split": split,
+        "parts": parts,
+        "rows": batch * q_heads,
+    }
+    sizes = {
+        "H": heads,
+        "SHARED": shared,
+        "D": d,
+        "RANK_V": rank_v,
+        "GROUPS": groups,
+        "PITCH": partials.shape[2],
+        "PARTS": 32,
+        "RANKS": 64,
+    }
     return (
         Launch(_lowrank_decode, (blocks, parts), arguments, constants, num_warps=tile // 16, num_stages=3),
         Launch(_lowrank_merge, (batch * q_heads,), merging, sizes, num_warps=4, num_stages=1),
@@ -639,9 +852,18 @@ def unsupported(inputs: Inputs, capability: tuple[int, int] | None = None) -> st
 
 
 def cost(
-    batch: int, tokens: int, heads: int, shared: int, d: int, rank_k: int, rank_v: int, bits: int = 16,
-    group: int = 32, value_group: int = 20, whole: int = 36,
-) -> tuple[int, int]:  # fmt: skip
+    batch: int,
+    tokens: int,
+    heads: int,
+    shared: int,
+    d: int,
+    rank_k: int,
+    rank_v: int,
+    bits: int = 16,
+    group: int = 32,
+    value_group: int = 20,
+    whole: int = 36,
+) -> tuple[int, int]:
     """Bytes and operations that any implementation of this cache needs for one token, in 16 bits but for the codes.
 
     Args:
@@ -667,12 +889,15 @@ def cost(
 
 # key heads, query heads that share each, width, tokens, rank of keys and values, bits
 VARIANTS = (
-    ("SmolLM2", 3, 3, 64, 8192, 36, 16), ("SmolLM2", 3, 3, 64, 8192, 63, 16),
+    ("SmolLM2", 3, 3, 64, 8192, 36, 16),
+    ("SmolLM2", 3, 3, 64, 8192, 63, 16),
     ("SmolLM2", 3, 3, 64, 8192, 36, 4),
-    ("Llama-8B", 8, 4, 128, 2048, 200, 16), ("Llama-8B", 8, 4, 128, 8192, 200, 16),
-    ("Llama-8B", 8, 4, 128, 32768, 200, 16), ("Llama-8B", 8, 4, 128, 32768, 512, 16),
+    ("Llama-8B", 8, 4, 128, 2048, 200, 16),
+    ("Llama-8B", 8, 4, 128, 8192, 200, 16),
+    ("Llama-8B", 8, 4, 128, 32768, 200, 16),
+    ("Llama-8B", 8, 4, 128, 32768, 512, 16),
     ("Llama-8B", 8, 4, 128, 32768, 200, 4),
-)  # fmt: skip
+)
 
 
 def problems() -> dict[str, Inputs]:
@@ -717,13 +942,20 @@ def least(inputs: Inputs) -> tuple[int, int]:
     if i.key_step is not None:
         scales = {"bits": 4, "group": 2 * i.keys.shape[4], "value_group": rank_v // i.values.shape[3]}
     sinks = 0 if i.sink_keys is None else i.sink_keys.shape[2]
-    return cost(batch, i.stored, heads, q_heads // heads, d, i.key_factor.shape[0], rank_v,
-                whole=i.near_keys.shape[2] + sinks, **scales)  # fmt: skip
+    return cost(
+        batch,
+        i.stored,
+        heads,
+        q_heads // heads,
+        d,
+        i.key_factor.shape[0],
+        rank_v,
+        whole=i.near_keys.shape[2] + sinks,
+        **scales,
+    )
 
 
-def meta_inputs(
-    tokens: int, heads: int, shared: int, d: int, rank: int, bits: int, dtype: torch.dtype
-) -> Inputs:
+def meta_inputs(tokens: int, heads: int, shared: int, d: int, rank: int, bits: int, dtype: torch.dtype) -> Inputs:
     """Inputs of one row on "meta": 4 sinks, a window of 32, groups of 32 tokens and of up to 32 channels.
 
     Example:
@@ -745,10 +977,20 @@ def meta_inputs(
                 scales[f"{name}_{kind}"] = empty(*codes.shape[:-1], 1, dtype=torch.float16)
     window, sinks = empty(1, heads, 32, d), empty(1, heads, 4, d)
     return Inputs(
-        empty(1, heads * shared, 1, d), keys, values, empty(rank, heads * d), empty(rank, heads * d),
-        empty(d // 2, dtype=torch.float32), window, window.clone(), d**-0.5, sink_keys=sinks,
-        sink_values=sinks.clone(), hidden=4, **scales,
-    )  # fmt: skip
+        empty(1, heads * shared, 1, d),
+        keys,
+        values,
+        empty(rank, heads * d),
+        empty(rank, heads * d),
+        empty(d // 2, dtype=torch.float32),
+        window,
+        window.clone(),
+        d**-0.5,
+        sink_keys=sinks,
+        sink_values=sinks.clone(),
+        hidden=4,
+        **scales,
+    )
 
 
 # --- op ----------------------------------------------------------------------------------------------------------

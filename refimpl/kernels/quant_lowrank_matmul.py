@@ -26,9 +26,8 @@ except ModuleNotFoundError:  # no wheels for macOS and Windows: the torch path w
 
 
 def reference(
-    x: Tensor, u: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, B: Tensor, bias: Tensor | None,
-    bits: int,
-) -> Tensor:  # fmt: skip
+    x: Tensor, u: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, B: Tensor, bias: Tensor | None, bits: int
+) -> Tensor:
     """The formula in fp32; shapes as `quant_lowrank_matmul`.
 
     Example:
@@ -47,10 +46,28 @@ def reference(
 @jit
 @no_type_check
 def _quant_lowrank_matvec(
-    x, u, planes, scale, zero, B, bias, y, partials, arrived, n_in, n_out, rank,
-    ROWS: tl.constexpr, BITS: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS_PER_SCALE: tl.constexpr,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, RANKS: tl.constexpr,
-):  # fmt: skip
+    x,
+    u,
+    planes,
+    scale,
+    zero,
+    B,
+    bias,
+    y,
+    partials,
+    arrived,
+    n_in,
+    n_out,
+    rank,
+    ROWS: tl.constexpr,
+    BITS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SEGMENTS_PER_SCALE: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    RANKS: tl.constexpr,
+):
     """``y[m, n] = sum_k x[m, k] * W[k, n] + sum_r u[m, r] * B[r, n] (+ bias[n])`` for a few rows m.
 
     ``W[k, n] = (code[k, n] - zero[g(k), n]) * scale[g(k), n]``.
@@ -58,8 +75,9 @@ def _quant_lowrank_matvec(
     block = tl.program_id(0)
     part = tl.program_id(1)
     n = block * BLOCK + tl.arange(0, BLOCK)
-    results = matvec_rows(x, planes, scale, zero, n, part, n_in, n_out, ROWS, BITS, SEGMENT, SEGMENTS_PER_SCALE,
-                          TILE, BLOCK, SPLIT)  # fmt: skip
+    results = matvec_rows(
+        x, planes, scale, zero, n, part, n_in, n_out, ROWS, BITS, SEGMENT, SEGMENTS_PER_SCALE, TILE, BLOCK, SPLIT
+    )
     repairs = ()
     for _row in tl.static_range(ROWS):
         repairs = repairs + (tl.zeros([RANKS, BLOCK], tl.float32),)
@@ -80,10 +98,29 @@ def _quant_lowrank_matvec(
 @jit
 @no_type_check
 def _quant_lowrank_dot(
-    x, u, planes, scale, zero, B, bias, y, partials, arrived, n_rows, n_in, n_out, rank,
-    BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
-    SPLIT: tl.constexpr, INTERPRET: tl.constexpr, RANKS: tl.constexpr,
-):  # fmt: skip
+    x,
+    u,
+    planes,
+    scale,
+    zero,
+    B,
+    bias,
+    y,
+    partials,
+    arrived,
+    n_rows,
+    n_in,
+    n_out,
+    rank,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    RANKS: tl.constexpr,
+):
     """``y[m, n] = sum_k x[m, k] * W[k, n] + sum_r u[m, r] * B[r, n] (+ bias[n])`` for many rows m.
 
     ``W[k, n] = (code[k, n] - zero[g(k), n]) * scale[g(k), n]``. Ranks that are no multiple of RANKS are padded with
@@ -92,8 +129,9 @@ def _quant_lowrank_dot(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     part = tl.program_id(2)
-    total = dot_tile(x, planes, scale, zero, rows, n, part, n_rows, n_in, n_out, BITS, GROUP, ROWS, K, BLOCK, SPLIT,
-                     INTERPRET)  # fmt: skip
+    total = dot_tile(
+        x, planes, scale, zero, rows, n, part, n_rows, n_in, n_out, BITS, GROUP, ROWS, K, BLOCK, SPLIT, INTERPRET
+    )
     for start in range(part * RANKS, rank, SPLIT * RANKS):
         r = start + tl.arange(0, RANKS)
         known = (rows < n_rows)[:, None] & (r < rank)[None, :]
@@ -111,9 +149,16 @@ def _quant_lowrank_dot(
 
 
 def cost(
-    rows: int, n_in: int, n_out: int, rank: int, bits: int, group: int | None = None, symmetric: bool = True,
-    bias: bool = False, itemsize: int = 2,
-) -> tuple[int, int]:  # fmt: skip
+    rows: int,
+    n_in: int,
+    n_out: int,
+    rank: int,
+    bits: int,
+    group: int | None = None,
+    symmetric: bool = True,
+    bias: bool = False,
+    itemsize: int = 2,
+) -> tuple[int, int]:
     """Bytes and floating-point operations needed once u is there; arguments as `quant_matmul.cost`.
 
     Example:
@@ -151,9 +196,16 @@ def unsupported(
 
 
 def plan(
-    x: Tensor, u: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, B: Tensor, bias: Tensor | None,
-    y: Tensor, bits: int,
-) -> Launch:  # fmt: skip
+    x: Tensor,
+    u: Tensor,
+    planes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    B: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    bits: int,
+) -> Launch:
     """The launch that computes y.
 
     Args:
@@ -211,9 +263,8 @@ def variants() -> dict[str, Launch]:
 
 
 def torch_matmul(
-    x: Tensor, u: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, B: Tensor, bias: Tensor | None,
-    bits: int,
-) -> Tensor:  # fmt: skip
+    x: Tensor, u: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, B: Tensor, bias: Tensor | None, bits: int
+) -> Tensor:
     """`quant_lowrank_matmul` in PyTorch, for x [rows, in] and u [rows, rank]."""
     return base.torch_matmul(x, planes, scale, zero, bias, bits) + u.to(x.dtype) @ B.to(x.dtype)
 
@@ -226,9 +277,8 @@ def torch_matmul(
     "-> Tensor",
 )
 def quant_lowrank_matmul(
-    x: Tensor, u: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, B: Tensor, bias: Tensor | None,
-    bits: int,
-) -> Tensor:  # fmt: skip
+    x: Tensor, u: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, B: Tensor, bias: Tensor | None, bits: int
+) -> Tensor:
     """``y = x W^T + u B^T + bias`` with ``W = (code - zero) * scale``; differentiable in x and u.
 
     Args:
@@ -254,9 +304,8 @@ def quant_lowrank_matmul(
 
 @quant_lowrank_matmul.register_kernel("cuda")
 def _cuda(
-    x: Tensor, u: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, B: Tensor, bias: Tensor | None,
-    bits: int,
-) -> Tensor:  # fmt: skip
+    x: Tensor, u: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, B: Tensor, bias: Tensor | None, bits: int
+) -> Tensor:
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     inner = u.reshape(-1, u.shape[-1]).contiguous()
     (rows, n_in), n_out = flat.shape, planes.shape[1]
@@ -273,9 +322,8 @@ def _cuda(
 
 @quant_lowrank_matmul.register_fake
 def _fake(
-    x: Tensor, u: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, B: Tensor, bias: Tensor | None,
-    bits: int,
-) -> Tensor:  # fmt: skip
+    x: Tensor, u: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, B: Tensor, bias: Tensor | None, bits: int
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], planes.shape[1])
 
 

@@ -149,9 +149,7 @@ def dequantise(planes: Tensor, scale: Tensor, zero: Tensor | None, bits: int) ->
     return codes.flatten(0, 1)
 
 
-def reference(
-    x: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int
-) -> Tensor:
+def reference(x: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int) -> Tensor:
     """The formula in fp32: ``y = x W^T + bias`` with ``W = (code - zero) * scale``; shapes as `quant_matmul`.
 
     Example:
@@ -181,10 +179,22 @@ def _field(words, INDEX: tl.constexpr, WIDTH: tl.constexpr):
 @jit
 @no_type_check
 def matvec_rows(
-    x, planes, scale, zero, n, part, n_in, n_out,
-    ROWS: tl.constexpr, BITS: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS_PER_SCALE: tl.constexpr,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
+    x,
+    planes,
+    scale,
+    zero,
+    n,
+    part,
+    n_in,
+    n_out,
+    ROWS: tl.constexpr,
+    BITS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SEGMENTS_PER_SCALE: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
     """This program's share of ``sum_k x[m, k] * (code[k, n] - zero[g(k), n]) * scale[g(k), n]``, one [BLOCK] a row m.
 
     A segment is SEGMENT chunks that share a scale. The program takes TILE segments at a time, side by side, and every
@@ -267,9 +277,19 @@ def matvec_rows(
 @jit
 @no_type_check
 def store_rows(
-    results, bias, y, partials, arrived, n, block, part, n_out,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
+    results,
+    bias,
+    y,
+    partials,
+    arrived,
+    n,
+    block,
+    part,
+    n_out,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
     """Write ROWS rows of y; where SPLIT programs share the sum, the last to arrive adds them up in a fixed order."""
     inside = n < n_out
     last = True
@@ -294,16 +314,31 @@ def store_rows(
 @jit
 @no_type_check
 def _quant_matvec(
-    x, planes, scale, zero, bias, y, partials, arrived, n_in, n_out,
-    ROWS: tl.constexpr, BITS: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS_PER_SCALE: tl.constexpr,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
+    x,
+    planes,
+    scale,
+    zero,
+    bias,
+    y,
+    partials,
+    arrived,
+    n_in,
+    n_out,
+    ROWS: tl.constexpr,
+    BITS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SEGMENTS_PER_SCALE: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
     """``y[m, n] = sum_k x[m, k] * (code[k, n] - zero[g(k), n]) * scale[g(k), n] (+ bias[n])`` for a few rows m."""
     block = tl.program_id(0)
     part = tl.program_id(1)
     n = block * BLOCK + tl.arange(0, BLOCK)
-    results = matvec_rows(x, planes, scale, zero, n, part, n_in, n_out, ROWS, BITS, SEGMENT, SEGMENTS_PER_SCALE,
-                          TILE, BLOCK, SPLIT)  # fmt: skip
+    results = matvec_rows(
+        x, planes, scale, zero, n, part, n_in, n_out, ROWS, BITS, SEGMENT, SEGMENTS_PER_SCALE, TILE, BLOCK, SPLIT
+    )
     store_rows(results, bias, y, partials, arrived, n, block, part, n_out, ROWS, BLOCK, SPLIT)
 
 
@@ -321,10 +356,24 @@ def _plane_tile(plane, first, n, n_out, WIDTH: tl.constexpr, K: tl.constexpr, BL
 @jit
 @no_type_check
 def dot_tile(
-    x, planes, scale, zero, rows, n, part, n_rows, n_in, n_out,
-    BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
-    SPLIT: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
+    x,
+    planes,
+    scale,
+    zero,
+    rows,
+    n,
+    part,
+    n_rows,
+    n_in,
+    n_out,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
     """This program's share of x W^T, fp32 [ROWS, BLOCK]: weights are unpacked to the dtype of x, K inputs at a time.
 
     K divides GROUP (0: one scale for all inputs), so that a step needs one row of scales.
@@ -358,9 +407,20 @@ def dot_tile(
 @jit
 @no_type_check
 def store_tile(
-    total, bias, y, partials, arrived, rows, n, part, n_rows, n_out,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
+    total,
+    bias,
+    y,
+    partials,
+    arrived,
+    rows,
+    n,
+    part,
+    n_rows,
+    n_out,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
     """Write a [ROWS, BLOCK] tile of y; where SPLIT programs share the sum, the last to arrive adds them up in order."""
     inside = (rows < n_rows)[:, None] & (n < n_out)[None, :]
     place = rows.to(tl.int64)[:, None] * n_out + n[None, :]
@@ -384,18 +444,32 @@ def store_tile(
 @jit
 @no_type_check
 def _quant_dot(
-    x, planes, scale, zero, bias, y, partials, arrived, n_rows, n_in, n_out,
-    BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
-    SPLIT: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
+    x,
+    planes,
+    scale,
+    zero,
+    bias,
+    y,
+    partials,
+    arrived,
+    n_rows,
+    n_in,
+    n_out,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
     """``y[m, n] = sum_k x[m, k] * (code[k, n] - zero[g(k), n]) * scale[g(k), n] (+ bias[n])`` for many rows m."""
-    rows = tl.program_id(0) * ROWS + tl.arange(
-        0, ROWS
-    )  # axis 0 runs first: programs that share weights run together
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # axis 0 runs first: programs that share weights run together
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     part = tl.program_id(2)
-    total = dot_tile(x, planes, scale, zero, rows, n, part, n_rows, n_in, n_out, BITS, GROUP, ROWS, K, BLOCK, SPLIT,
-                     INTERPRET)  # fmt: skip
+    total = dot_tile(
+        x, planes, scale, zero, rows, n, part, n_rows, n_in, n_out, BITS, GROUP, ROWS, K, BLOCK, SPLIT, INTERPRET
+    )
     store_tile(total, bias, y, partials, arrived, rows, n, part, n_rows, n_out, ROWS, BLOCK, SPLIT)
 
 
@@ -403,9 +477,15 @@ def _quant_dot(
 
 
 def cost(
-    rows: int, n_in: int, n_out: int, bits: int, group: int | None = None, symmetric: bool = True,
-    bias: bool = False, itemsize: int = 2,
-) -> tuple[int, int]:  # fmt: skip
+    rows: int,
+    n_in: int,
+    n_out: int,
+    bits: int,
+    group: int | None = None,
+    symmetric: bool = True,
+    bias: bool = False,
+    itemsize: int = 2,
+) -> tuple[int, int]:
     """Bytes and floating-point operations that any implementation of this layout needs.
 
     Args:
@@ -536,10 +616,26 @@ def matvec_arguments(
     least = cost(1, n_in, n_out, bits, group, zero is None, bias is not None)[0] + more
     block, split, tile = matvec_shape(rows, n_in, n_out, bits, group, least)
     blocks = -(-n_out // block)
-    arguments = {"x": x, "planes": planes, "scale": scale, "zero": zero, "bias": bias, "y": y,
-                 **_shared(x, n_out, split, blocks), "n_in": n_in, "n_out": n_out}  # fmt: skip
-    constants = {"ROWS": rows, "BITS": bits, "SEGMENT": segment, "SEGMENTS_PER_SCALE": per_scale, "TILE": tile,
-                 "BLOCK": block, "SPLIT": split}  # fmt: skip
+    arguments = {
+        "x": x,
+        "planes": planes,
+        "scale": scale,
+        "zero": zero,
+        "bias": bias,
+        "y": y,
+        **_shared(x, n_out, split, blocks),
+        "n_in": n_in,
+        "n_out": n_out,
+    }
+    constants = {
+        "ROWS": rows,
+        "BITS": bits,
+        "SEGMENT": segment,
+        "SEGMENTS_PER_SCALE": per_scale,
+        "TILE": tile,
+        "BLOCK": block,
+        "SPLIT": split,
+    }
     outputs = 256 if rows <= 2 else 128  # of a warp: eight outputs a thread share each load of x
     return (blocks, split), arguments, constants, max(1, min(8, tile * block // outputs))
 
@@ -555,11 +651,27 @@ def dot_arguments(
     k = math.gcd(64, group)
     grid = (-(-rows // tile), -(-n_out // block))
     split = 1 if rows > 64 else max(1, min(_TARGET_PROGRAMS // (grid[0] * grid[1]), n_in // (4 * k)))
-    arguments = {"x": x, "planes": planes, "scale": scale, "zero": zero, "bias": bias, "y": y,
-                 **_shared(x, n_out, split, grid[0] * grid[1]), "n_rows": rows, "n_in": n_in,
-                 "n_out": n_out}  # fmt: skip
-    constants = {"BITS": bits, "GROUP": 0 if group == n_in else group, "ROWS": tile, "K": k, "BLOCK": block,
-                 "SPLIT": split, "INTERPRET": x.device.type == "cpu"}  # fmt: skip
+    arguments = {
+        "x": x,
+        "planes": planes,
+        "scale": scale,
+        "zero": zero,
+        "bias": bias,
+        "y": y,
+        **_shared(x, n_out, split, grid[0] * grid[1]),
+        "n_rows": rows,
+        "n_in": n_in,
+        "n_out": n_out,
+    }
+    constants = {
+        "BITS": bits,
+        "GROUP": 0 if group == n_in else group,
+        "ROWS": tile,
+        "K": k,
+        "BLOCK": block,
+        "SPLIT": split,
+        "INTERPRET": x.device.type == "cpu",
+    }
     return (*grid, split), arguments, constants, 8 if tile == 128 else 4
 
 
@@ -622,9 +734,7 @@ VARIANTS = (
 )
 
 
-def variant_name(
-    rows: int, n_in: int, n_out: int, bits: int, group: int, symmetric: bool, dtype: torch.dtype
-) -> str:
+def variant_name(rows: int, n_in: int, n_out: int, bits: int, group: int, symmetric: bool, dtype: torch.dtype) -> str:
     """A variant in words.
 
     Example:
@@ -650,9 +760,7 @@ def variants() -> dict[str, Launch]:
 
 # --- op ----------------------------------------------------------------------------------------------------------
 
-_SLAB = (
-    2**20
-)  # weights unpacked at a time on a CPU: fewer calls than caches would like, but not one large array
+_SLAB = 2**20  # weights unpacked at a time on a CPU: fewer calls than caches would like, but not one large array
 
 
 def torch_matmul(
@@ -726,9 +834,7 @@ def capability(x: Tensor) -> tuple[int, int] | None:
 
 
 @quant_matmul.register_kernel("cuda")
-def _cuda(
-    x: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int
-) -> Tensor:
+def _cuda(x: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int) -> Tensor:
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     (rows, n_in), n_out = flat.shape, planes.shape[1]
     y = flat.new_empty(rows, n_out)
@@ -742,9 +848,7 @@ def _cuda(
 
 
 @quant_matmul.register_fake
-def _fake(
-    x: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int
-) -> Tensor:
+def _fake(x: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], planes.shape[1])
 
 

@@ -77,9 +77,7 @@ def reference(inputs: Inputs) -> Tensor:
     slots = torch.arange(i.keys.shape[2], device=i.keys.device)
     heads = []
     keys, values = (x[:, 0].float() for x in (i.keys, i.values))
-    for h, (k, v) in enumerate(
-        zip(keys.split(i.key_ranks, -1), values.split(i.value_ranks, -1), strict=True)
-    ):
+    for h, (k, v) in enumerate(zip(keys.split(i.key_ranks, -1), values.split(i.value_ranks, -1), strict=True)):
         scores = query[:, h, :, : k.shape[-1]] @ k.transpose(-1, -2) * i.scaling  # [B, G, n]
         if i.first is not None:
             scores = scores.masked_fill(slots < i.first.view(-1, 1, 1), -torch.inf)
@@ -99,10 +97,29 @@ def reference(inputs: Inputs) -> Tensor:
 @jit
 @no_type_check
 def _ragged_decode(
-    query, keys, values, ranks, first, partials, sums, n, span, rows, key_pitch, value_pitch, scale,
-    H: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
-    KEYS: tl.constexpr, VALUES: tl.constexpr, ALIGNED: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
+    query,
+    keys,
+    values,
+    ranks,
+    first,
+    partials,
+    sums,
+    n,
+    span,
+    rows,
+    key_pitch,
+    value_pitch,
+    scale,
+    H: tl.constexpr,
+    SHARED: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    TILE: tl.constexpr,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
     """A share of ``softmax(q k^T) v`` for the query heads of one key head: tokens ``part * span`` on.
 
     KEYS and VALUES are the widest ranks of the layer, as powers of two; a head uses its own. All ranks are multiples of
@@ -124,9 +141,7 @@ def _ragged_decode(
     value_pitch = tl.multiple_of(value_pitch, ALIGNED)
     q_row = (b * H + head) * SHARED + slot
     used = slot < SHARED
-    q = tl.load(
-        query + q_row[:, None] * D + c[None, :], mask=used[:, None] & (c < key_rank)[None, :], other=0.0
-    )
+    q = tl.load(query + q_row[:, None] * D + c[None, :], mask=used[:, None] & (c < key_rank)[None, :], other=0.0)
     q = tl.trans((q.to(tl.float32) * scale).to(dtype))
     begin = 0
     if first is not None:
@@ -157,9 +172,21 @@ def _ragged_decode(
 @jit
 @no_type_check
 def _ragged_merge(
-    partials, sums, ranks, basis, mean, y, parts, rows, value_pitch,
-    H: tl.constexpr, SHARED: tl.constexpr, D: tl.constexpr, VALUES: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
+    partials,
+    sums,
+    ranks,
+    basis,
+    mean,
+    y,
+    parts,
+    rows,
+    value_pitch,
+    H: tl.constexpr,
+    SHARED: tl.constexpr,
+    D: tl.constexpr,
+    VALUES: tl.constexpr,
+    PARTS: tl.constexpr,
+):
     """A query head: ``o = sum_i w_i o_i``, ``w_i = l_i 2^(m_i - max m)`` over their sum; ``y = o Q[:, :r]^T + mu``."""
     row = tl.program_id(0)
     head = row % (H * SHARED) // SHARED
@@ -222,15 +249,34 @@ def plan(inputs: Inputs, y: Tensor) -> tuple[Launch, Launch]:
     pitches: dict[str, Tensor | int | float | None] = {"rows": rows, "value_pitch": i.values.shape[3]}
     sizes = {"H": heads, "SHARED": i.shared, "D": d, "VALUES": widest[1]}
     reading = {
-        "query": i.query, "keys": i.keys, "values": i.values, "ranks": starts, "first": i.first, "partials": partials,
-        "sums": sums, "n": n, "span": span, "key_pitch": i.keys.shape[3], "scale": i.scaling * math.log2(math.e),
-    }  # fmt: skip
+        "query": i.query,
+        "keys": i.keys,
+        "values": i.values,
+        "ranks": starts,
+        "first": i.first,
+        "partials": partials,
+        "sums": sums,
+        "n": n,
+        "span": span,
+        "key_pitch": i.keys.shape[3],
+        "scale": i.scaling * math.log2(math.e),
+    }
     constants = {
-        "ROWS": max(16, 1 << (i.shared - 1).bit_length()), "TILE": _TILE, "KEYS": widest[0],
-        "ALIGNED": math.gcd(16, *i.key_ranks, *i.value_ranks), "INTERPRET": i.query.device.type == "cpu",
-    }  # fmt: skip
-    merging = {"partials": partials, "sums": sums, "ranks": starts, "basis": i.basis, "mean": i.mean, "y": y,
-               "parts": parts}  # fmt: skip
+        "ROWS": max(16, 1 << (i.shared - 1).bit_length()),
+        "TILE": _TILE,
+        "KEYS": widest[0],
+        "ALIGNED": math.gcd(16, *i.key_ranks, *i.value_ranks),
+        "INTERPRET": i.query.device.type == "cpu",
+    }
+    merging = {
+        "partials": partials,
+        "sums": sums,
+        "ranks": starts,
+        "basis": i.basis,
+        "mean": i.mean,
+        "y": y,
+        "parts": parts,
+    }
     return (
         Launch(_ragged_decode, (batch * heads, parts), {**reading, **pitches}, {**constants, **sizes}, 4, 3),
         Launch(_ragged_merge, (rows,), {**merging, **pitches}, {**sizes, "PARTS": 16}, 4, 1),
@@ -268,9 +314,14 @@ def unsupported(inputs: Inputs, capability: tuple[int, int] | None = None) -> st
 
 
 def cost(
-    batch: int, tokens: int, key_ranks: tuple[int, ...], value_ranks: tuple[int, ...], shared: int, d: int,
+    batch: int,
+    tokens: int,
+    key_ranks: tuple[int, ...],
+    value_ranks: tuple[int, ...],
+    shared: int,
+    d: int,
     basis: bool = True,
-) -> tuple[int, int]:  # fmt: skip
+) -> tuple[int, int]:
     """Bytes and operations that any implementation of this cache needs for one token, in 16 bits.
 
     Args:
@@ -293,9 +344,10 @@ def cost(
 
 # key heads, query heads that share each, width, tokens, ranks (they alternate)
 VARIANTS = (
-    ("SmolLM2", 3, 3, 64, 8192, (48, 16, 32)), ("Llama-8B", 8, 4, 128, 8192, (64,)),
+    ("SmolLM2", 3, 3, 64, 8192, (48, 16, 32)),
+    ("Llama-8B", 8, 4, 128, 8192, (64,)),
     ("Llama-8B", 8, 4, 128, 32768, (96, 32)),
-)  # fmt: skip
+)
 
 
 def problems() -> dict[str, Inputs]:
@@ -339,9 +391,7 @@ def least(inputs: Inputs) -> tuple[int, int]:
     return cost(batch, i.keys.shape[2], i.key_ranks, i.value_ranks, i.shared, d, i.basis is not None)
 
 
-def meta_inputs(
-    tokens: int, heads: int, shared: int, d: int, ranks: tuple[int, ...], dtype: torch.dtype
-) -> Inputs:
+def meta_inputs(tokens: int, heads: int, shared: int, d: int, ranks: tuple[int, ...], dtype: torch.dtype) -> Inputs:
     """Inputs of one row on "meta"; head h has the ranks ``ranks[h % len(ranks)]``.
 
     Example:

@@ -60,9 +60,7 @@ def repack(dense: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     if columns % 32:
         raise ValueError(f"dense has {columns} inputs: the layout needs a multiple of 32")
     if not bool((mask.unflatten(1, (-1, 4)).sum(-1) == 2).all()):
-        raise ValueError(
-            "mask: some four consecutive inputs do not keep exactly two; prune with pattern '2:4'"
-        )
+        raise ValueError("mask: some four consecutive inputs do not keep exactly two; prune with pattern '2:4'")
     # a stable sort of "not kept" lists the kept ones first, in order
     position = (~mask).unflatten(1, (-1, 4)).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :2]
     values = dense.unflatten(1, (-1, 4)).gather(-1, position).flatten(1)
@@ -81,9 +79,7 @@ def unpack(values: Tensor, positions: Tensor) -> Tensor:
         [0.0, 2.0, 0.0, 4.0, 0.0, 2.0, 0.0, 4.0]
     """
     shifts = 2 * torch.arange(16, device=positions.device, dtype=torch.int32)[None, :, None]
-    inside = (
-        positions[:, None, :] >> shifts
-    ) & 3  # an arithmetic shift: the two bits are right, the sign is cut
+    inside = (positions[:, None, :] >> shifts) & 3  # an arithmetic shift: the two bits are right, the sign is cut
     groups = values.shape[0] // 2
     place = inside.reshape(groups, 2, -1).to(torch.int64)
     dense = torch.zeros(groups, 4, values.shape[1], dtype=values.dtype, device=values.device)
@@ -108,9 +104,21 @@ def reference(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | None 
 @jit
 @no_type_check
 def _sparse_matvec(
-    x, values, positions, bias, y, partials, arrived, n_in, n_out,
-    ROWS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
+    x,
+    values,
+    positions,
+    bias,
+    y,
+    partials,
+    arrived,
+    n_in,
+    n_out,
+    ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
     """``y[m, n] = sum_s values[s, n] * x[m, 4 * (s // 2) + position(s, n)] (+ bias[n])``.
 
     A program has BLOCK outputs and every SPLIT-th run of CHUNKS chunks. Each of the 16 values of a chunk is a load of
@@ -197,9 +205,7 @@ def unsupported(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | Non
     return None
 
 
-def plan(
-    x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | None = None, y: Tensor | None = None
-) -> Launch:
+def plan(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | None = None, y: Tensor | None = None) -> Launch:
     """The launch for these tensors; `arguments["y"]` holds the result, [rows, out], once it has run.
 
     Args:
@@ -224,13 +230,23 @@ def plan(
         partials = x.new_empty(split, rows, n_out, dtype=torch.float32)
         arrived = x.new_zeros(blocks, dtype=torch.int32)
     arguments: dict[str, Tensor | int | None] = {
-        "x": x, "values": values, "positions": positions, "bias": bias,
-        "y": x.new_empty(rows, n_out) if y is None else y, "partials": partials, "arrived": arrived,
-        "n_in": n_in, "n_out": n_out,
-    }  # fmt: skip
+        "x": x,
+        "values": values,
+        "positions": positions,
+        "bias": bias,
+        "y": x.new_empty(rows, n_out) if y is None else y,
+        "partials": partials,
+        "arrived": arrived,
+        "n_in": n_in,
+        "n_out": n_out,
+    }
     constants = {
-        "ROWS": rows, "CHUNKS": run, "BLOCK": block, "SPLIT": split, "GROUPS": 4 if rows == 1 else 2 if rows <= 4 else 1
-    }  # fmt: skip
+        "ROWS": rows,
+        "CHUNKS": run,
+        "BLOCK": block,
+        "SPLIT": split,
+        "GROUPS": 4 if rows == 1 else 2 if rows <= 4 else 1,
+    }
     return Launch(_sparse_matvec, (blocks, split), arguments, constants, num_warps=4, num_stages=1)
 
 
@@ -334,10 +350,7 @@ def variants() -> dict[str, Launch]:
         (112, 4)
     """
     found = {}
-    for name, dtype, many in (
-        ("bf16", torch.bfloat16, range(2, MAX_ROWS + 1)),
-        ("fp16", torch.float16, (2, 4, 8)),
-    ):
+    for name, dtype, many in (("bf16", torch.bfloat16, range(2, MAX_ROWS + 1)), ("fp16", torch.float16, (2, 4, 8))):
         for n_in, n_out in SHAPES:
             found[f"{name} {n_in}->{n_out}"] = _meta(1, n_in, n_out, dtype)
         for rows in many:

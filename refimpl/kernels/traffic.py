@@ -27,11 +27,7 @@ from tqdm.auto import tqdm
 from refimpl.kernels.audit import all_kernels, elsewhere, fingerprint, keep, launches
 from refimpl.kernels.launch import Launch
 
-SCRATCH = (
-    "partials",
-    "sums",
-    "arrived",
-)  # arguments that an implementation makes for itself: no part of the minimum
+SCRATCH = ("partials", "sums", "arrived")  # arguments that an implementation makes for itself: no part of the minimum
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,7 @@ def minimum(launch: Launch) -> int:
     """
     return sum(
         value.nbytes for name, value in launch.arguments.items() if isinstance(value, Tensor) and name not in SCRATCH
-    )  # fmt: skip
+    )
 
 
 def count(launch: Launch, whole: bool = False) -> Traffic:
@@ -93,13 +89,11 @@ def count(launch: Launch, whole: bool = False) -> Traffic:
         ...     assert traffic.loads["values"] == 576 // 2 * 192 * 2   # every value once
     """
     if hasattr(launch.kernel, "device_caches"):
-        raise RuntimeError(
-            "bytes are counted in the interpreter: set TRITON_INTERPRET=1 before kernels are imported"
-        )
+        raise RuntimeError("bytes are counted in the interpreter: set TRITON_INTERPRET=1 before kernels are imported")
     # a copy: the counters of programs that share a sum must start at zero, and nobody's result is overwritten
     arguments = {
         name: _filled(value) if isinstance(value, Tensor) else value for name, value in launch.arguments.items()
-    }  # fmt: skip
+    }
     axes = [_every(size) if whole else _ends(size) for size in launch.grid]
     if "SPLIT" in launch.constants:
         axes[-1] = _every(launch.grid[-1])
@@ -254,8 +248,13 @@ def table(rows: Iterable[Row]) -> str:
         | demo | fp16 64->64 | 2.500 | 3.000 | 1.200 |
     """
     head = ["| kernel | launch | minimum, MB | moved, MB | ratio |", "| --- | --- | ---: | ---: | ---: |"]
-    return "\n".join(itertools.chain(head, (
-        f"| {row.kernel} | {row.variant} | {row.traffic.minimum / 1e6:.3f} | {row.traffic.total / 1e6:.3f} "
-        f"| {row.traffic.ratio:.3f} |"
-        for row in rows
-    )))  # fmt: skip
+    return "\n".join(
+        itertools.chain(
+            head,
+            (
+                f"| {row.kernel} | {row.variant} | {row.traffic.minimum / 1e6:.3f} | {row.traffic.total / 1e6:.3f} "
+                f"| {row.traffic.ratio:.3f} |"
+                for row in rows
+            ),
+        )
+    )

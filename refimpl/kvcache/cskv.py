@@ -196,9 +196,7 @@ def _projections(model: nn.Module) -> list[nn.Module]:
     """The attention modules, each with a projection of its own for keys and for values."""
     modules = _attention_modules(model)
     if not modules:
-        raise OptionError(
-            f"model: {type(model).__name__} has no attention layer known to transformers' caches"
-        )
+        raise OptionError(f"model: {type(model).__name__} has no attention layer known to transformers' caches")
     for module in modules:
         _check_projections(module)
     return modules
@@ -289,8 +287,7 @@ def factorise(
         return svd(W.float(), asvd_scale(layer.mean_abs, alpha) if init == "asvd" else None)
 
     return tuple(
-        Factors(*one(layer, layer.W_K, 2 * i), *one(layer, layer.W_V, 2 * i + 1))
-        for i, layer in enumerate(found)
+        Factors(*one(layer, layer.W_K, 2 * i), *one(layer, layer.W_V, 2 * i + 1)) for i, layer in enumerate(found)
     )
 
 
@@ -424,9 +421,7 @@ class Fit(nn.Module):
 
     def factors(self) -> Factors:
         """What was found."""
-        return Factors(
-            *(parameter.detach().clone() for parameter in (self.A_K, self.B_K, self.A_V, self.B_V))
-        )
+        return Factors(*(parameter.detach().clone() for parameter in (self.A_K, self.B_K, self.A_V, self.B_V)))
 
 
 def fit_loss(fit: nn.Module, X: Tensor, W_K: Tensor, W_V: Tensor) -> Tensor:
@@ -515,13 +510,7 @@ def reconstruct(
             fit = Fit(policy.factors[i], ranks[i], policy.together if policy.bits == 4 else None)
             fit.to(W_K.device)
             loss = lambda fit, batch, W_K=W_K, W_V=W_V: fit_loss(fit, batch[0].float(), W_K, W_V)  # noqa: E731
-            train(
-                fit,
-                batches(torch.cat(inputs[i]), batch_size=1, seed=recipe.seed),
-                loss,
-                recipe,
-                progress=progress,
-            )
+            train(fit, batches(torch.cat(inputs[i]), batch_size=1, seed=recipe.seed), loss, recipe, progress=progress)
             done[i] = fit.factors()
     return replace(policy, factors=tuple(done[i] for i in range(len(modules))))
 
@@ -561,9 +550,7 @@ class Rebuilt(Segment):
         _, heads, groups, queries, count = weights.shape
         rank, width = self.layer.B_V.shape
         absorbed = heads * groups * queries * (count * rank + rank * width // heads)
-        if (
-            absorbed > count * rank * width + groups * queries * count * width
-        ):  # many queries: rebuilding is cheaper
+        if absorbed > count * rank * width + groups * queries * count * width:  # many queries: rebuilding is cheaper
             return super().mix(weights)
         mixed = weights.flatten(1, 3) @ self.features[1][:, 0].float()  # all heads share the features
         B_V = self.layer.B_V.float().unflatten(-1, (heads, -1)).transpose(0, 1)  # [H, r_V, d]
@@ -664,8 +651,7 @@ class CSKVLayer(WindowLayer):
         if self.seen == 0:
             self._check(new)
         self.extend(
-            key_pending=(new.hidden @ self.A_K).unsqueeze(1),
-            value_pending=(new.hidden @ self.A_V).unsqueeze(1),
+            key_pending=(new.hidden @ self.A_K).unsqueeze(1), value_pending=(new.hidden @ self.A_V).unsqueeze(1)
         )
         super().append(new)
 
@@ -680,10 +666,7 @@ class CSKVLayer(WindowLayer):
         values = module.v_proj(hidden).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         for name, ours, theirs in (("keys", keys, new.keys), ("values", values, new.values)):
             last = theirs[:, :, -1:].float()
-            if (
-                ours.shape != last.shape
-                or read((ours.float() - last).abs().max() - 0.05 * last.abs().max()) > 0
-            ):
+            if ours.shape != last.shape or read((ours.float() - last).abs().max() - 0.05 * last.abs().max()) > 0:
                 raise OptionError(
                     f"model: the {name} of {type(module).__name__} are not what its projection gives (another norm, "
                     "clipping, or a mixture with other values); use a policy that works on keys and values as they "
@@ -705,9 +688,7 @@ class CSKVLayer(WindowLayer):
             self._keep_sinks(keys, values, valid)
         C_K, C_V = self.parts["key_pending"][:, :, :count], self.parts["value_pending"][:, :, :count]
         if self.bits == 16:
-            self.extend(
-                key_features=C_K.clone(), value_features=C_V.clone()
-            )  # a view would keep the whole in memory
+            self.extend(key_features=C_K.clone(), value_features=C_V.clone())  # a view would keep the whole in memory
         else:
             codes, step, least = key_codes(C_K, self.group, valid)
             self.extend(key_codes=pack_bits(codes, 4), key_step=step, key_least=least)
@@ -788,9 +769,7 @@ class CSKVLayer(WindowLayer):
                 return self._begin(torch.arange(slots.start, slots.stop, device=device)).clamp(min=start)
 
             leaving = [p[name][:, :, : stop - start] for name in ("key_pending", "value_pending")]
-            features = (
-                [torch.cat(pair, 2) for pair in zip(features, leaving, strict=True)] if start else leaving
-            )
+            features = [torch.cat(pair, 2) for pair in zip(features, leaving, strict=True)] if start else leaving
             tail = range(start, self.seen)
             window = Exact(p["keys"], p["values"], tail, new.mask.positions(tail) < self.sinks, limits)
         positions = new.mask.positions(range(stop))
@@ -871,9 +850,7 @@ class CSKVLayer(WindowLayer):
         self.parts["key_pending"], self.parts["value_pending"] = (x.to(self.dtype) for x in back)
         if "valid" in self.parts:
             self.parts["valid"] = self.parts["valid"][:, :, :0].clone()
-        for name in [
-            name for name in self.parts if name.startswith(("key_", "value_")) and "pending" not in name
-        ]:
+        for name in [name for name in self.parts if name.startswith(("key_", "value_")) and "pending" not in name]:
             count = start // self.group if self.bits == 4 and name.startswith("key_") else start
             self.parts[name] = self.parts[name][:, :, :count].clone()
         self.start = start

@@ -31,25 +31,11 @@ from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
-from refimpl.core.cache import (
-    ByContent,
-    LayerShape,
-    Policy,
-    cache_argument,
-    check_rank,
-)
+from refimpl.core.cache import ByContent, LayerShape, Policy, cache_argument, check_rank
 from refimpl.core.device import read, read_all
 from refimpl.core.errors import CalibrationError, OptionError, nearest
 from refimpl.core.loop import History, Recipe, batches, train
-from refimpl.kvcache.ragged import (
-    OUTPUTS,
-    Bases,
-    FoldedOutput,
-    MatryoshkaLayer,
-    Ranks,
-    output_matrix,
-    output_name,
-)
+from refimpl.kvcache.ragged import OUTPUTS, Bases, FoldedOutput, MatryoshkaLayer, Ranks, output_matrix, output_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,9 +66,7 @@ def fix_signs(Q: Tensor) -> Tensor:
         rest[..., :, k] *= sign
         Q[..., :, k] *= sign.to(Q.dtype)
         column, row = rest[..., k + 1 :, k], rest[..., k, k + 1 :]
-        rest[..., k + 1 :, k + 1 :] -= (
-            column.unsqueeze(-1) * row.unsqueeze(-2) / (1 + rest[..., k, k])[..., None, None]
-        )
+        rest[..., k + 1 :, k + 1 :] -= column.unsqueeze(-1) * row.unsqueeze(-2) / (1 + rest[..., k, k])[..., None, None]
     return Q
 
 
@@ -143,9 +127,7 @@ class _Tap(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return self.change(key_states, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -158,9 +140,7 @@ class _Tap(CacheLayerMixin):
         return -1
 
 
-def _tapped(
-    model: PreTrainedModel, change: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
-) -> DynamicCache:
+def _tapped(model: PreTrainedModel, change: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]) -> DynamicCache:
     """A cache for one forward pass that hands ``change(layer, keys, values)`` to attention."""
     cache = DynamicCache(config=model.config)
     for index in _compressed_layers(model):
@@ -230,8 +210,10 @@ def projected(model: PreTrainedModel, bases: Sequence[Bases | None], ranks: int 
         if layer not in held:
             held[layer] = [torch.tensor(r, device=keys.device) for r in rank]
         device, (r_K, r_V) = keys.device, held[layer]
-        return (truncate(keys, given.Q_K.to(device), given.mu_K.to(device), r_K),
-                truncate(values, given.Q_V.to(device), given.mu_V.to(device), r_V))  # fmt: skip
+        return (
+            truncate(keys, given.Q_K.to(device), given.mu_K.to(device), r_K),
+            truncate(values, given.Q_V.to(device), given.mu_V.to(device), r_V),
+        )
 
     return _tapped(model, change)
 
@@ -239,9 +221,7 @@ def projected(model: PreTrainedModel, bases: Sequence[Bases | None], ranks: int 
 def _of_layer(bases: Sequence[Bases | None], layer: int) -> Bases:
     found = bases[layer] if layer < len(bases) else None
     if found is None:
-        raise OptionError(
-            f"bases: there are none for layer {layer} (of {len(bases)}); calibrate them on this model"
-        )
+        raise OptionError(f"bases: there are none for layer {layer} (of {len(bases)}); calibrate them on this model")
     return found
 
 
@@ -264,17 +244,13 @@ def rank_table(bases: Sequence[Bases | None], ranks: int | None | Table) -> Tabl
             table.append(None)
             continue
         heads, d = given.Q_K.shape[:2]
-        row: Any = (
-            ranks[layer] if isinstance(ranks, tuple) else ((d if ranks is None else ranks,) * heads,) * 2
-        )
+        row: Any = ranks[layer] if isinstance(ranks, tuple) else ((d if ranks is None else ranks,) * heads,) * 2
         if row is None or len(row) != 2 or any(len(side) != heads for side in row):
             raise OptionError(f"ranks[{layer}]={row!r}: give {heads} ranks for keys and {heads} for values")
         for side in row:
             for rank in side:
                 if not 1 <= rank <= d:
-                    raise OptionError(
-                        f"ranks={rank}: the heads of layer {layer} have {d} channels; use 1 to {d}"
-                    )
+                    raise OptionError(f"ranks={rank}: the heads of layer {layer} have {d} channels; use 1 to {d}")
         table.append((tuple(row[0]), tuple(row[1])))
     return tuple(table)
 
@@ -333,9 +309,7 @@ def calibrate(model: PreTrainedModel, ids: Tensor, batch_size: int = 4) -> tuple
         pairs = []
         for total, square in ((sum_K, square_K), (sum_V, square_V)):
             if read((~square.isfinite()).sum()):
-                raise CalibrationError(
-                    f"keys or values of layer {layer} are not finite; look for NaN in the weights"
-                )
+                raise CalibrationError(f"keys or values of layer {layer} are not finite; look for NaN in the weights")
             mean = total / ids.numel()
             pairs += [mean, square / ids.numel() - mean.unsqueeze(-1) * mean.unsqueeze(-2)]
         layers[layer] = Moments(*pairs)
@@ -429,11 +403,7 @@ class Projections(nn.Module):
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        bases: Sequence[Bases | None],
-        rank: int | None = None,
-        orthogonal: bool = True,
+        self, model: PreTrainedModel, bases: Sequence[Bases | None], rank: int | None = None, orthogonal: bool = True
     ) -> None:
         super().__init__()
         self._model = (model,)  # in a tuple: not a part of this module
@@ -511,9 +481,7 @@ def distillation(share: float = 1.0) -> Callable[[Any, Any], Tensor]:
         teacher, student = model(ids)
         value = share * divergence(teacher, student)
         if share < 1:
-            value = value + (1 - share) * F.cross_entropy(
-                student[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten()
-            )
+            value = value + (1 - share) * F.cross_entropy(student[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
         return value
 
     return loss
@@ -668,8 +636,13 @@ def search(
     if ids.dim() != 2 or ids.numel() == 0:
         raise CalibrationError(f"ids has shape {list(ids.shape)}; give at least one row of tokens, [n, T]")
     full = rank_table(bases, None)
-    places = [(layer, side, head) for layer, row in enumerate(full) if row is not None
-              for side in (0, 1) for head in range(len(row[side]))]  # fmt: skip
+    places = [
+        (layer, side, head)
+        for layer, row in enumerate(full)
+        if row is not None
+        for side in (0, 1)
+        for head in range(len(row[side]))
+    ]
     widths = [_of_layer(bases, layer).Q_K.shape[-1] for layer, _, _ in places]
     rows = ids.to(model.device).split(batch_size)
 
@@ -841,8 +814,6 @@ def fold(model: PreTrainedModel, policy: MatryoshkaKV) -> None:
         bias = torch.einsum("ohgd,hd->o", blocks, mu)
         if old.bias is not None:
             bias += old.bias.float()
-        made.append(
-            (module, name, FoldedOutput(narrow.to(old.weight.dtype), bias.to(old.weight.dtype), ranks))
-        )
+        made.append((module, name, FoldedOutput(narrow.to(old.weight.dtype), bias.to(old.weight.dtype), ranks)))
     for module, name, output in made:
         setattr(module, name, output)

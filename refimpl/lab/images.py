@@ -126,9 +126,7 @@ def images(dataset: str, split: str) -> ImageSet:
     pixels = intensity[torch.from_numpy(rows), None]
     if dataset == "digits":
         side = IMAGE_SIZE["digits"]
-        pixels = torch.nn.functional.interpolate(
-            pixels, size=(side, side), mode="bilinear", align_corners=False
-        )
+        pixels = torch.nn.functional.interpolate(pixels, size=(side, side), mode="bilinear", align_corners=False)
     units = [f"{dataset}-{row:04d}" for row in rows]
     return ImageSet((pixels - mean) / std, labels[torch.from_numpy(rows)], units, dataset, split)
 
@@ -155,9 +153,7 @@ def from_arrays(pixels: Any, labels: Sequence[int] | Tensor | np.ndarray) -> Ima
         )
     targets = torch.as_tensor(labels).to(torch.int64)
     if targets.shape != values.shape[:1]:
-        raise CalibrationError(
-            f"labels has shape {list(targets.shape)} for {len(values)} images; give one per image"
-        )
+        raise CalibrationError(f"labels has shape {list(targets.shape)} for {len(values)} images; give one per image")
     if not values.isfinite().all():
         raise CalibrationError("pixels holds NaN or infinite values; clean the images first")
     if (targets < 0).any():

@@ -74,9 +74,7 @@ def in_group(function: Callable[..., None], world: int, *arguments: Any) -> None
         mp.spawn(_member, (world, str(Path(folder, "store")), function, arguments), nprocs=world, join=True)
 
 
-def _member(
-    rank: int, world: int, store: str, function: Callable[..., None], arguments: Sequence[Any]
-) -> None:
+def _member(rank: int, world: int, store: str, function: Callable[..., None], arguments: Sequence[Any]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     try:

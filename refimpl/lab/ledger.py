@@ -75,9 +75,7 @@ class Outcome:
             >>> Outcome.of(interval, Verdict.HOLDS, scale="135M", control="SVD", quantity="ratio").low
             0.95
         """
-        return cls(
-            verdict, interval.estimate, interval.low, interval.high, interval.mde, scale, control, quantity
-        )
+        return cls(verdict, interval.estimate, interval.low, interval.high, interval.mde, scale, control, quantity)
 
 
 @dataclass(frozen=True)
@@ -129,9 +127,7 @@ def judge(results: Results, claims: Iterable[Claim]) -> list[dict[str, Any]]:
         blind = claim.paper_effect is not None and outcome.mde > abs(claim.paper_effect)
         if blind and verdict is Verdict.DOES_NOT_HOLD:  # an effect that was found could be seen
             verdict = Verdict.CANNOT_BE_TESTED
-        numbers = {
-            name: float(f"{getattr(outcome, name):.4g}") for name in ("estimate", "low", "high", "mde")
-        }
+        numbers = {name: float(f"{getattr(outcome, name):.4g}") for name in ("estimate", "low", "high", "mde")}
         rows.append(
             {
                 "id": claim.id,
@@ -232,9 +228,7 @@ def rule_problems(results: Results, repository: str | Path | None = None) -> lis
         problems.append(f"the rule's commit {rule['commit'][:9]} is younger than the run")
     root = Path(repository) if repository is not None else Path(__file__).resolve().parents[2]
     try:
-        git(
-            root, "ls-files", "--error-unmatch", "--", f":/{rule['file']}"
-        )  # not some repository around a wheel
+        git(root, "ls-files", "--error-unmatch", "--", f":/{rule['file']}")  # not some repository around a wheel
         shallow = git(root, "rev-parse", "--is-shallow-repository") == "true"
     except (OSError, subprocess.CalledProcessError):
         return problems
@@ -243,11 +237,7 @@ def rule_problems(results: Results, repository: str | Path | None = None) -> lis
         committed = utc(int(git(root, "show", "-s", "--format=%ct", rule["commit"])))
         source = git(root, "show", f"{rule['commit']}:{rule['file']}")
     except subprocess.CalledProcessError:
-        return (
-            problems
-            if shallow
-            else [*problems, f"the rule's commit {rule['commit'][:9]} is not in this history"]
-        )
+        return problems if shallow else [*problems, f"the rule's commit {rule['commit'][:9]} is not in this history"]
     if committed > started and not problems:
         problems.append(f"the rule's commit {rule['commit'][:9]} is younger than the run")
     if source_hash(source) != results.header["sources"][results.header["study"]]:

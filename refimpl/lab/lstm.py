@@ -52,12 +52,7 @@ class LSTMLanguageModel(nn.Module):
     """
 
     def __init__(
-        self,
-        vocabulary: int = BYTES,
-        embedding: int = 64,
-        hidden: int = 256,
-        layers: int = 1,
-        tied: bool = False,
+        self, vocabulary: int = BYTES, embedding: int = 64, hidden: int = 256, layers: int = 1, tied: bool = False
     ) -> None:
         super().__init__()
         self.sizes = {"vocabulary": vocabulary, "embedding": embedding, "hidden": hidden, "layers": layers}
@@ -99,11 +94,7 @@ class BitsPerByte:
 
 
 def windows(
-    corpus: str,
-    split: str,
-    length: int,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    stride: int | None = None,
+    corpus: str, split: str, length: int, tokenizer: PreTrainedTokenizerBase | None = None, stride: int | None = None
 ) -> tuple[Tensor, list[str]]:
     """All windows of a split, none of which crosses from one document into another.
 
@@ -141,9 +132,7 @@ def windows(
             ids = torch.tensor(list(document.text.encode("utf-8")), dtype=torch.long)
         else:
             ids = torch.tensor(
-                tokenizer(
-                    document.text, add_special_tokens=False, split_special_tokens=True, verbose=False
-                ).input_ids
+                tokenizer(document.text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
             )
         longest = max(longest, len(ids))
         if len(ids) > length:
@@ -308,9 +297,7 @@ def _check_rows(ids: object, name: str) -> None:
         found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise CalibrationError(f"{name} is {found}; it must be an int64 tensor [rows, symbols]")
     if len(ids) == 0 or ids.shape[1] < 2:
-        raise CalibrationError(
-            f"{name} has shape {list(ids.shape)}; it needs at least one row and two symbols in each"
-        )
+        raise CalibrationError(f"{name} has shape {list(ids.shape)}; it needs at least one row and two symbols in each")
 
 
 def _positive(name: str, value: object) -> None:

@@ -26,9 +26,7 @@ from refimpl.core.errors import CalibrationError, OptionError
 from refimpl.core.layers import CompressedLayer
 from refimpl.core.sites import find_sites
 
-_CHUNK_BYTES = (
-    64 * 2**20
-)  # fp32 logits looked at in one go; the loss must not double the memory of the logits
+_CHUNK_BYTES = 64 * 2**20  # fp32 logits looked at in one go; the loss must not double the memory of the logits
 
 
 class Tokens(Protocol):
@@ -72,9 +70,7 @@ class Perplexity:
         return Perplexity(self.value, nll, counts, names, self.corpus)
 
 
-def perplexity(
-    model: nn.Module, tokens: Tokens | Tensor, batch_size: int = 2, progress: bool = True
-) -> Perplexity:
+def perplexity(model: nn.Module, tokens: Tokens | Tensor, batch_size: int = 2, progress: bool = True) -> Perplexity:
     """Perplexity of a causal language model on rows of tokens, each read from an empty context.
 
     Every row predicts its tokens 1 ... T-1 from the ones before. The model computes its own logits (so
@@ -112,9 +108,7 @@ def perplexity(
     try:
         with (
             torch.inference_mode(),
-            tqdm(
-                total=len(ids), desc="perplexity", unit="row", delay=2, leave=False, disable=not progress
-            ) as bar,
+            tqdm(total=len(ids), desc="perplexity", unit="row", delay=2, leave=False, disable=not progress) as bar,
         ):
             for start in range(0, len(ids), batch_size):
                 batch = ids[start : start + batch_size].to(device)
@@ -232,9 +226,7 @@ def footprint(model: nn.Module, folder: str | Path | None = None) -> Footprint:
             parts["values"] = parts.get("values", 0) + weight.numel() * weight.element_size()
             weights += weight.numel()
     if weights == 0:
-        raise OptionError(
-            "model has no compressed layers and no linear layers inside its blocks: nothing to count"
-        )
+        raise OptionError("model has no compressed layers and no linear layers inside its blocks: nothing to count")
 
     inside = {id(p) for _, layer in layers for p in layer.parameters()}
     rest = {_span(p): p.numel() for p in model.parameters() if id(p) not in inside}

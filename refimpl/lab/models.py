@@ -225,9 +225,7 @@ def compute_dtype(device: str = "cpu") -> torch.dtype:
     return torch.bfloat16 if seconds(torch.float32) > 1.3 * seconds(torch.bfloat16) else torch.float32
 
 
-def permute_channels(
-    state: dict[str, Tensor], config: LlamaConfig, seed: int = PERMUTATION_SEED
-) -> dict[str, Tensor]:
+def permute_channels(state: dict[str, Tensor], config: LlamaConfig, seed: int = PERMUTATION_SEED) -> dict[str, Tensor]:
     """The same Llama function with residual, FFN and value/output channels in another order.
 
     Three kinds of channels may be renamed without changing the function: the residual stream (every norm,
@@ -310,9 +308,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
         model.load_state_dict(permute_channels(loaded.state_dict(), config))
         model.tie_weights()
         model.generation_config = GenerationConfig(
-            bos_token_id=config.bos_token_id,
-            eos_token_id=config.eos_token_id,
-            pad_token_id=config.pad_token_id,
+            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
         )
         model.save_pretrained(folder)
         bar.update()
@@ -339,12 +335,7 @@ def clean_config(config: LlamaConfig) -> LlamaConfig:
         1e-05
     """
     fields = config.to_dict()
-    for name in (
-        "quantization_config",
-        "_name_or_path",
-        "_model_name_or_path",
-        "unk_token_id",
-    ):
+    for name in ("quantization_config", "_name_or_path", "_model_name_or_path", "unk_token_id"):
         fields.pop(name, None)
     fields["rms_norm_eps"] = float(f"{config.rms_norm_eps:.3g}")  # the file stores 1e-5 as fp32
     fields["architectures"] = ["LlamaForCausalLM"]
@@ -376,13 +367,7 @@ def _bits(gguf: Path) -> dict[str, dict[str, float]]:
 
     parts = {name: {"weights": 0, "bytes": 0} for name in ("linear", "embeddings", "norms", "total")}
     for tensor in reader.GGUFReader(str(gguf)).tensors:
-        kind = (
-            "embeddings"
-            if tensor.name == "token_embd.weight"
-            else "norms"
-            if len(tensor.shape) == 1
-            else "linear"
-        )
+        kind = "embeddings" if tensor.name == "token_embd.weight" else "norms" if len(tensor.shape) == 1 else "linear"
         for part in (kind, "total"):
             parts[part]["weights"] += int(tensor.n_elements)
             parts[part]["bytes"] += int(tensor.n_bytes)

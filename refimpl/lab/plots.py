@@ -39,9 +39,7 @@ _VEGA_SHAPES = (
     "triangle-left",
 )
 _MARKERS = ("o", "s", "^", "D", "P", "v", ">", "<")
-_STAR = (
-    "M0,-1L.225,-.309L.951,-.309L.363,.118L.588,.809L0,.382L-.588,.809L-.363,.118L-.951,-.309L-.225,-.309Z"
-)
+_STAR = "M0,-1L.225,-.309L.951,-.309L.363,.118L.588,.809L0,.382L-.588,.809L-.363,.118L-.951,-.309L-.225,-.309Z"
 _DPI = 110
 _MOST_BYTES = 80_000  # a notebook has many pictures and must stay readable in a browser
 
@@ -103,15 +101,7 @@ def points(results: Results, condition: str, seed: int = 0, reference: str = "de
         gap = compare(results.perplexity(arm, condition, seed), base)
         method, _, label = arm.partition(" ")
         found.append(
-            Point(
-                method,
-                bits,
-                value,
-                gap.low * base.value,
-                gap.high * base.value,
-                label,
-                source=arm == "source",
-            )
+            Point(method, bits, value, gap.low * base.value, gap.high * base.value, label, source=arm == "source")
         )
     return found
 
@@ -191,9 +181,7 @@ def classifier_points(results: Results, condition: str, reference: str = "dense"
 
     def cost(arm: str, metric: str) -> float:
         if metric not in arms[arm]:
-            raise OptionError(
-                f"arm {arm!r} was recorded without {metric!r}; record classifiers with add_scores"
-            )
+            raise OptionError(f"arm {arm!r} was recorded without {metric!r}; record classifiers with add_scores")
         return float(np.mean(arms[arm][metric][""]))
 
     correct, loss = per_image(reference, "correct"), per_image(reference, "loss")
@@ -265,12 +253,12 @@ def task_points(
 
     Raises:
         OptionError: no such arm or task, or an arm without a cost.
-    """  # fmt: skip
+    """
     from refimpl.lab.tasks.items import group  # brings corpora along, which no other chart needs
 
     arms = dict.fromkeys(
         record.arm for record in results.records() if record.condition == f"task {tasks[0]}" and record.metric == metric
-    )  # fmt: skip
+    )
 
     def items(arm: str) -> tuple[list[str], np.ndarray, np.ndarray]:
         names: list[str] = []
@@ -380,10 +368,16 @@ def _task_marks(chart_points: Sequence[TaskPoint], x: str) -> list[_Mark]:
     if x not in _TASK_COSTS:
         raise OptionError(f"x={x!r} must be {nearest(str(x), _TASK_COSTS)}")
     return [
-        _Mark(p.method, p.label, getattr(p, x), 100 * p.score,
-              None if p.low is None else 100 * p.low, None if p.high is None else 100 * p.high)
+        _Mark(
+            p.method,
+            p.label,
+            getattr(p, x),
+            100 * p.score,
+            None if p.low is None else 100 * p.low,
+            None if p.high is None else 100 * p.high,
+        )
         for p in chart_points
-    ]  # fmt: skip
+    ]
 
 
 def _task_axis(what: str) -> _Axis:
@@ -476,9 +470,7 @@ def classifier_chart(
     return _chart(marks, _COSTS[x], _QUALITIES[quality], title, text)
 
 
-def task_chart(
-    chart_points: Sequence[TaskPoint], what: str, x: str = "bits", title: str = ""
-) -> altair.LayerChart:
+def task_chart(chart_points: Sequence[TaskPoint], what: str, x: str = "bits", title: str = "") -> altair.LayerChart:
     """What compressed models still can do against their size or their perplexity, interactive like `quality_chart`.
 
     Args:
@@ -538,8 +530,7 @@ def _chart(marks: Sequence[_Mark], x_axis: _Axis, y_axis: _Axis, title: str, tex
         chosen = [mark for mark in marks if mark.source == source]
         return alt.Data(
             values=[
-                {"method": m.method, "x": m.x, "y": m.y, "low": m.low, "high": m.high, "label": m.name}
-                for m in chosen
+                {"method": m.method, "x": m.x, "y": m.y, "low": m.low, "high": m.high, "label": m.name} for m in chosen
             ]
         )
 
@@ -589,11 +580,7 @@ def _chart(marks: Sequence[_Mark], x_axis: _Axis, y_axis: _Axis, title: str, tex
         layers.insert(1, bars)
     if any(mark.source for mark in marks):
         layers += [star.encode(x=x, y=y, tooltip=tooltip), names]
-    return (
-        alt.layer(*layers)
-        .properties(title=title, width="container", height=320, description=text)
-        .interactive()
-    )
+    return alt.layer(*layers).properties(title=title, width="container", height=320, description=text).interactive()
 
 
 def quality_figure(chart_points: Sequence[Point], title: str = "") -> Figure:
@@ -632,9 +619,7 @@ def classifier_figure(
         >>> len(figure.axes)
         2
     """
-    panels = [
-        (_classifier_marks(chart_points, name, quality), _COSTS[name], _QUALITIES[quality]) for name in x
-    ]
+    panels = [(_classifier_marks(chart_points, name, quality), _COSTS[name], _QUALITIES[quality]) for name in x]
     if not panels:
         raise OptionError(f"x is empty; give some of {', '.join(map(repr, _COSTS))}")
     return _figure(panels, title)

@@ -176,9 +176,7 @@ class Results:
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             if content["header"]["format"] != _FORMAT:
-                raise ResultsError(
-                    f"{path} has format {content['header']['format']}; this version reads {_FORMAT}"
-                )
+                raise ResultsError(f"{path} has format {content['header']['format']}; this version reads {_FORMAT}")
             results = cls(path, content["header"])
             results.claims = content["claims"]
             for line in content["series"]:
@@ -200,13 +198,9 @@ class Results:
         """
         for record in records:
             if record.paper != self.header["paper"]:
-                raise OptionError(
-                    f"record.paper is {record.paper!r}; this file is about {self.header['paper']!r}"
-                )
+                raise OptionError(f"record.paper is {record.paper!r}; this file is about {self.header['paper']!r}")
             if not math.isfinite(record.value):
-                raise OptionError(
-                    f"record.value is {record.value} in {record}; record why the arm failed instead"
-                )
+                raise OptionError(f"record.value is {record.value} in {record}; record why the arm failed instead")
             key = (record.arm, record.condition, record.seed, record.metric)
             cost = None if record.cost is None else _rounded(record.cost)
             known, values = self._series.setdefault(key, (cost, {}))
@@ -277,9 +271,7 @@ class Results:
     def perplexity(self, arm: str, condition: str = "", seed: int = 0) -> Perplexity:
         """A perplexity as recorded by `add_perplexity`, one entry per document."""
         nll = self.values(arm, condition, seed, metric="nll")
-        counts = np.array(
-            [self.values(arm, condition, seed, metric="tokens")[u] for u in nll], dtype=np.int64
-        )
+        counts = np.array([self.values(arm, condition, seed, metric="tokens")[u] for u in nll], dtype=np.int64)
         sums = np.array(list(nll.values()))
         return Perplexity(math.exp(sums.sum() / counts.sum()), sums, counts, list(nll))
 
@@ -294,9 +286,7 @@ class Results:
                     f"{arm!r}; it has {', '.join(there)}"
                 )
             close = difflib.get_close_matches(arm, there, n=3, cutoff=0.4)
-            raise OptionError(
-                f"{self.path.name} has no arm {arm!r}; it has {', '.join(close or there) or 'none'}"
-            )
+            raise OptionError(f"{self.path.name} has no arm {arm!r}; it has {', '.join(close or there) or 'none'}")
         return self._series[key]
 
     def records(self) -> Iterator[Record]:
@@ -435,8 +425,7 @@ def rule_commit(path: str | Path) -> dict[str, str]:
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", "") or str(error)).strip()
         raise RuleNotCommitted(
-            f"{path.name} holds the rule and is in no git checkout ({reason}); clone the repository, or run "
-            f"{_SMALLER}"
+            f"{path.name} holds the rule and is in no git checkout ({reason}); clone the repository, or run {_SMALLER}"
         ) from error
     if changes or not last:
         raise RuleNotCommitted(
@@ -465,6 +454,4 @@ def git(folder: Path, *arguments: str) -> str:
         True
     """
     command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(
-        command, check=True, capture_output=True, text=True, encoding="utf-8"
-    ).stdout.rstrip("\n")
+    return subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8").stdout.rstrip("\n")

@@ -36,9 +36,7 @@ def names() -> list[str]:
         True
     """
     folders = data_path("models").glob("[!.]*/")
-    return sorted(
-        folder.name for folder in folders if (folder / _CONFIG).is_file() and (folder / _WEIGHTS).is_file()
-    )
+    return sorted(folder.name for folder in folders if (folder / _CONFIG).is_file() and (folder / _WEIGHTS).is_file())
 
 
 def path(name: str) -> Path:
@@ -87,9 +85,7 @@ def load(name: str) -> Any:
         return _lstm(folder, config)
     model_class = getattr(transformers, architecture, None)
     if model_class is None:
-        raise CheckpointError(
-            f"{folder / _CONFIG}: transformers {transformers.__version__} has no {architecture}"
-        )
+        raise CheckpointError(f"{folder / _CONFIG}: transformers {transformers.__version__} has no {architecture}")
     try:
         with quietly():
             model, info = model_class.from_pretrained(

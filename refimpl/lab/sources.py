@@ -12,12 +12,7 @@ import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
 
-_IGNORED = {
-    "ctx",
-    "kind",
-    "type_comment",
-    "type_ignores",
-}  # follow from the rest, or mean nothing at run time
+_IGNORED = {"ctx", "kind", "type_comment", "type_ignores"}  # follow from the rest, or mean nothing at run time
 
 
 def source_hash(source: str) -> str:
@@ -42,19 +37,13 @@ def _canonical(node: object) -> str:
         if name not in _IGNORED and value is not None and value != []
     ]
     if isinstance(node, ast.JoinedStr):  # Python 3.12.0-3.12.3 ends some f-strings with an empty constant
-        fields = [
-            f"values={_canonical([part for part in node.values if getattr(part, 'value', None) != ''])}"
-        ]
+        fields = [f"values={_canonical([part for part in node.values if getattr(part, 'value', None) != ''])}"]
     return f"{type(node).__name__}({','.join(fields)})"
 
 
 def _says_nothing(node: object) -> bool:
     """A docstring of a module, class, function or attribute: a statement that is only a string."""
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 def module_hash(name: str) -> str:
@@ -74,10 +63,7 @@ def module_hash(name: str) -> str:
         return source_hash(Path(spec.origin).read_text(encoding="utf-8"))
     root = Path(spec.origin).parent
     files = sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix())
-    lines = [
-        f"{path.relative_to(root).as_posix()} {source_hash(path.read_text(encoding='utf-8'))}"
-        for path in files
-    ]
+    lines = [f"{path.relative_to(root).as_posix()} {source_hash(path.read_text(encoding='utf-8'))}" for path in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

@@ -95,8 +95,7 @@ def paired_bootstrap(
     weights = np.ones_like(a) if weights is None else np.asarray(weights, dtype=float)
     if a.ndim != 1 or a.shape != b.shape or a.shape != weights.shape:
         raise OptionError(
-            f"a, b and weights have shapes {a.shape}, {b.shape} and {weights.shape}; "
-            "give one value per unit in each"
+            f"a, b and weights have shapes {a.shape}, {b.shape} and {weights.shape}; give one value per unit in each"
         )
     units = len(a)
     if units < 2:
@@ -164,12 +163,7 @@ def seeds_ratio(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray
 
 
 def _interval(
-    mean: float,
-    low: float,
-    high: float,
-    error: float,
-    units: int,
-    statistic: Callable[[np.ndarray], np.ndarray],
+    mean: float, low: float, high: float, error: float, units: int, statistic: Callable[[np.ndarray], np.ndarray]
 ) -> Interval:
     seen = (stats.t.ppf(1 - _LEVEL / 2, units - 1) + stats.t.ppf(_POWER, units - 1)) * error
     # On the statistic's own scale, on the side where it moves more: exp(x) - 1 > 1 - exp(-x).

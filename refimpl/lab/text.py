@@ -94,11 +94,7 @@ def documents(corpus: str, split: str) -> list[Document]:
 
 
 def calibration(
-    corpus: str,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    sequences: int = 32,
-    length: int = 512,
-    seed: int = 0,
+    corpus: str, tokenizer: PreTrainedTokenizerBase | None = None, sequences: int = 32, length: int = 512, seed: int = 0
 ) -> TokenSet:
     """Windows to calibrate on, drawn from the calibration split.
 
@@ -179,9 +175,7 @@ def from_texts(
     else:
         found, corpus = [Document(f"text {i}", "", text) for i, text in enumerate(texts)], "given texts"
     if not any(document.text.strip() for document in found):
-        raise CalibrationError(
-            f"texts={corpus!r} holds no text: give at least {length} tokens in one document"
-        )
+        raise CalibrationError(f"texts={corpus!r} holds no text: give at least {length} tokens in one document")
     return _windows(found, tokenizer, None, length, corpus, "given", key="given")
 
 
@@ -215,9 +209,7 @@ def prepare(corpus: str) -> Path:
 
     def build(staging: Path) -> None:
         tqdm = require("tqdm", "lab").tqdm
-        parsed = tqdm(
-            _PARSERS[corpus](), desc=f"Parsing {corpus} (once)", unit=" documents", delay=2, leave=False
-        )
+        parsed = tqdm(_PARSERS[corpus](), desc=f"Parsing {corpus} (once)", unit=" documents", delay=2, leave=False)
         with (staging / "documents.jsonl").open("w", encoding="utf-8") as sink:
             for split, document in _split(parsed, corpus):
                 record = {"id": document.id, "title": document.title, "text": document.text, "split": split}
@@ -278,9 +270,7 @@ def _windows(
     for document in found:
         if sequences is not None and len(rows) == sequences:
             break
-        ids = tokenizer(
-            document.text, add_special_tokens=False, split_special_tokens=True, verbose=False
-        ).input_ids
+        ids = tokenizer(document.text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
         slots = len(ids) // room
         if not slots:
             continue
@@ -312,9 +302,7 @@ def _windows(
 def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The BOS token, if this tokenizer puts it before every text: such models are far worse without it."""
     with_special, plain = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
-    begins = (
-        bool(with_special) and with_special[0] == tokenizer.bos_token_id and with_special[:1] != plain[:1]
-    )
+    begins = bool(with_special) and with_special[0] == tokenizer.bos_token_id and with_special[:1] != plain[:1]
     return with_special[:1] if begins else []
 
 
@@ -336,9 +324,7 @@ def _local(path: Path) -> Iterator[Document]:
             except UnicodeDecodeError:  # a picture or a binary beside the texts
                 continue
     else:
-        raise CalibrationError(
-            f"texts={str(path)!r} is no file or folder; for literal text pass a list of strings"
-        )
+        raise CalibrationError(f"texts={str(path)!r} is no file or folder; for literal text pass a list of strings")
 
 
 # --- corpora ---
@@ -397,9 +383,7 @@ def _gensim_file(name: str) -> Path:
 
     path = Path(datapath(name))
     if not path.is_file():
-        raise CalibrationError(
-            f"{path} is missing: this gensim came without its test data; reinstall it from a wheel"
-        )
+        raise CalibrationError(f"{path} is missing: this gensim came without its test data; reinstall it from a wheel")
     return path
 
 
@@ -417,16 +401,7 @@ def _wikipedia() -> Iterator[tuple[str, Document]]:
 
 
 _LEFT_OUT = {
-    *(
-        "references",
-        "external links",
-        "see also",
-        "further reading",
-        "notes",
-        "bibliography",
-        "footnotes",
-        "sources",
-    ),
+    *("references", "external links", "see also", "further reading", "notes", "bibliography", "footnotes", "sources"),
     *("notes and references", "references and notes", "citations", "works cited", "selected works", "books"),
     *("filmography", "discography", "selected bibliography", "works", "gallery"),
 }
@@ -503,26 +478,14 @@ def _is_prose(line: str) -> bool:
 
 
 def _news() -> Iterator[tuple[str, Document]]:
-    for number, line in enumerate(
-        _gensim_file("lee_background.cor").read_text(encoding="utf-8").splitlines()
-    ):
+    for number, line in enumerate(_gensim_file("lee_background.cor").read_text(encoding="utf-8").splitlines()):
         text = line.strip()
         if text:
             yield text, Document(f"news/{number:03d}", " ".join(text.split()[:8]), text)
 
 
 _NOT_SOURCE = {
-    *(
-        "test",
-        "tests",
-        "idlelib",
-        "idle_test",
-        "lib2to3",
-        "site-packages",
-        "dist-packages",
-        "pydoc_data",
-        "encodings",
-    ),
+    *("test", "tests", "idlelib", "idle_test", "lib2to3", "site-packages", "dist-packages", "pydoc_data", "encodings"),
     *("turtledemo", "ensurepip", "lib-dynload", "__pycache__", "__phello__"),
 }
 
@@ -541,9 +504,7 @@ def _modules() -> Iterator[tuple[str, str]]:
         head = source[:1000].lower()
         if len(source) < 1000 or "generated by" in head or "automatically generated" in head:
             continue
-        if sum(char.isalpha() or char.isspace() for char in source) > 0.7 * len(
-            source
-        ):  # tables are digits and commas
+        if sum(char.isalpha() or char.isspace() for char in source) > 0.7 * len(source):  # tables are digits and commas
             yield name.as_posix(), source
 
 
@@ -590,11 +551,7 @@ def _paragraphs(text: str) -> Iterator[str]:
     """Paragraphs of documentation that are sentences, each unwrapped into one line; no code, grammar, tables."""
     for block in re.split(r"\n\s*\n", text):
         line = " ".join(block.split()).removeprefix("* ")
-        if (
-            len(line) < 80
-            or not re.search(r"[.!?:][\"'”’)]*$", line)
-            or re.search(r">>>|::=|\.\. |[*=~-]{4}", line)
-        ):
+        if len(line) < 80 or not re.search(r"[.!?:][\"'”’)]*$", line) or re.search(r">>>|::=|\.\. |[*=~-]{4}", line):
             continue
         if sum(char.isalpha() or char.isspace() for char in line) > 0.88 * len(line):
             yield re.sub(r"- (?=[a-z])", "-", line)  # "pseudo-\ncompiled" was broken at the hyphen

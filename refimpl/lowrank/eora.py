@@ -46,9 +46,7 @@ def eigenspace(G: Tensor) -> tuple[Tensor, Tensor]:
         True
     """
     values, Q = torch.linalg.eigh(G)
-    floor = torch.where(
-        values[-1] > 0, EPSILON * values[-1], torch.ones_like(values[-1])
-    )  # no inputs at all: S = I
+    floor = torch.where(values[-1] > 0, EPSILON * values[-1], torch.ones_like(values[-1]))  # no inputs at all: S = I
     root = torch.maximum(values, floor).sqrt()
     return Q * root, (Q / root).T
 
@@ -104,13 +102,19 @@ class EoRA(LowRankRepair):
     def factor_config(self, in_features: int, out_features: int) -> dict[str, Any]:
         if self.adapter_bits is None:
             return super().factor_config(in_features, out_features)
-        return {"type": "PackedLinear", "in_features": in_features, "out_features": out_features,
-                "bits": self.adapter_bits, "group_size": gcd(self.adapter_group, in_features), "symmetric": False,
-                "pattern": None, "nonzeros": in_features * out_features, "bias": False}  # fmt: skip
+        return {
+            "type": "PackedLinear",
+            "in_features": in_features,
+            "out_features": out_features,
+            "bits": self.adapter_bits,
+            "group_size": gcd(self.adapter_group, in_features),
+            "symmetric": False,
+            "pattern": None,
+            "nonzeros": in_features * out_features,
+            "bias": False,
+        }
 
-    def compress_site(
-        self, site: Site, stats: InputStats | None, original: Tensor | None
-    ) -> CompensatedLinear:
+    def compress_site(self, site: Site, stats: InputStats | None, original: Tensor | None) -> CompensatedLinear:
         assert stats is not None and original is not None
         S, S_inv = (root.float() for root in eigenspace(stats.gram.double()))
         B, A = eora(self.error(site, original), S, S_inv, self.rank)
@@ -125,8 +129,9 @@ class EoRA(LowRankRepair):
         assert self.adapter_bits is not None
         group = gcd(self.adapter_group, factor.shape[1])
         found = GPTQ(self.adapter_bits).quantise(factor, gram, None, site.log, group)
-        return PackedLinear(codes=found.codes, scale=found.scale, zero=found.zero, bits=self.adapter_bits,
-                            dtype=site.weight.dtype)  # fmt: skip
+        return PackedLinear(
+            codes=found.codes, scale=found.scale, zero=found.zero, bits=self.adapter_bits, dtype=site.weight.dtype
+        )
 
     def flops(self, site: Site) -> float:
         m, d = site.out_features, site.in_features

@@ -23,15 +23,7 @@ from refimpl.core.device import read, read_all
 from refimpl.core.errors import OptionError, nearest
 from refimpl.core.layers import parse_pattern
 from refimpl.core.loop import Recipe
-from refimpl.core.masks import (
-    MaskedWeight,
-    bake,
-    find_masks,
-    mask_weights,
-    pack,
-    stored_weight,
-    weight_matrices,
-)
+from refimpl.core.masks import MaskedWeight, bake, find_masks, mask_weights, pack, stored_weight, weight_matrices
 
 POOLINGS = ("avg", "max")
 SCOPES = ("layer", "global")
@@ -115,16 +107,12 @@ def _structured(scores: Tensor, s: float, structure: str, pooling: str) -> Tenso
     if kind == "unstructured":
         return keep_largest(scores, round(scores.numel() * (1 - s)))
     if scores.dim() != 2:
-        raise OptionError(
-            f"W has shape {list(scores.shape)}: structure={structure!r} needs a matrix [out, in]"
-        )
+        raise OptionError(f"W has shape {list(scores.shape)}: structure={structure!r} needs a matrix [out, in]")
     if kind == "block":
         pooled = _pool(scores, (a, b), pooling)
         return _spread(keep_largest(pooled, round(pooled.numel() * (1 - s))), (a, b), scores.shape)
     if scores.shape[1] % b:
-        raise OptionError(
-            f"structure={structure!r} needs inputs in groups of {b}, but W has {scores.shape[1]}"
-        )
+        raise OptionError(f"structure={structure!r} needs inputs in groups of {b}, but W has {scores.shape[1]}")
     runs = scores.unflatten(1, (-1, b))
     order = runs.sort(dim=-1, descending=True, stable=True).indices[..., : round(b * (1 - s))]
     return torch.zeros_like(runs, dtype=torch.bool).scatter_(-1, order, True).flatten(1)
@@ -147,9 +135,7 @@ def parse_structure(structure: str) -> tuple[str, int, int]:
         return structure, 1, 1
     if ":" in structure:
         return "n:m", *cast("tuple[int, int]", parse_pattern(structure))
-    raise OptionError(
-        f"structure={structure!r}: use 'unstructured', blocks as '4x1', or n of every m inputs as '2:4'"
-    )
+    raise OptionError(f"structure={structure!r}: use 'unstructured', blocks as '4x1', or n of every m inputs as '2:4'")
 
 
 def _pool(scores: Tensor, block: tuple[int, int], pooling: str) -> Tensor:
@@ -263,9 +249,7 @@ class GradualMagnitude:
             if value not in known:
                 raise OptionError(f"{name}={value!r}: use {nearest(str(value), known)}")
         if not 0 <= self.final_sparsity < 1:
-            raise OptionError(
-                f"final_sparsity={self.final_sparsity}: use a fraction of zeros from 0 to below 1"
-            )
+            raise OptionError(f"final_sparsity={self.final_sparsity}: use a fraction of zeros from 0 to below 1")
         if not 0 <= self.initial_sparsity <= self.final_sparsity:
             raise OptionError(
                 f"initial_sparsity={self.initial_sparsity}: use 0 to final_sparsity={self.final_sparsity}"
@@ -275,17 +259,13 @@ class GradualMagnitude:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise OptionError(f"{name}={value!r}: use a whole number of steps, {least} or more")
         if not self.exponent > 0:
-            raise OptionError(
-                f"exponent={self.exponent}: use a positive number; 3 is the paper's, 1 is linear"
-            )
+            raise OptionError(f"exponent={self.exponent}: use a positive number; 3 is the paper's, 1 is linear")
         kind, n, m = parse_structure(self.structure)
         for pattern, sparsity in self.overrides.items():
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise OptionError(
-                    f"overrides[{pattern!r}]: the key is not a regular expression: {error}"
-                ) from error
+                raise OptionError(f"overrides[{pattern!r}]: the key is not a regular expression: {error}") from error
             if not 0 <= sparsity < 1:
                 raise OptionError(f"overrides[{pattern!r}]={sparsity}: use a fraction from 0 to below 1")
             if kind == "n:m" and sparsity not in (0.0, self.final_sparsity):
@@ -298,9 +278,7 @@ class GradualMagnitude:
                     f"final_sparsity={self.final_sparsity}: structure={self.structure!r} means {1 - n / m:g}"
                 )
             if self.scope == "global":
-                raise OptionError(
-                    f"scope='global': with structure={self.structure!r} every group keeps {n} of {m}"
-                )
+                raise OptionError(f"scope='global': with structure={self.structure!r} every group keeps {n} of {m}")
 
     @property
     def last_step(self) -> int:
@@ -387,9 +365,7 @@ class MaskUpdates:
         4
     """
 
-    def __init__(
-        self, method: GradualMagnitude, model: nn.Module, finals: Mapping[str, float | None]
-    ) -> None:
+    def __init__(self, method: GradualMagnitude, model: nn.Module, finals: Mapping[str, float | None]) -> None:
         self.method, self.model, self._finals = method, model, dict(finals)
         for name, masked in self._masks():
             kept = stored_weight(model, name).detach().clone()
@@ -403,9 +379,7 @@ class MaskUpdates:
     def __call__(self, step: int, model: nn.Module) -> None:
         method = self.method
         if not any(module is self.model for module in model.modules()):
-            raise OptionError(
-                "model: the hook was attached to another one; attach it to the model that is trained"
-            )
+            raise OptionError("model: the hook was attached to another one; attach it to the model that is trained")
         if step < method.start:
             return
         self._hold()
@@ -458,9 +432,7 @@ class MaskUpdates:
         generator = torch.Generator("cpu").manual_seed(1_000_003 * self.method.seed + place)
         return torch.rand(matrix.shape, generator=generator, device="cpu").to(matrix.device)
 
-    def _ranked_together(
-        self, layers: Mapping[str, tuple[MaskedWeight, Tensor]], s: float
-    ) -> dict[str, Tensor]:
+    def _ranked_together(self, layers: Mapping[str, tuple[MaskedWeight, Tensor]], s: float) -> dict[str, Tensor]:
         if not layers:
             return {}
         _, h, w = parse_structure(self.method.structure)
@@ -528,10 +500,7 @@ class Storage:
 
     def __add__(self, other: Storage) -> Storage:
         return Storage(
-            self.nonzeros + other.nonzeros,
-            self.dense + other.dense,
-            self.bitmask + other.bitmask,
-            self.csr + other.csr,
+            self.nonzeros + other.nonzeros, self.dense + other.dense, self.bitmask + other.bitmask, self.csr + other.csr
         )
 
     @property

@@ -103,20 +103,41 @@ class Size:
 
 
 SIZES = {
-    "study": Size(
-        None, 2048, {"passkeys": 4, "key_values": 4, "articles": 4, "positions": 4, "variables": 4}
-    ),
+    "study": Size(None, 2048, {"passkeys": 4, "key_values": 4, "articles": 4, "positions": 4, "variables": 4}),
     "live": Size(
-        None, 1024, {"passkeys": 4, "articles": 4}, rest=128,
-        methods=("full", "KIVI", "SnapKV", "StreamingLLM", "CSKV-closed-form"), budgets=(MAIN,),
+        None,
+        1024,
+        {"passkeys": 4, "articles": 4},
+        rest=128,
+        methods=("full", "KIVI", "SnapKV", "StreamingLLM", "CSKV-closed-form"),
+        budgets=(MAIN,),
     ),
     "quick": Size(
-        1, 256, dict.fromkeys(("passkeys", "key_values", "articles", "variables", "positions"), 2), rest=64, lines=8,
-        asked=2, batch=2, workers=1, budgets=(MAIN,),
-        methods=("full", "KIVI", "StreamingLLM", "H2O", "SnapKV", "SnapKV+question", "ThinK", "CSKV-trained",
-                 "CSKV-trained-4bit", "MKV-PCA", "KIVI-8bit", "ThinK-half"),
+        1,
+        256,
+        dict.fromkeys(("passkeys", "key_values", "articles", "variables", "positions"), 2),
+        rest=64,
+        lines=8,
+        asked=2,
+        batch=2,
+        workers=1,
+        budgets=(MAIN,),
+        methods=(
+            "full",
+            "KIVI",
+            "StreamingLLM",
+            "H2O",
+            "SnapKV",
+            "SnapKV+question",
+            "ThinK",
+            "CSKV-trained",
+            "CSKV-trained-4bit",
+            "MKV-PCA",
+            "KIVI-8bit",
+            "ThinK-half",
+        ),
     ),
-}  # fmt: skip
+}
 
 # -- the arms --
 
@@ -178,11 +199,7 @@ METHODS: dict[str, Make] = {
 AS_THEY_COME: dict[str, Policy] = {"KIVI-8bit": KIVI(bits=8), "ThinK-half": ThinK(channels=0.5)}
 FOUR_BITS = {MAIN: ("CSKV-trained-4bit",), 0.05: tuple(name for name in METHODS if name.endswith("-4bit"))}
 AT_MAIN = ("SnapKV+question", "MKV-PCA", "MKV-unconstrained", "MKV-random")  # at the main budget only
-IN_ROOM = (
-    "CSKV-SVD",
-    "CSKV-ASVD",
-    "CSKV-closed-form",
-)  # not at the least budget: a rank of 3, for one arm to show
+IN_ROOM = ("CSKV-SVD", "CSKV-ASVD", "CSKV-closed-form")  # not at the least budget: a rank of 3, for one arm to show
 CONVERSATION = ("KIVI", "StreamingLLM", "H2O", "SnapKV", "SnapKV+question", "CSKV-trained", "MKV-trained")
 STREAMED = ("KIVI", "StreamingLLM", "H2O", "CSKV-trained", "MKV-trained")  # perplexity by position
 
@@ -240,9 +257,7 @@ def retrieval(results: Results, arm: str, condition: str | None = None) -> dict[
     return found
 
 
-def _gap(
-    a: Mapping[str, tuple[float, float]], b: Mapping[str, tuple[float, float]], share: float = 1.0
-) -> Interval:
+def _gap(a: Mapping[str, tuple[float, float]], b: Mapping[str, tuple[float, float]], share: float = 1.0) -> Interval:
     """Share right of one minus `share` of another's, articles resampled."""
     names = list(a)
     counts = [a[name][1] for name in names]
@@ -257,18 +272,20 @@ def _main(method: str) -> str:
 
 def _cskv_keeps(results: Results) -> Outcome:
     ours = retrieval(results, _main("CSKV-trained"))
-    gaps = {
-        control: _gap(ours, retrieval(results, _main(control)))
-        for control in ("StreamingLLM", "H2O", "CSKV-ASVD")
-    }
+    gaps = {control: _gap(ours, retrieval(results, _main(control))) for control in ("StreamingLLM", "H2O", "CSKV-ASVD")}
     control, gap = min(gaps.items(), key=lambda item: item[1].estimate)
     better = [g.low > 0 for g in gaps.values()]
     half = _gap(ours, retrieval(results, "full"), 0.5).estimate >= 0
     verdict = Verdict.DOES_NOT_HOLD
     if any(better):
         verdict = Verdict.HOLDS if all(better) and half else Verdict.PARTLY
-    return Outcome.of(gap, verdict, scale=f"{SCALE}; the paper: 7B, 4k tokens", control=_main(control),
-                      quantity="retrieval: share right, CSKV - the best control")  # fmt: skip
+    return Outcome.of(
+        gap,
+        verdict,
+        scale=f"{SCALE}; the paper: 7B, 4k tokens",
+        control=_main(control),
+        quantity="retrieval: share right, CSKV - the best control",
+    )
 
 
 def _eviction(results: Results) -> Outcome:
@@ -411,9 +428,7 @@ def _measure(job: Job) -> Values:
     return found
 
 
-def _ask(
-    found: Values, arm: Arm, profile: str, workload: str, reading: longtext.Reading, contexts: list[Any]
-) -> None:
+def _ask(found: Values, arm: Arm, profile: str, workload: str, reading: longtext.Reading, contexts: list[Any]) -> None:
     kept = _policy(arm, profile)
     assert kept is not None
     factory = functools.partial(_cache, kept)
@@ -427,9 +442,7 @@ def _ask(
     inside = arm.method.endswith("+question")
     given: dict[str, Any] = {"factory": factory} if inside else {"cache": cache}
     _add(found, arm, workload, longtext.answer(reading, contexts, **given), cost)
-    if workload == "passkeys" and (
-        arm.method == "full" or (arm.method in CONVERSATION and arm.budget == MAIN)
-    ):
+    if workload == "passkeys" and (arm.method == "full" or (arm.method in CONVERSATION and arm.budget == MAIN)):
         documents = text.documents("wikipedia", "validation")
         second = longtext.second_turns(contexts, documents, _tokenizer(), words=30)
         _add(found, arm, "second_turns", longtext.answer(reading, second, **given), cost)
@@ -501,8 +514,16 @@ def run(out: Path, profile: str = "study") -> Results:
     """
     data = {"wikipedia": text.corpus_hash("wikipedia"), "smollm2": models.smollm2_hash()}
     dtype = str(models.compute_dtype()).removeprefix("torch.")
-    results = Results.start(out, paper="caches", study=__name__, depends=DEPENDS, data=data, profile=profile,
-                            dtype=dtype, provisional=profile != "study")  # fmt: skip
+    results = Results.start(
+        out,
+        paper="caches",
+        study=__name__,
+        depends=DEPENDS,
+        data=data,
+        profile=profile,
+        dtype=dtype,
+        provisional=profile != "study",
+    )
     for arm in tqdm(arms(profile), desc=f"caches ({profile}): methods", unit="arm"):
         # fitted here, once, and kept on disk for the processes below
         if _policy(arm, profile) is None and not results.has(arm.name, "cannot"):
@@ -512,9 +533,7 @@ def run(out: Path, profile: str = "study") -> Results:
     running = in_processes(_measure, jobs, SIZES[profile].workers)
     for _, found in tqdm(running, desc=f"caches ({profile})", total=len(jobs), unit="job"):
         for (arm, condition, metric), (cost, values) in found.items():
-            results.add(
-                *(Record("caches", arm, condition, 0, unit, metric, v, cost) for unit, v in values.items())
-            )
+            results.add(*(Record("caches", arm, condition, 0, unit, metric, v, cost) for unit, v in values.items()))
         results.save()
     if profile == "study":
         results.claims = judge(results, CLAIMS)

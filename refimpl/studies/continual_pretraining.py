@@ -122,11 +122,19 @@ JUDGED = {
 TUNED = ("moments kept 25 %", "infinite 25 %", "union")
 """What has a rate of its own: the cosine that is re-warmed (its rate serves all that starts at D0), and two others."""
 SHOWN = {
-    "strong": ("re-warm 1 %", "re-warm 50 %", "old only", "constant high", "half the rate", "twice the rate",
-               "infinite root 25 %", "new only"),
+    "strong": (
+        "re-warm 1 %",
+        "re-warm 50 %",
+        "old only",
+        "constant high",
+        "half the rate",
+        "twice the rate",
+        "infinite root 25 %",
+        "new only",
+    ),
     "weak": ("re-warm 25 %", "constant low", "union"),
     "none": ("infinite 0 %",),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -162,13 +170,7 @@ def _bits(results: Results, arm: str, shift: str, side: str) -> np.ndarray:
 
 def _within(gap: Interval, close: float, near: float) -> Verdict:
     """Holds if a ratio is at most 1 + close, partly if at most 1 + near."""
-    return (
-        Verdict.HOLDS
-        if gap.high < 1 + close
-        else Verdict.PARTLY
-        if gap.high < 1 + near
-        else Verdict.DOES_NOT_HOLD
-    )
+    return Verdict.HOLDS if gap.high < 1 + close else Verdict.PARTLY if gap.high < 1 + near else Verdict.DOES_NOT_HOLD
 
 
 def _verdict(good: Sequence[bool]) -> Verdict:
@@ -185,15 +187,25 @@ def _replay(results: Results) -> Outcome:
         verdict = Verdict.DOES_NOT_HOLD
     else:
         verdict = Verdict.HOLDS if price.high < 0.25 else Verdict.PARTLY
-    return Outcome.of(removed, verdict, scale=SCALE, control="re-warming without replay",
-                      quantity="strong shift: share of the forgetting that 25 % replay removes")  # fmt: skip
+    return Outcome.of(
+        removed,
+        verdict,
+        scale=SCALE,
+        control="re-warming without replay",
+        quantity="strong shift: share of the forgetting that 25 % replay removes",
+    )
 
 
 def _weak(results: Results) -> Outcome:
     gap = seeds_ratio(*(_bits(results, f"re-warm {r} %", "weak", "average") for r in (5, 0)))
     verdict = Verdict.HOLDS if gap.high < 1 else Verdict.DOES_NOT_HOLD
-    return Outcome.of(gap, verdict, scale=SCALE, control="re-warming without replay",
-                      quantity="weak shift: average bits per byte, 5 % replay / none")  # fmt: skip
+    return Outcome.of(
+        gap,
+        verdict,
+        scale=SCALE,
+        control="re-warming without replay",
+        quantity="weak shift: average bits per byte, 5 % replay / none",
+    )
 
 
 def _bump(results: Results) -> Outcome:
@@ -207,25 +219,35 @@ def _bump(results: Results) -> Outcome:
             rises[arm].append(float(np.mean(early)) - curve["0"])
     rise = t_interval(rises["re-warm 0 %"])
     gap = t_interval(np.array(rises["re-warm 0 %"]) - np.array(rises["constant low"]))
-    return Outcome.of(rise, _verdict([rise.low > 0, gap.low > 0]), scale=SCALE,
-                      control="the same text at the constant low rate",
-                      quantity="no shift: rise of old bits per byte, mean over the phase's first half")  # fmt: skip
+    return Outcome.of(
+        rise,
+        _verdict([rise.low > 0, gap.low > 0]),
+        scale=SCALE,
+        control="the same text at the constant low rate",
+        quantity="no shift: rise of old bits per byte, mean over the phase's first half",
+    )
 
 
 def _union(results: Results) -> Outcome:
     gap = seeds_ratio(*(_bits(results, arm, "strong", "average") for arm in ("re-warm 25 %", "union")))
-    return Outcome.of(gap, _within(gap, 0.01, 0.03), scale=SCALE,
-                      control="both texts from scratch, updates of both phases, rate tuned for it",
-                      quantity="strong shift: average bits per byte, continued with 25 % replay / union")  # fmt: skip
+    return Outcome.of(
+        gap,
+        _within(gap, 0.01, 0.03),
+        scale=SCALE,
+        control="both texts from scratch, updates of both phases, rate tuned for it",
+        quantity="strong shift: average bits per byte, continued with 25 % replay / union",
+    )
 
 
 def _infinite(results: Results) -> Outcome:
-    gap = seeds_ratio(
-        *(_bits(results, arm, "strong", "average") for arm in ("infinite 25 %", "moments kept 25 %"))
+    gap = seeds_ratio(*(_bits(results, arm, "strong", "average") for arm in ("infinite 25 %", "moments kept 25 %")))
+    return Outcome.of(
+        gap,
+        _within(gap, 0.01, 0.03),
+        scale=SCALE,
+        control="cosine, then re-warm and re-decay, in one run too",
+        quantity="strong shift, 25 % replay: average bits per byte, infinite / cosine",
     )
-    return Outcome.of(gap, _within(gap, 0.01, 0.03), scale=SCALE,
-                      control="cosine, then re-warm and re-decay, in one run too",
-                      quantity="strong shift, 25 % replay: average bits per byte, infinite / cosine")  # fmt: skip
 
 
 def _warmup(results: Results) -> Outcome:
@@ -236,8 +258,13 @@ def _warmup(results: Results) -> Outcome:
     worst = max(gaps, key=_reach)
     near = _reach(worst)
     verdict = Verdict.HOLDS if near < 0.01 else Verdict.PARTLY if near < 0.03 else Verdict.DOES_NOT_HOLD
-    return Outcome.of(worst, verdict, scale=SCALE, control="a warm-up of 1 % of the phase",
-                      quantity="strong shift, worst of 2: average bits per byte, other warm-up / 1 %")  # fmt: skip
+    return Outcome.of(
+        worst,
+        verdict,
+        scale=SCALE,
+        control="a warm-up of 1 % of the phase",
+        quantity="strong shift, worst of 2: average bits per byte, other warm-up / 1 %",
+    )
 
 
 def _reach(gap: Interval) -> float:
@@ -247,13 +274,16 @@ def _reach(gap: Interval) -> float:
 
 def _constant(results: Results) -> Outcome:
     new, old = (
-        t_interval(
-            _bits(results, "constant low", "strong", side) - _bits(results, "re-warm 0 %", "strong", side)
-        )
+        t_interval(_bits(results, "constant low", "strong", side) - _bits(results, "re-warm 0 %", "strong", side))
         for side in ("new", "old")
     )
-    return Outcome.of(new, _verdict([new.low > 0, old.high < 0]), scale=SCALE, control="re-warm and re-decay",
-                      quantity="strong shift: bits per byte of new text, constant low rate - re-warmed")  # fmt: skip
+    return Outcome.of(
+        new,
+        _verdict([new.low > 0, old.high < 0]),
+        scale=SCALE,
+        control="re-warm and re-decay",
+        quantity="strong shift: bits per byte of new text, constant low rate - re-warmed",
+    )
 
 
 _OVER = "t interval over five seeds"
@@ -350,8 +380,7 @@ def measure(model: nn.Module, shift: str, split: str, count: int) -> dict[str, f
     """
     sides = {"old": "wikipedia"} if shift == "none" else {"old": "wikipedia", "new": NEW[shift]}
     return {
-        side: domains.measured(model, *_measured_text(domain, split, count)).value
-        for side, domain in sides.items()
+        side: domains.measured(model, *_measured_text(domain, split, count)).value for side, domain in sides.items()
     }
 
 
@@ -434,8 +463,9 @@ def _both_phases(job: Job, arm: Arm, model: nn.Module, folder: Path, hooks: Sequ
         size.first + size.second,
         seed=job.seed,
     )
-    return _fit(model, data, schedule_of(arm, size, job.rate), job, folder=folder, checkpoint_every=size.first,
-                after_step=hooks)  # fmt: skip
+    return _fit(
+        model, data, schedule_of(arm, size, job.rate), job, folder=folder, checkpoint_every=size.first, after_step=hooks
+    )
 
 
 def _prefix(job: Job) -> Path:
@@ -463,24 +493,14 @@ def first(job: Job) -> list[Record]:
     for shift in ("strong", "weak"):
         _note(results, job.arm, shift, job.seed, measure(model, shift, job.split, job.size.measured))
     results.add_history(job.arm, "strong curve", job.seed, history, every=job.size.every)
-    _note(
-        results,
-        job.arm,
-        "cost",
-        job.seed,
-        {"cpu seconds": seconds, "tokens": job.size.first * BATCH * LENGTH},
-    )
+    _note(results, job.arm, "cost", job.seed, {"cpu seconds": seconds, "tokens": job.size.first * BATCH * LENGTH})
     return list(results.records())
 
 
 def _kept(folder: Path) -> tuple[nn.Module, History]:
     """The model and the history that a checkpoint holds."""
     with safe_open(folder / "checkpoint.safetensors", "pt") as file:
-        state = {
-            key.removeprefix("model/"): file.get_tensor(key)
-            for key in file.keys()
-            if key.startswith("model/")
-        }
+        state = {key.removeprefix("model/"): file.get_tensor(key) for key in file.keys() if key.startswith("model/")}
         history = History(**json.loads(file.metadata()["refimpl"])["history"])
     model = domains.llama(context=LENGTH)
     model.load_state_dict(state)
@@ -574,9 +594,7 @@ def jobs_of(profile: str, rates: dict[str, float], folder: str) -> tuple[list[Jo
         arms += [(arm, shift, SEEDS[0]) for shift in NEW for arm in SHOWN[shift]]
     if profile == "quick":
         quick = ("union", "re-warm 25 %", "infinite 25 %", "constant low")
-        arms = [each for each in arms if each[0] in quick and each[1] != "weak"] + [
-            ("moments kept 25 %", "strong", 1)
-        ]
+        arms = [each for each in arms if each[0] in quick and each[1] != "weak"] + [("moments kept 25 %", "strong", 1)]
 
     def job(arm: str, shift: str, seed: int) -> Job:
         key = (
@@ -602,8 +620,9 @@ def run(out: Path, profile: str = "study") -> Results:
         profile: "study" (recorded; the rules must be committed), "live" or "quick".
     """
     data = {domain: domains.domain_hash(domain) for domain in dict.fromkeys(NEW.values())}
-    results = Results.start(out, paper=SLUG, study=__name__, depends=DEPENDS, data=data, profile=profile,
-                            provisional=profile != "study")  # fmt: skip
+    results = Results.start(
+        out, paper=SLUG, study=__name__, depends=DEPENDS, data=data, profile=profile, provisional=profile != "study"
+    )
     rates = _chosen(results, SIZES[profile]) if profile == "study" else dict.fromkeys(TUNED, RATES[-1])
     sources = " ".join(module_hash(name) for name in [__name__, *DEPENDS]) + profile + json.dumps(rates)
     key = hashlib.sha256(sources.encode()).hexdigest()[:12]

@@ -48,9 +48,7 @@ DEPENDS = [
     "refimpl.lab.text",
 ]
 
-SCALE = (
-    "SmolLM2, 135M weights, 3 key/value heads of 64 channels, 1024 tokens; the paper: 7B, up to 32k tokens"
-)
+SCALE = "SmolLM2, 135M weights, 3 key/value heads of 64 channels, 1024 tokens; the paper: 7B, up to 32k tokens"
 FROM = 128  # positions scored: before, little has left the window
 PIECE = 256  # tokens fed at a time; the result is that of one at a time
 MAIN = 0.2  # density of the 80 % setting
@@ -120,23 +118,12 @@ ARMS = {
         *(Arm(factors, sinks=4) for factors in ("closed form", "ASVD")),
     ],
     "live": [Arm(factors) for factors in ("closed form", "fit", "ASVD", "SVD")],
-    "quick": [
-        Arm(),
-        Arm("ASVD"),
-        Arm("fit"),
-        Arm(window=0),
-        Arm("fit", bits=4, group=32),
-        Arm(key_share=0.25),
-    ],
+    "quick": [Arm(), Arm("ASVD"), Arm("fit"), Arm(window=0), Arm("fit", bits=4, group=32), Arm(key_share=0.25)],
 }
 
 
 # Read in one pass too, where the paper's exact prefill hides what is stored: the worst arms there are.
-ONE_PASS = {
-    "study": [Arm("SVD"), Arm("random fit")],
-    "live": [Arm("SVD")],
-    "quick": [Arm("ASVD")],
-}
+ONE_PASS = {"study": [Arm("SVD"), Arm("random fit")], "live": [Arm("SVD")], "quick": [Arm("ASVD")]}
 
 
 # -- the rules, written before the run --
@@ -160,18 +147,26 @@ def _order(results: Results) -> Outcome:
     won = sum(interval.high < 1 and agree for interval, agree in steps)
     worst = max((interval for interval, _ in steps), key=lambda interval: interval.high)
     verdict = Verdict.HOLDS if won == 3 else Verdict.PARTLY if won else Verdict.DOES_NOT_HOLD
-    return Outcome.of(worst, verdict, scale=SCALE, control="the next one in the order",
-                      quantity="worst of 3 neighbours: held-out error of keys and values, ratio")  # fmt: skip
+    return Outcome.of(
+        worst,
+        verdict,
+        scale=SCALE,
+        control="the next one in the order",
+        quantity="worst of 3 neighbours: held-out error of keys and values, ratio",
+    )
 
 
 def _start(results: Results) -> Outcome:
     untrained, _ = _ratio(results, "random fit", "ASVD")
     trained, _ = _ratio(results, "random fit", "fit")
-    verdict = (
-        Verdict.HOLDS if untrained.low > 1 else Verdict.PARTLY if trained.low > 1 else Verdict.DOES_NOT_HOLD
+    verdict = Verdict.HOLDS if untrained.low > 1 else Verdict.PARTLY if trained.low > 1 else Verdict.DOES_NOT_HOLD
+    return Outcome.of(
+        untrained,
+        verdict,
+        scale=SCALE,
+        control="ASVD without any training",
+        quantity="held-out error, trained from random factors / ASVD untrained",
     )
-    return Outcome.of(untrained, verdict, scale=SCALE, control="ASVD without any training",
-                      quantity="held-out error, trained from random factors / ASVD untrained")  # fmt: skip
 
 
 def _perplexity(results: Results, arm: Arm) -> Perplexity:
@@ -185,21 +180,27 @@ def _against_asvd(results: Results) -> Outcome:
     # half of what ASVD loses: the mean loss of the arm twice, less the one of ASVD, is below that of the full cache
     half = paired_bootstrap(2 * fit.nll - asvd.nll, full.nll, full.counts, statistic=difference)
     verdict = (
-        Verdict.HOLDS
-        if gap.high < 1 and half.high < 0
-        else Verdict.PARTLY
-        if gap.high < 1
-        else Verdict.DOES_NOT_HOLD
+        Verdict.HOLDS if gap.high < 1 and half.high < 0 else Verdict.PARTLY if gap.high < 1 else Verdict.DOES_NOT_HOLD
     )
-    return Outcome.of(gap, verdict, scale=SCALE, control="ASVD with the same rank and window, untrained",
-                      quantity="perplexity at 80 %, CSKV (fit) / ASVD")  # fmt: skip
+    return Outcome.of(
+        gap,
+        verdict,
+        scale=SCALE,
+        control="ASVD with the same rank and window, untrained",
+        quantity="perplexity at 80 %, CSKV (fit) / ASVD",
+    )
 
 
 def _closed_form(results: Results) -> Outcome:
     gap = compare(_perplexity(results, Arm()), _perplexity(results, Arm("fit")))
     verdict = Verdict.HOLDS if gap.high < 1 else Verdict.PARTLY if gap.high < 1.01 else Verdict.DOES_NOT_HOLD
-    return Outcome.of(gap, verdict, scale=SCALE, control="the paper's training, 200 steps a layer from ASVD",
-                      quantity="perplexity at 80 %, closed form / fit")  # fmt: skip
+    return Outcome.of(
+        gap,
+        verdict,
+        scale=SCALE,
+        control="the paper's training, 200 steps a layer from ASVD",
+        quantity="perplexity at 80 %, closed form / fit",
+    )
 
 
 def _window(results: Results) -> Outcome:
@@ -207,43 +208,48 @@ def _window(results: Results) -> Outcome:
     gap = compare(some, none)
     later = paired_bootstrap(some.nll - much.nll, none.nll - some.nll, none.counts, statistic=difference)
     verdict = (
-        Verdict.HOLDS
-        if gap.high < 1 and later.high < 0
-        else Verdict.PARTLY
-        if gap.high < 1
-        else Verdict.DOES_NOT_HOLD
+        Verdict.HOLDS if gap.high < 1 and later.high < 0 else Verdict.PARTLY if gap.high < 1 else Verdict.DOES_NOT_HOLD
     )
-    return Outcome.of(gap, verdict, scale=SCALE, control="no exact token but the query's own",
-                      quantity="perplexity at 80 %, window 32 / window 0")  # fmt: skip
+    return Outcome.of(
+        gap,
+        verdict,
+        scale=SCALE,
+        control="no exact token but the query's own",
+        quantity="perplexity at 80 %, window 32 / window 0",
+    )
 
 
 def _bits(results: Results) -> Outcome:
     gaps = [
         # in groups of 32, as codes are, so that both keep as many exact tokens
-        compare(
-            _perplexity(results, Arm(factors, bits=4, group=32)), _perplexity(results, Arm(factors, group=32))
-        )
+        compare(_perplexity(results, Arm(factors, bits=4, group=32)), _perplexity(results, Arm(factors, group=32)))
         for factors in ("closed form", "fit")
     ]
     small = sum(gap.high < 1.02 for gap in gaps)
     verdict = Verdict.HOLDS if small == 2 else Verdict.PARTLY if small else Verdict.DOES_NOT_HOLD
-    return Outcome.of(max(gaps, key=lambda gap: gap.high), verdict, scale=SCALE,
-                      control="the same rank and groups of tokens in 16 bits",
-                      quantity="worse of closed form and fit: perplexity at 80 %, 4 bits / 16 bits")  # fmt: skip
+    return Outcome.of(
+        max(gaps, key=lambda gap: gap.high),
+        verdict,
+        scale=SCALE,
+        control="the same rank and groups of tokens in 16 bits",
+        quantity="worse of closed form and fit: perplexity at 80 %, 4 bits / 16 bits",
+    )
 
 
 def _keys(results: Results) -> Outcome:
     gaps = [
-        compare(
-            _perplexity(results, Arm(density=density, key_share=0.25)),
-            _perplexity(results, Arm(density=density)),
-        )
+        compare(_perplexity(results, Arm(density=density, key_share=0.25)), _perplexity(results, Arm(density=density)))
         for density in (MAIN, 0.5)
     ]
     won = sum(gap.high < 1 for gap in gaps)
     verdict = Verdict.HOLDS if won == 2 else Verdict.PARTLY if won else Verdict.DOES_NOT_HOLD
-    return Outcome.of(max(gaps, key=lambda gap: gap.high), verdict, scale=SCALE, control="equal ranks, same bytes",
-                      quantity="worse of 80 % and 50 %: perplexity, a quarter of the rank for keys / half")  # fmt: skip
+    return Outcome.of(
+        max(gaps, key=lambda gap: gap.high),
+        verdict,
+        scale=SCALE,
+        control="equal ranks, same bytes",
+        quantity="worse of 80 % and 50 %: perplexity, a quarter of the rank for keys / half",
+    )
 
 
 CLAIMS = [
@@ -340,9 +346,7 @@ def streamed_perplexity(
             target = ids[0, start + begin + 1 : start + PIECE + 1]
             nll[index] += _nll(logits[begin : begin + len(target)], target)
         cache.finish()
-        full = ids.shape[1] * sum(
-            CompressedCache._shape(model, i).token_bytes for i in range(len(cache.layers))
-        )
+        full = ids.shape[1] * sum(CompressedCache._shape(model, i).token_bytes for i in range(len(cache.layers)))
         kept = 8.0 * model.dtype.itemsize * cache.compressed_nbytes / full
     counts = np.full(len(nll), tokens.ids.shape[1] - first)
     value = math.exp(nll.sum() / counts.sum())
@@ -358,8 +362,11 @@ def relative_errors(held_out: Sequence[Moments], factors: Sequence[Factors], ran
     errors = {}
     for index, (layer, found) in enumerate(zip(held_out, factors, strict=True)):
         for kind in "KV":
-            W, A, B = (getattr(layer, f"W_{kind}").float(), getattr(found, f"A_{kind}")[:, :rank],
-                       getattr(found, f"B_{kind}")[:rank])  # fmt: skip
+            W, A, B = (
+                getattr(layer, f"W_{kind}").float(),
+                getattr(found, f"A_{kind}")[:, :rank],
+                getattr(found, f"B_{kind}")[:rank],
+            )
             lost, G = W - A @ B, layer.gram
             errors[f"layer {index} {kind}"] = float(((G @ lost) * lost).sum() / ((G @ W) * W).sum())
     return errors
@@ -384,12 +391,7 @@ def _calibration(profile: str, draw: int) -> text.TokenSet:
 
 
 def fitted(
-    model: Any,
-    profile: str,
-    factors: str = "closed form",
-    density: float = MAIN,
-    bits: int = 16,
-    draw: int = 0,
+    model: Any, profile: str, factors: str = "closed form", density: float = MAIN, bits: int = 16, draw: int = 0
 ) -> CSKV:
     """A policy with factors from the calibration text; kept on disk, so that the next call reads it.
 
@@ -443,8 +445,16 @@ def run(out: Path, profile: str = "study") -> Results:
     size = SIZES[profile]
     data = {"wikipedia": text.corpus_hash("wikipedia"), "smollm2": models.smollm2_hash()}
     dtype = models.compute_dtype()
-    results = Results.start(out, paper="cskv", study=__name__, depends=DEPENDS, data=data, profile=profile,
-                            dtype=str(dtype).removeprefix("torch."), provisional=profile != "study")  # fmt: skip
+    results = Results.start(
+        out,
+        paper="cskv",
+        study=__name__,
+        depends=DEPENDS,
+        data=data,
+        profile=profile,
+        dtype=str(dtype).removeprefix("torch."),
+        provisional=profile != "study",
+    )
     model = models.smollm2(dtype, layers=size.layers)
     tokens = text.evaluation("wikipedia", sequences=size.documents, length=size.tokens)
     held_out: list[tuple[Moments, ...]] = []
@@ -471,9 +481,7 @@ def run(out: Path, profile: str = "study") -> Results:
         if results.has(factors, "held-out", draw):
             return
         if not held_out:
-            validation = text.evaluation(
-                "wikipedia", sequences=size.held_out, length=size.length, split="validation"
-            )
+            validation = text.evaluation("wikipedia", sequences=size.held_out, length=size.length, split="validation")
             held_out.append(moments(model, validation))
         policy = fitted(model, profile, factors, draw=draw)
         rank = policy.ranks(CompressedCache._shape(model, 0))[0]
@@ -487,9 +495,7 @@ def run(out: Path, profile: str = "study") -> Results:
         policy = None
         if arm is not None:
             found = fitted(model, profile, arm.factors, arm.density, arm.bits)
-            policy = replace(
-                found, window=arm.window, key_share=arm.key_share, sinks=arm.sinks, group=arm.group
-            )
+            policy = replace(found, window=arm.window, key_share=arm.key_share, sinks=arm.sinks, group=arm.group)
         prefill = "streamed" if condition == "wikipedia" else "exact"
         found_perplexity, bits = streamed_perplexity(model, policy, tokens, size.first, prefill)
         results.add_perplexity(name, condition, 0, found_perplexity, cost=bits)
@@ -508,9 +514,7 @@ def run(out: Path, profile: str = "study") -> Results:
     ]
     steps += [("full", lambda: measure(None))]
     steps += [(arm.name, lambda arm=arm: measure(arm)) for arm in ARMS[profile]]
-    steps += [
-        (f"{arm.name}, one pass", lambda arm=arm: measure(arm, "one pass")) for arm in ONE_PASS[profile]
-    ]
+    steps += [(f"{arm.name}, one pass", lambda arm=arm: measure(arm, "one pass")) for arm in ONE_PASS[profile]]
     bar = tqdm(steps, desc=f"cskv ({profile})", unit="step")
     for name, step in bar:
         bar.set_postfix_str(name)

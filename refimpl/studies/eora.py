@@ -21,20 +21,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from refimpl import (
-    GPTQ,
-    RTN,
-    ActSVD,
-    EoRA,
-    LoftQ,
-    Magnitude,
-    PlainSVD,
-    SparseGPT,
-    Wanda,
-    compress,
-    load,
-    save,
-)
+from refimpl import GPTQ, RTN, ActSVD, EoRA, LoftQ, Magnitude, PlainSVD, SparseGPT, Wanda, compress, load, save
 from refimpl.core.layers import CompensatedLinear
 from refimpl.core.method import Method
 from refimpl.core.repair import base_of
@@ -83,9 +70,7 @@ class Size:
 
 
 SIZES = {
-    "study": Size(
-        None, 32, 16, 512, {"wikipedia": (24, 512), "python": (16, 512), "news": (32, 256)}, RANK, 3
-    ),
+    "study": Size(None, 32, 16, 512, {"wikipedia": (24, 512), "python": (16, 512), "news": (32, 256)}, RANK, 3),
     "live": Size(None, 8, 8, 512, {"wikipedia": (12, 512), "python": (12, 512), "news": (24, 256)}, RANK, 1),
     "quick": Size(1, 2, 2, 64, {"wikipedia": (2, 64), "python": (2, 64)}, 16, 1),
 }
@@ -131,14 +116,11 @@ def _below_one(intervals: list[Interval], control: str, quantity: str) -> Outcom
 def _repairs(results: Results) -> Outcome:
     gaps = [
         compare(
-            results.perplexity(repaired(base, "EoRA", f"r{RANK}"), "wikipedia"),
-            results.perplexity(base, "wikipedia"),
+            results.perplexity(repaired(base, "EoRA", f"r{RANK}"), "wikipedia"), results.perplexity(base, "wikipedia")
         )
         for base in MAIN
     ]
-    return _below_one(
-        gaps, "the compressed model without a repair", "worst of 3: perplexity with EoRA / without"
-    )
+    return _below_one(gaps, "the compressed model without a repair", "worst of 3: perplexity with EoRA / without")
 
 
 def _beats_svd(results: Results) -> Outcome:
@@ -172,17 +154,12 @@ def _task_specific(results: Results) -> Outcome:
         gaps, "the same repair calibrated on the other domain", "worst of 2: perplexity matched / mismatched"
     )
     if outcome.verdict is Verdict.HOLDS and not signs:
-        return Outcome.of(
-            _worst(gaps), Verdict.PARTLY, scale=SCALE, control=outcome.control, quantity=outcome.quantity
-        )
+        return Outcome.of(_worst(gaps), Verdict.PARTLY, scale=SCALE, control=outcome.control, quantity=outcome.quantity)
     return outcome
 
 
 def _more_rank(results: Results) -> Outcome:
-    arms = [
-        results.perplexity(repaired("SparseGPT 2:4", "EoRA", f"nested r{rank}"), "wikipedia")
-        for rank in RANKS
-    ]
+    arms = [results.perplexity(repaired("SparseGPT 2:4", "EoRA", f"nested r{rank}"), "wikipedia") for rank in RANKS]
     gaps = [compare(higher, lower) for lower, higher in zip(arms, arms[1:], strict=False)]
     return _below_one(gaps, "half the rank", "worst of 3 doublings: perplexity at 2r / at r")
 
@@ -197,8 +174,13 @@ def _small_adapters(results: Results) -> Outcome:
     ]
     small = sum(gap.high < 1.02 for gap in gaps)
     verdict = Verdict.HOLDS if small == len(gaps) else Verdict.PARTLY if small else Verdict.DOES_NOT_HOLD
-    return Outcome.of(_worst(gaps), verdict, scale=SCALE, control="the same adapter in 16 bits",
-                      quantity="worst of 3: perplexity with a 4-bit adapter / with a 16-bit one")  # fmt: skip
+    return Outcome.of(
+        _worst(gaps),
+        verdict,
+        scale=SCALE,
+        control="the same adapter in 16 bits",
+        quantity="worst of 3: perplexity with a 4-bit adapter / with a 16-bit one",
+    )
 
 
 def _layer_errors(results: Results) -> Outcome:
@@ -209,14 +191,15 @@ def _layer_errors(results: Results) -> Outcome:
     share = float((eora < svd).mean())
     gap = paired_bootstrap(np.log(eora), np.log(svd))
     verdict = (
-        Verdict.HOLDS
-        if gap.high < 1 and share >= 0.95
-        else Verdict.PARTLY
-        if gap.high < 1
-        else Verdict.DOES_NOT_HOLD
+        Verdict.HOLDS if gap.high < 1 and share >= 0.95 else Verdict.PARTLY if gap.high < 1 else Verdict.DOES_NOT_HOLD
     )
-    return Outcome.of(gap, verdict, scale=SCALE, control="plain SVD at equal rank",
-                      quantity="geometric mean over sites: held-out output error, EoRA / SVD")  # fmt: skip
+    return Outcome.of(
+        gap,
+        verdict,
+        scale=SCALE,
+        control="plain SVD at equal rank",
+        quantity="geometric mean over sites: held-out output error, EoRA / SVD",
+    )
 
 
 CLAIMS = [
@@ -291,12 +274,8 @@ class _Run:
             corpus: text.evaluation(corpus, sequences=windows, length=length)
             for corpus, (windows, length) in self.size.windows.items()
         }
-        marks = "-".join(
-            value[:8] for value in (*results.header["sources"].values(), *results.header["data"].values())
-        )
-        digest = hashlib.sha256(marks.encode()).hexdigest()[
-            :12
-        ]  # other code or data: other compressed models
+        marks = "-".join(value[:8] for value in (*results.header["sources"].values(), *results.header["data"].values()))
+        digest = hashlib.sha256(marks.encode()).hexdigest()[:12]  # other code or data: other compressed models
         self.work = fetch.cache_folder() / "studies" / "eora" / f"{profile}-{digest}"
         self.forward = self._forward_seconds()
 
@@ -338,9 +317,7 @@ class _Run:
             costs["peak_bytes"] = peak.anonymous_above_start
         raised = sum("damping" in site.log for site in report.sites)
         costs["raised_dampings"] = raised
-        self.results.add(
-            *(Record("eora", arm, "cost", seed, "", name, value) for name, value in costs.items())
-        )
+        self.results.add(*(Record("eora", arm, "cost", seed, "", name, value) for name, value in costs.items()))
 
     def measure(self, arm: str, model: nn.Module, corpora: Iterable[str], seed: int = 0) -> None:
         bits = footprint(model).bits_per_weight
@@ -354,8 +331,17 @@ class _Run:
     def missing(self, arm: str, corpora: Iterable[str], seed: int = 0) -> bool:
         return not all(self.results.has(arm, corpus, seed) for corpus in corpora)
 
-    def repair(self, base: str, by: str, detail: str, method: Method, corpora: Iterable[str], corpus: str = "wikipedia",
-               draw: int = 1, seed: int = 0) -> None:  # fmt: skip
+    def repair(
+        self,
+        base: str,
+        by: str,
+        detail: str,
+        method: Method,
+        corpora: Iterable[str],
+        corpus: str = "wikipedia",
+        draw: int = 1,
+        seed: int = 0,
+    ) -> None:
         arm = repaired(base, by, detail)
         if self.missing(arm, corpora, seed):
             model = self.base(base)
@@ -385,23 +371,22 @@ class _Run:
             return
         dense, compressed = self.dense(), self.base(base)
         grams = {}
-        held_out = text.evaluation(
-            "wikipedia", sequences=self.size.repair, length=self.size.length, split="validation"
-        )
+        held_out = text.evaluation("wikipedia", sequences=self.size.repair, length=self.size.length, split="validation")
         for condition, tokens in (("calibration", self.calibration("wikipedia", 1)), ("held-out", held_out)):
             with Collector(find_sites(dense), {"gram", "abs"}) as collector, torch.inference_mode():
                 for batch in tokens.ids.split(4):
                     dense.base_model(batch)
             grams[condition] = collector.stats
         repairs: dict[str, Method] = {
-            "EoRA": EoRA(self.size.rank), "Act-S": ActSVD(self.size.rank), "SVD": PlainSVD(self.size.rank)
-        }  # fmt: skip
+            "EoRA": EoRA(self.size.rank),
+            "Act-S": ActSVD(self.size.rank),
+            "SVD": PlainSVD(self.size.rank),
+        }
         before = {site.name: site.weight.float() for site in find_sites(dense)}
         for site in find_sites(compressed):
             original = before[site.name]
             layers = {
-                name: m.compress_site(site, grams["calibration"][site.name], original)
-                for name, m in repairs.items()
+                name: m.compress_site(site, grams["calibration"][site.name], original) for name, m in repairs.items()
             }
             layers["none"] = base_of(site)
             for name, layer in layers.items():
@@ -428,8 +413,16 @@ def run(out: Path, profile: str = "study") -> Results:
     data = {corpus: text.corpus_hash(corpus) for corpus in ("wikipedia", "python", "news")}
     data["smollm2"] = models.smollm2_hash()
     dtype = str(models.compute_dtype()).removeprefix("torch.")
-    results = Results.start(out, paper="eora", study=__name__, depends=DEPENDS, data=data, profile=profile,
-                            dtype=dtype, provisional=profile != "study")  # fmt: skip
+    results = Results.start(
+        out,
+        paper="eora",
+        study=__name__,
+        depends=DEPENDS,
+        data=data,
+        profile=profile,
+        dtype=dtype,
+        provisional=profile != "study",
+    )
     this = _Run(results, profile)
     every, wiki, rank = list(this.tokens), ["wikipedia"], this.size.rank
     steps: list[tuple[str, Any]] = []
@@ -437,12 +430,8 @@ def run(out: Path, profile: str = "study") -> Results:
     def dense() -> None:
         if this.missing("source", wiki):
             this.measure("dense", this.dense(), every)
-            bits = models.source_bits()["linear"][
-                "bits"
-            ]  # the same function as it was published, in its own format
-            this.results.add_perplexity(
-                "source", "wikipedia", 0, results.perplexity("dense", "wikipedia"), cost=bits
-            )
+            bits = models.source_bits()["linear"]["bits"]  # the same function as it was published, in its own format
+            this.results.add_perplexity("source", "wikipedia", 0, results.perplexity("dense", "wikipedia"), cost=bits)
 
     def base(arm: str) -> None:
         corpora = every if arm in MAIN else wiki

@@ -54,22 +54,11 @@ RATES = {RESNET: (3e-3, 1e-2, 3e-2), LSTM: (3e-3, 1e-2, 3e-2), LLAMA: (3e-4, 1e-
 WIDTHS = (0.5, 0.25, 0.125)  # of the small residual networks
 SMALL_LSTMS = ((24, 48), (12, 28), (8, 14))  # embedding, hidden
 LARGE_LSTM = (64, 128)
-ON_BENCH = (
-    "dense",
-    "small-dense",
-    "cubic",
-    "global",
-    "one-shot",
-    "random",
-    "2:4",
-)  # as many as one chart can tell apart
+# as many as one chart can tell apart
+ON_BENCH = ("dense", "small-dense", "cubic", "global", "one-shot", "random", "2:4")
 ABLATION = 0.95  # sparsity at which schedules are compared
-RESNET_SCALE = (
-    "a residual network of 78k weights on 3500 digits; the paper: MobileNet and InceptionV3 on ImageNet"
-)
-LSTM_SCALE = (
-    "a byte-level LSTM of 148k weights on 1.2 MB of Wikipedia; the paper: LSTMs of 20M and 66M on PTB"
-)
+RESNET_SCALE = "a residual network of 78k weights on 3500 digits; the paper: MobileNet and InceptionV3 on ImageNet"
+LSTM_SCALE = "a byte-level LSTM of 148k weights on 1.2 MB of Wikipedia; the paper: LSTMs of 20M and 66M on PTB"
 
 
 @dataclass(frozen=True)
@@ -124,17 +113,17 @@ def _resnet_arms() -> list[Arm]:
         arms.append(Arm(f"small-dense width {width:g}", RESNET, small=index))
         arms.append(Arm(f"cubic non-zeros of {width:g}", RESNET, budget=("nonzeros", index)))
         arms.append(
-            Arm(f"global non-zeros of {width:g}", RESNET, budget=("nonzeros", index), pruning={"scope": "global"},
-                tuned_as=f"cubic non-zeros of {width:g}")
-        )  # fmt: skip
-    for index, width in enumerate(WIDTHS[:2]):  # a bit mask alone is larger than the smallest network
-        arms.append(
             Arm(
-                f"cubic bytes of {width:g}",
+                f"global non-zeros of {width:g}",
                 RESNET,
-                budget=("bytes", index),
+                budget=("nonzeros", index),
+                pruning={"scope": "global"},
                 tuned_as=f"cubic non-zeros of {width:g}",
             )
+        )
+    for index, width in enumerate(WIDTHS[:2]):  # a bit mask alone is larger than the smallest network
+        arms.append(
+            Arm(f"cubic bytes of {width:g}", RESNET, budget=("bytes", index), tuned_as=f"cubic non-zeros of {width:g}")
         )
     return arms
 
@@ -160,8 +149,17 @@ def _schedule_arms() -> list[Arm]:
     # the stem's kernel has 49 inputs, which groups of four do not divide: it stays dense in both arms
     dense_stem = {"overrides": {"embedder": 0.0}}
     for name, options in (("2:4", {"structure": "2:4"}), ("cubic", {})):
-        arms.append(Arm(f"{name} 50% behind a dense stem", RESNET, None, ("sparsity", 0.5), {**options, **dense_stem},
-                        (0.1, 0.7), "cubic non-zeros of 0.5"))  # fmt: skip
+        arms.append(
+            Arm(
+                f"{name} 50% behind a dense stem",
+                RESNET,
+                None,
+                ("sparsity", 0.5),
+                {**options, **dense_stem},
+                (0.1, 0.7),
+                "cubic non-zeros of 0.5",
+            )
+        )
     return arms
 
 
@@ -170,9 +168,7 @@ def _lstm_arms() -> list[Arm]:
     for index, (_, hidden) in enumerate(SMALL_LSTMS):
         arms.append(Arm(f"small-dense hidden {hidden}", LSTM, small=index))
         arms.append(Arm(f"cubic non-zeros of {hidden}", LSTM, budget=("nonzeros", index)))
-    arms.append(
-        Arm("cubic 90%", LSTM, budget=("sparsity", 0.9), tuned_as=f"cubic non-zeros of {SMALL_LSTMS[1][1]}")
-    )
+    arms.append(Arm("cubic 90%", LSTM, budget=("sparsity", 0.9), tuned_as=f"cubic non-zeros of {SMALL_LSTMS[1][1]}"))
     return arms
 
 
@@ -202,25 +198,26 @@ def _accuracy_gaps(
 
     def outcome(results: Results) -> Outcome:
         gaps = [
-            t_interval(
-                _over_seeds(results, a, RESNET, "accuracy") - _over_seeds(results, b, RESNET, "accuracy")
-            )
+            t_interval(_over_seeds(results, a, RESNET, "accuracy") - _over_seeds(results, b, RESNET, "accuracy"))
             for a, b in pairs
         ]
         worst = min(gaps, key=lambda gap: gap.low)
         label = f"worst of {len(gaps)}: {quantity}" if len(gaps) > 1 else quantity
-        return Outcome.of(worst, _verdict([gap.low > -margin for gap in gaps]), scale=RESNET_SCALE, control=control,
-                          quantity=label)  # fmt: skip
+        return Outcome.of(
+            worst, _verdict([gap.low > -margin for gap in gaps]), scale=RESNET_SCALE, control=control, quantity=label
+        )
 
     return outcome
 
 
 def _lstm_sizes(results: Results) -> Outcome:
     gaps = [
-        seeds_ratio(_over_seeds(results, f"cubic non-zeros of {hidden}", LSTM, "bits per byte"),
-                    _over_seeds(results, f"small-dense hidden {hidden}", LSTM, "bits per byte"))
+        seeds_ratio(
+            _over_seeds(results, f"cubic non-zeros of {hidden}", LSTM, "bits per byte"),
+            _over_seeds(results, f"small-dense hidden {hidden}", LSTM, "bits per byte"),
+        )
         for _, hidden in SMALL_LSTMS
-    ]  # fmt: skip
+    ]
     worst = max(gaps, key=lambda gap: gap.high)
     return Outcome.of(
         worst,
@@ -233,14 +230,16 @@ def _lstm_sizes(results: Results) -> Outcome:
 
 def _tenfold(results: Results) -> Outcome:
     gap = seeds_ratio(
-        _over_seeds(results, "cubic 90%", LSTM, "bits per byte"),
-        _over_seeds(results, "dense", LSTM, "bits per byte"),
+        _over_seeds(results, "cubic 90%", LSTM, "bits per byte"), _over_seeds(results, "dense", LSTM, "bits per byte")
     )
-    verdict = (
-        Verdict.HOLDS if gap.high < 1.03 else Verdict.PARTLY if gap.high < 1.1 else Verdict.DOES_NOT_HOLD
+    verdict = Verdict.HOLDS if gap.high < 1.03 else Verdict.PARTLY if gap.high < 1.1 else Verdict.DOES_NOT_HOLD
+    return Outcome.of(
+        gap,
+        verdict,
+        scale=LSTM_SCALE,
+        control="the same LSTM, dense",
+        quantity="bits per byte at 90 % sparsity / dense",
     )
-    return Outcome.of(gap, verdict, scale=LSTM_SCALE, control="the same LSTM, dense",
-                      quantity="bits per byte at 90 % sparsity / dense")  # fmt: skip
 
 
 _SIZES = [(f"cubic non-zeros of {width:g}", f"small-dense width {width:g}") for width in WIDTHS]
@@ -286,7 +285,8 @@ CLAIMS = [
         f"the small dense network, {_OVER}: holds if both lie above 0, partly if one does.",
         _accuracy_gaps(
             [(f"cubic bytes of {width:g}", f"small-dense width {width:g}") for width in WIDTHS[:2]],
-            "a small dense network of as many bytes", "accuracy, large-sparse minus small-dense at equal bytes",
+            "a small dense network of as many bytes",
+            "accuracy, large-sparse minus small-dense at equal bytes",
         ),
     ),
     Claim(
@@ -312,10 +312,12 @@ CLAIMS = [
         f"{_OVER}: holds if all three lower ends lie above -0.005, partly if some do.",
         _accuracy_gaps(
             [(f"cubic non-zeros of {width:g}", f"global non-zeros of {width:g}") for width in WIDTHS],
-            "one ranking for all weights", "accuracy, layer-wise minus global", margin=0.005,
+            "one ranking for all weights",
+            "accuracy, layer-wise minus global",
+            margin=0.005,
         ),
     ),
-]  # fmt: skip
+]
 
 
 # -- trainings --
@@ -357,9 +359,7 @@ def recipe_for(arm: Arm, size: Size, lr: float, seed: int) -> Recipe:
     """
     steps = {RESNET: size.resnet, LSTM: size.lstm, LLAMA: size.llama}[arm.network]
     precision = "fp32" if arm.network == RESNET else "bf16"
-    return Recipe(
-        steps, lr=lr, weight_decay=0.05, warmup=steps // 20, clip=1.0, precision=precision, seed=seed
-    )
+    return Recipe(steps, lr=lr, weight_decay=0.05, warmup=steps // 20, clip=1.0, precision=precision, seed=seed)
 
 
 def pruning_for(arm: Arm, model: nn.Module, steps: int) -> GradualMagnitude | None:
@@ -384,9 +384,7 @@ def pruning_for(arm: Arm, model: nn.Module, steps: int) -> GradualMagnitude | No
     options = {"updates": 12, **arm.pruning}
     first, last = (round(place * steps) for place in arm.place)
     frequency = max(1, (last - first) // options["updates"])
-    return GradualMagnitude(
-        sparsity, start=last - options["updates"] * frequency, frequency=frequency, **options
-    )
+    return GradualMagnitude(sparsity, start=last - options["updates"] * frequency, frequency=frequency, **options)
 
 
 def _sparsity_at_bytes(model: nn.Module, wanted: int) -> float:
@@ -412,26 +410,22 @@ def trained(job: Job) -> list[Record]:
     history = train(model, _data(arm, size, job.seed), loss, recipe, after_step=hooks, progress=False)
     seconds = time.process_time() - start
     stored = model_storage(model)
-    benched = (
-        job.split == "test"
-        and job.seed == SEEDS[0]
-        and arm.network == RESNET
-        and arm.name.startswith(ON_BENCH)
-    )
+    benched = job.split == "test" and job.seed == SEEDS[0] and arm.network == RESNET and arm.name.startswith(ON_BENCH)
     if hook is not None:
         _record_masks(results, job, hook)
         # packed layers compute the same, and take the bytes that the bench counts
         _ = hook.export() if benched else bake(model)
     values = _measure(job, model)
-    values |= {"nonzeros": stored.nonzeros, "dense bytes": stored.dense, "bitmask bytes": stored.bitmask,
-               "csr bytes": stored.csr, "cpu seconds": seconds}  # fmt: skip
-    results.add(
-        *(Record(SLUG, arm.name, arm.network, job.seed, "", name, float(v)) for name, v in values.items())
-    )
+    values |= {
+        "nonzeros": stored.nonzeros,
+        "dense bytes": stored.dense,
+        "bitmask bytes": stored.bitmask,
+        "csr bytes": stored.csr,
+        "cpu seconds": seconds,
+    }
+    results.add(*(Record(SLUG, arm.name, arm.network, job.seed, "", name, float(v)) for name, v in values.items()))
     if job.seed == SEEDS[0] and job.split == "test":
-        results.add_history(
-            arm.name, f"{arm.network} training", job.seed, history, every=max(1, recipe.steps // 50)
-        )
+        results.add_history(arm.name, f"{arm.network} training", job.seed, history, every=max(1, recipe.steps // 50))
     if benched:
         _record_images(results, job, model)
     return list(results.records())
@@ -468,15 +462,7 @@ def _record_masks(results: Results, job: Job, hook: MaskUpdates) -> None:
             for metric in ("sparsity", "live", "removed", "revived"):
                 value = float(getattr(update, metric))
                 results.add(
-                    Record(
-                        SLUG,
-                        job.arm.name,
-                        f"{job.arm.network} masks",
-                        job.seed,
-                        str(update.step),
-                        metric,
-                        value,
-                    )
+                    Record(SLUG, job.arm.name, f"{job.arm.network} masks", job.seed, str(update.step), metric, value)
                 )
 
 
@@ -523,9 +509,7 @@ def _tune(results: Results, arms: Sequence[Arm], size: Size) -> dict[str, float]
     chosen: dict[str, float] = {}
     for arm in own:
         scores = {
-            lr: results.values(
-                _tuning(arm, lr), f"{arm.network} validation", TUNING_SEED, metric="validation"
-            )[""]
+            lr: results.values(_tuning(arm, lr), f"{arm.network} validation", TUNING_SEED, metric="validation")[""]
             for lr in RATES[arm.network]
         }
         chosen[f"{arm.network} {arm.name}"] = min(scores, key=scores.__getitem__)
@@ -554,17 +538,14 @@ def run(out: Path, profile: str = "study") -> Results:
     size, arms = SIZES[profile], arms_of(profile)
     data = {"mnist": dataset_hash("mnist"), "wikipedia": text.corpus_hash("wikipedia")}
     data["llama-small"] = fetch.sha256(small.path("llama-small") / "model.safetensors")
-    results = Results.start(out, paper=SLUG, study=__name__, depends=DEPENDS, data=data, profile=profile,
-                            provisional=profile != "study")  # fmt: skip
+    results = Results.start(
+        out, paper=SLUG, study=__name__, depends=DEPENDS, data=data, profile=profile, provisional=profile != "study"
+    )
     if profile == "study":
         rates = _tune(results, arms, size)
     else:
         rates = {f"{arm.network} {arm.name}": RATES[arm.network][1] for arm in arms}
-    jobs = [
-        Job(arm, seed, rates[f"{arm.network} {arm.name}"], size)
-        for arm in arms
-        for seed in _seeds(arm, profile)
-    ]
+    jobs = [Job(arm, seed, rates[f"{arm.network} {arm.name}"], size) for arm in arms for seed in _seeds(arm, profile)]
     jobs.sort(key=lambda job: job.seed)  # whole seeds first: an interrupted study is a small study
     todo = [job for job in jobs if not results.has(job.arm.name, job.arm.network, job.seed)]
     bar = tqdm(total=len(todo), desc=f"{SLUG} ({profile})", unit="training")

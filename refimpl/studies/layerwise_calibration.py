@@ -123,21 +123,14 @@ def _all_below_one(gaps: Sequence[Interval], control: str, quantity: str, scale:
     below = sum(gap.high < 1 for gap in gaps)
     verdict = Verdict.HOLDS if below == len(gaps) else Verdict.PARTLY if below else Verdict.DOES_NOT_HOLD
     worst = max(gaps, key=lambda gap: gap.high)
-    return Outcome.of(
-        worst, verdict, scale=scale, control=control, quantity=f"worst of {len(gaps)}: {quantity}"
-    )
+    return Outcome.of(worst, verdict, scale=scale, control=control, quantity=f"worst of {len(gaps)}: {quantity}")
 
 
-def _against(
-    ours: str, theirs: str, cases: Sequence[tuple[int, int]], control: str
-) -> Callable[[Results], Outcome]:
+def _against(ours: str, theirs: str, cases: Sequence[tuple[int, int]], control: str) -> Callable[[Results], Outcome]:
     """Ratio of test divergences of two arms over the draws, for each (bits, images)."""
 
     def outcome(results: Results) -> Outcome:
-        gaps = [
-            seeds_ratio(_divergences(results, ours, *case), _divergences(results, theirs, *case))
-            for case in cases
-        ]
+        gaps = [seeds_ratio(_divergences(results, ours, *case), _divergences(results, theirs, *case)) for case in cases]
         return _all_below_one(gaps, control, f"test divergence, {ours} / {theirs}")
 
     return outcome
@@ -163,44 +156,43 @@ def _four_bits(results: Results) -> Outcome:
         ours = results.values("AdaQuant-tuned W4A4, 50 images", condition, metric="correct")
         losses.append(paired_bootstrap(list(dense.values()), list(ours.values()), statistic=difference))
     small_loss = sum(loss.high < 0.01 for loss in losses)
-    verdict = (
-        Verdict.HOLDS
-        if small_loss == len(losses)
-        else Verdict.PARTLY
-        if small_loss
-        else Verdict.DOES_NOT_HOLD
-    )
+    verdict = Verdict.HOLDS if small_loss == len(losses) else Verdict.PARTLY if small_loss else Verdict.DOES_NOT_HOLD
     worst = max(losses, key=lambda loss: loss.high)
-    return Outcome.of(worst, verdict, control="the float network", quantity="worst of 3: accuracy lost at W4A4",
-                      scale="three small classifiers of digits; the paper: ResNet-50 on ImageNet")  # fmt: skip
+    return Outcome.of(
+        worst,
+        verdict,
+        control="the float network",
+        quantity="worst of 3: accuracy lost at W4A4",
+        scale="three small classifiers of digits; the paper: ResNet-50 on ImageNet",
+    )
 
 
 def _program(results: Results) -> Outcome:
     gaps = []
     for budget in BUDGETS:
         chosen, chance = (
-            np.array(
-                [results.values(f"{arm} {budget:.0%} of the saving", MAIN, s, metric="kl")[""] for s in SEEDS]
-            )
+            np.array([results.values(f"{arm} {budget:.0%} of the saving", MAIN, s, metric="kl")[""] for s in SEEDS])
             for arm in ("IP", "random-bits")
         )
         gaps.append(seeds_ratio(chosen, chance))
     return _all_below_one(
-        gaps,
-        "random allocations that save as much (geometric mean of five)",
-        "test divergence, program / chance",
+        gaps, "random allocations that save as much (geometric mean of five)", "test divergence, program / chance"
     )
 
 
 def _language(rival: str) -> Callable[[Results], Outcome]:
     def outcome(results: Results) -> Outcome:
         gap = compare(
-            results.perplexity("AdaQuant 3-bit g64", "wikipedia"),
-            results.perplexity(f"{rival} 3-bit g64", "wikipedia"),
+            results.perplexity("AdaQuant 3-bit g64", "wikipedia"), results.perplexity(f"{rival} 3-bit g64", "wikipedia")
         )
         verdict = Verdict.HOLDS if gap.high < 1 else Verdict.DOES_NOT_HOLD
-        return Outcome.of(gap, verdict, scale="SmolLM2, 135M weights, 3 bits in groups of 64, weights only",
-                          control=rival, quantity=f"perplexity with AdaQuant / with {rival}")  # fmt: skip
+        return Outcome.of(
+            gap,
+            verdict,
+            scale="SmolLM2, 135M weights, 3 bits in groups of 64, weights only",
+            control=rival,
+            quantity=f"perplexity with AdaQuant / with {rival}",
+        )
 
     return outcome
 
@@ -222,8 +214,7 @@ CLAIMS = [
     Claim(
         "adaquant-ranges",
         "Training each layer for its outputs beats measuring ranges.",
-        "min-max ranges fail at 4 bits on ImageNet; AdaQuant loses about 4 points (parallel), less in "
-        "sequence",
+        "min-max ranges fail at 4 bits on ImageNet; AdaQuant loses about 4 points (parallel), less in sequence",
         f"Test divergence, AdaQuant (parallel) / min-max ranges, at W3A3 and W2A2, 50 images, {_SEEDS}: "
         "holds if both lie below 1.",
         _against("AdaQuant", "min-max", [(3, 50), (2, 50)], "min-max ranges, no training"),
@@ -257,8 +248,7 @@ CLAIMS = [
     ),
     Claim(
         "adaquant-sequence",
-        "Training layers in sequence, on the inputs that quantised layers give, beats training them in "
-        "parallel.",
+        "Training layers in sequence, on the inputs that quantised layers give, beats training them in parallel.",
         "0.3 to 1.7 points of accuracy at 4 bits",
         f"Test divergence, sequential / parallel AdaQuant, W3A3 and W2A2, 50 images, {_SEEDS}: holds if "
         "both lie below 1, "
@@ -301,7 +291,7 @@ CLAIMS = [
         "As adaquant-language, AdaQuant / GPTQ.",
         _language("GPTQ"),
     ),
-]  # fmt: skip
+]
 
 
 # -- classifiers --
@@ -367,17 +357,21 @@ class _Bench:
         return AdaQuant(bits, bits, samples=self.samples, seed=self.job.seed, **options)
 
     def adaround(self) -> AdaRound:
-        return AdaRound(self.job.bits, self.job.bits, samples=self.samples, iterations=self.job.size.iterations,
-                        lr=self.rates["AdaRound"], seed=self.job.seed)  # fmt: skip
+        return AdaRound(
+            self.job.bits,
+            self.job.bits,
+            samples=self.samples,
+            iterations=self.job.size.iterations,
+            lr=self.rates["AdaRound"],
+            seed=self.job.seed,
+        )
 
     def tune_norms(self, model: nn.Module, norms: FoldedNorms) -> None:
         if norms.norms:  # a transformer has none
             retune_batch_norms(model, norms, self.calibration)
 
     def tune_biases(self, model: nn.Module) -> None:
-        recipe = Recipe(
-            min(200, self.job.size.iterations), lr=0.1, optimizer="sgd", momentum=0.0, seed=self.job.seed
-        )
+        recipe = Recipe(min(200, self.job.size.iterations), lr=0.1, optimizer="sgd", momentum=0.0, seed=self.job.seed)
         tune_biases(model, self.calibration, self.target, recipe, batch_size=self.samples, progress=False)
 
     def record(self, arm: str, model: nn.Module, results: Results, seconds: float, images_too: bool) -> None:
@@ -385,10 +379,18 @@ class _Bench:
         "images read."""
         job = self.job
         scores = classify(model, self.measured, progress=False)
-        add(results, arm, job.condition, job.seed, {
-            "kl": float(kl(scores, self.reference).mean()), "accuracy": scores.accuracy, "cpu seconds": seconds,
-            "calibration kl": float(divergence(all_logits(model, self.calibration.pixels), self.target)),
-        })  # fmt: skip
+        add(
+            results,
+            arm,
+            job.condition,
+            job.seed,
+            {
+                "kl": float(kl(scores, self.reference).mean()),
+                "accuracy": scores.accuracy,
+                "cpu seconds": seconds,
+                "calibration kl": float(divergence(all_logits(model, self.calibration.pixels), self.target)),
+            },
+        )
         if images_too:
             add_images(results, arm, job.condition, job.seed, model, scores, self.measured)
             for unit, value in zip(scores.units, kl(scores, self.reference).tolist(), strict=True):
@@ -408,19 +410,19 @@ def add(results: Results, arm: str, condition: str, seed: int, values: dict[str,
 
 
 def add_images(
-    results: Results,
-    arm: str,
-    condition: str,
-    seed: int,
-    model: nn.Module,
-    scores: Scores,
-    measured: ImageSet,
+    results: Results, arm: str, condition: str, seed: int, model: nn.Module, scores: Scores, measured: ImageSet
 ) -> None:
     """Every image, bytes and operations, as the classifier bench reads them."""
     add_scores(
-        results, arm, condition, seed, scores, nbytes=footprint(model).bytes,
-        flops=sum(flops(model, measured).values()), bit_operations=sum(bit_operations(model, measured).values()),
-    )  # fmt: skip
+        results,
+        arm,
+        condition,
+        seed,
+        scores,
+        nbytes=footprint(model).bytes,
+        flops=sum(flops(model, measured).values()),
+        bit_operations=sum(bit_operations(model, measured).values()),
+    )
 
 
 def _min_max(bench: _Bench) -> tuple[nn.Module, FoldedNorms]:
@@ -442,13 +444,7 @@ def _qat(bench: _Bench) -> tuple[nn.Module, FoldedNorms]:
     model, norms = bench.folded()
     recipe = Recipe(bench.job.size.iterations, lr=bench.rates["QAT"], seed=bench.job.seed)
     fine_tune(
-        model,
-        bench.calibration,
-        bench.job.bits,
-        bench.job.bits,
-        recipe,
-        batch_size=bench.samples,
-        progress=False,
+        model, bench.calibration, bench.job.bits, bench.job.bits, recipe, batch_size=bench.samples, progress=False
     )
     return model, norms
 
@@ -465,8 +461,11 @@ BUILD: dict[str, Callable[[_Bench], tuple[nn.Module, FoldedNorms]]] = {
 }
 ALL = tuple(BUILD)
 #: arms that go on where another ended: (name after batch-norm tuning, name after bias tuning as well)
-TUNED = {"min-max": ("min-max+norms", None), "AdaQuant": ("AdaQuant+norms", None),
-         "AdaQuant-sequential": ("AdaQuant-sequential+norms", "AdaQuant-tuned")}  # fmt: skip
+TUNED = {
+    "min-max": ("min-max+norms", None),
+    "AdaQuant": ("AdaQuant+norms", None),
+    "AdaQuant-sequential": ("AdaQuant-sequential+norms", "AdaQuant-tuned"),
+}
 
 
 def classifier(job: Job) -> list[Record]:
@@ -488,9 +487,7 @@ def classifier(job: Job) -> list[Record]:
     return list(results.records())
 
 
-def _random_policies(
-    savings: dict[str, dict[int, float]], budget: float, seed: int
-) -> Iterator[dict[str, int]]:
+def _random_policies(savings: dict[str, dict[int, float]], budget: float, seed: int) -> Iterator[dict[str, int]]:
     """Five allocations: layers drop to 2 bits in random order until enough is saved."""
     random = np.random.default_rng(seed)
     for _ in range(5):
@@ -514,8 +511,13 @@ def allocation(job: Job) -> list[Record]:
     def measure(arm: str, model: nn.Module, extra: dict[str, float] | None = None) -> float:
         scores = classify(model, bench.measured, progress=False)
         value = float(kl(scores, bench.reference).mean())
-        add(results, arm, job.condition, job.seed,
-            {"kl": value, "accuracy": scores.accuracy, "bytes": footprint(model).bytes, **(extra or {})})  # fmt: skip
+        add(
+            results,
+            arm,
+            job.condition,
+            job.seed,
+            {"kl": value, "accuracy": scores.accuracy, "bytes": footprint(model).bytes, **(extra or {})},
+        )
         return value
 
     def loss(model: nn.Module) -> float:
@@ -540,9 +542,7 @@ def allocation(job: Job) -> list[Record]:
             measure(f"IP+norms {label}", mixed)
         bench.tune_biases(mixed)
         measure(f"IP-tuned {label}", mixed)
-        opposite = _in_order(
-            sorted(delta, key=lambda name: -delta[name][2] / savings[name][2]), savings, budget * most
-        )
+        opposite = _in_order(sorted(delta, key=lambda name: -delta[name][2] / savings[name][2]), savings, budget * most)
         measure(f"opposite-bits {label}", assemble(trained, opposite))
         easy = allocate_bits(light_delta, savings, budget * most, reference=4)
         ranges = assemble(light, easy.policy)
@@ -559,10 +559,20 @@ def allocation(job: Job) -> list[Record]:
                 accuracies.append(scores.accuracy)
                 if copies is trained:
                     predicted = before + sum(delta[name][2] for name, bits in policy.items() if bits == 2)
-                    add(results, f"{arm} {label} number {number}", job.condition, job.seed,
-                        {"predicted": predicted, "calibration kl": loss(drawn), "kl": chance[-1]})  # fmt: skip
-            add(results, f"{arm} {label}", job.condition, job.seed,
-                {"kl": float(np.exp(np.mean(np.log(chance)))), "accuracy": float(np.mean(accuracies))})  # fmt: skip
+                    add(
+                        results,
+                        f"{arm} {label} number {number}",
+                        job.condition,
+                        job.seed,
+                        {"predicted": predicted, "calibration kl": loss(drawn), "kl": chance[-1]},
+                    )
+            add(
+                results,
+                f"{arm} {label}",
+                job.condition,
+                job.seed,
+                {"kl": float(np.exp(np.mean(np.log(chance)))), "accuracy": float(np.mean(accuracies))},
+            )
     return list(results.records())
 
 
@@ -590,19 +600,14 @@ def _tune(results: Results, size: Size) -> tuple[tuple[str, float], ...]:
         for name, arm in arms.items()
         for rate in RATES[name]
     ]
-    todo = [
-        job for job in jobs if not results.has(f"{job.rates[0][0]} rate {job.rates[0][1]:g}", "validation")
-    ]
+    todo = [job for job in jobs if not results.has(f"{job.rates[0][0]} rate {job.rates[0][1]:g}", "validation")]
     for job, records in in_processes(classifier, todo):
         (name, rate), values = job.rates[0], {r.metric: r.value for r in records}
         add(results, f"{name} rate {rate:g}", "validation", 0, {"kl": values["kl"]})
         results.save()
     chosen = {}
     for name in arms:
-        scores = {
-            rate: results.values(f"{name} rate {rate:g}", "validation", metric="kl")[""]
-            for rate in RATES[name]
-        }
+        scores = {rate: results.values(f"{name} rate {rate:g}", "validation", metric="kl")[""] for rate in RATES[name]}
         chosen[name] = min(scores, key=scores.__getitem__)
     return tuple(chosen.items())
 
@@ -634,8 +639,9 @@ class _Language:
 
     def rate(self, name: str, make: Callable[[float], Method]) -> float:
         """Chosen on validation articles with the first two blocks quantised."""
-        windows = text.evaluation("wikipedia", sequences=min(8, self.size.windows[0]), length=self.size.windows[1],
-                                  split="validation")  # fmt: skip
+        windows = text.evaluation(
+            "wikipedia", sequences=min(8, self.size.windows[0]), length=self.size.windows[1], split="validation"
+        )
         scores = {}
         for rate in LANGUAGE_RATES[name]:
             arm = f"{name} rate {rate:g}"
@@ -680,9 +686,7 @@ class _Language:
             ("AdaRound 3-bit", trained("AdaRound", adaround)),
         ]
         if profile == "study":
-            steps += [
-                ("AdaQuant 4-bit", more_bits),
-            ]
+            steps += [("AdaQuant 4-bit", more_bits)]
             for bits in (8, 4):
                 arm = f"RTN-W4A{bits} g64"
                 steps.append((arm, measure(self.measure, arm, RTN(4, 64), QuantizeActivations(bits))))
@@ -701,21 +705,23 @@ def run(out: Path, profile: str = "study") -> Results:
     data |= {"wikipedia": text.corpus_hash("wikipedia"), "smollm2": models.smollm2_hash()}
     data |= {name: fetch.sha256(small.path(name) / "model.safetensors") for name, _ in CONDITIONS.values()}
     dtype = str(models.compute_dtype()).removeprefix("torch.")
-    results = Results.start(out, paper=SLUG, study=__name__, depends=DEPENDS, data=data, profile=profile,
-                            dtype=dtype, provisional=profile != "study")  # fmt: skip
+    results = Results.start(
+        out,
+        paper=SLUG,
+        study=__name__,
+        depends=DEPENDS,
+        data=data,
+        profile=profile,
+        dtype=dtype,
+        provisional=profile != "study",
+    )
     rates = _tune(results, size) if profile == "study" else ()
     jobs = [replace(job, rates=rates) for job in _jobs(profile)]
     for condition, (name, dataset) in CONDITIONS.items():
         if not results.has("dense", condition):
-            measured = (
-                images(dataset, "test")
-                if size.test is None
-                else images(dataset, "test").take(size.test, seed=0)
-            )
+            measured = images(dataset, "test") if size.test is None else images(dataset, "test").take(size.test, seed=0)
             model = small.load(name)
-            add_images(
-                results, "dense", condition, 0, model, classify(model, measured, progress=False), measured
-            )
+            add_images(results, "dense", condition, 0, model, classify(model, measured, progress=False), measured)
     todo = [job for job in jobs if not results.has(job.name(job.arms[-1]), job.condition, job.seed)]
     mixed = [Job(MAIN, 4, 50, seed, (), size, rates) for seed in SEEDS] if profile == "study" else []
     if profile == "quick":
@@ -729,9 +735,7 @@ def run(out: Path, profile: str = "study") -> Results:
                 results.add(*records)
                 results.save()
                 bar.update()
-    bar = tqdm(
-        _Language(results, size).steps(profile), desc=f"{SLUG} ({profile}): language model", unit="step"
-    )
+    bar = tqdm(_Language(results, size).steps(profile), desc=f"{SLUG} ({profile}): language model", unit="step")
     for name, step in bar:
         bar.set_postfix_str(name)
         step()

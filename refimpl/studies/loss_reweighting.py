@@ -147,8 +147,9 @@ def _below(arm: str, controls: Sequence[str], control: str, quantity: str) -> Ca
     def outcome(results: Results) -> Outcome:
         gaps = [seeds_ratio(_bits(results, arm), _bits(results, other)) for other in controls]
         label = f"worst of {len(gaps)}: {quantity}" if len(gaps) > 1 else quantity
-        return Outcome.of(_worst(gaps), _verdict([gap.high < 1 for gap in gaps]), scale=LM_SCALE, control=control,
-                          quantity=label)  # fmt: skip
+        return Outcome.of(
+            _worst(gaps), _verdict([gap.high < 1 for gap in gaps]), scale=LM_SCALE, control=control, quantity=label
+        )
 
     return outcome
 
@@ -194,8 +195,13 @@ def _both(
 
         plain = bits("uniform", plain_finest)
         gaps = [seeds_ratio(bits(arm, shapes_finest), plain) for arm in LONG[1:]]
-        return Outcome.of(_worst(gaps), _verdict([gap.high < 1 for gap in gaps]), scale=scale, control=control,
-                          quantity=f"worst of 2: {quantity}")  # fmt: skip
+        return Outcome.of(
+            _worst(gaps),
+            _verdict([gap.high < 1 for gap in gaps]),
+            scale=scale,
+            control=control,
+            quantity=f"worst of 2: {quantity}",
+        )
 
     return outcome
 
@@ -212,34 +218,43 @@ def _distances(results: Results, arm: str, outliers: float) -> np.ndarray:
 _TOY_SCALE = "least squares, 500 samples, 50 dimensions, 150 steps, 20 draws; the paper: a toy of this kind"
 
 
-def _toy(
-    pairs: Sequence[tuple[str, str, float]], control: str, quantity: str
-) -> Callable[[Results], Outcome]:
+def _toy(pairs: Sequence[tuple[str, str, float]], control: str, quantity: str) -> Callable[[Results], Outcome]:
     """Squared distance to the solution, first over second of each pair at a share of outliers."""
 
     def outcome(results: Results) -> Outcome:
         gaps = [seeds_ratio(_distances(results, a, o), _distances(results, b, o)) for a, b, o in pairs]
-        return Outcome.of(_worst(gaps), _verdict([gap.high < 1 for gap in gaps]), scale=_TOY_SCALE, control=control,
-                          quantity=f"worst of {len(gaps)}: {quantity}")  # fmt: skip
+        return Outcome.of(
+            _worst(gaps),
+            _verdict([gap.high < 1 for gap in gaps]),
+            scale=_TOY_SCALE,
+            control=control,
+            quantity=f"worst of {len(gaps)}: {quantity}",
+        )
 
     return outcome
 
 
 def _low_losses(results: Results) -> Outcome:
     gaps = [seeds_ratio(_bits(results, arm), _bits(results, "extremes")) for arm in ("linupper", "quadratic")]
-    return Outcome.of(_worst(gaps), _verdict([gap.high < 1 for gap in gaps]), scale=LM_SCALE, control="Extremes",
-                      quantity="worst of 2: bits per byte, shape / Extremes")  # fmt: skip
+    return Outcome.of(
+        _worst(gaps),
+        _verdict([gap.high < 1 for gap in gaps]),
+        scale=LM_SCALE,
+        control="Extremes",
+        quantity="worst of 2: bits per byte, shape / Extremes",
+    )
 
 
 def _bound(results: Results) -> Outcome:
-    share = t_interval(
-        [results.values("linupper", TRAINING, seed, metric="share within 2")[""] for seed in SEEDS]
+    share = t_interval([results.values("linupper", TRAINING, seed, metric="share within 2")[""] for seed in SEEDS])
+    verdict = Verdict.HOLDS if share.low > 0.95 else Verdict.PARTLY if share.low > 0.5 else Verdict.DOES_NOT_HOLD
+    return Outcome.of(
+        share,
+        verdict,
+        scale=LM_SCALE,
+        control="none: a condition, not a comparison",
+        quantity="share of batches in which no weight is above 2/M",
     )
-    verdict = (
-        Verdict.HOLDS if share.low > 0.95 else Verdict.PARTLY if share.low > 0.5 else Verdict.DOES_NOT_HOLD
-    )
-    return Outcome.of(share, verdict, scale=LM_SCALE, control="none: a condition, not a comparison",
-                      quantity="share of batches in which no weight is above 2/M")  # fmt: skip
 
 
 _OVER = "t interval over five seeds of the logarithm"
@@ -252,8 +267,12 @@ CLAIMS = [
         "lower held-out perplexity from 124M to 7B; no table was available to us",
         f"{_BITS}, LinUpper / uniform at its own best rate and / uniform at twice that rate, {_OVER}: holds if both "
         "lie below 1, partly if one does.",
-        _below("linupper", ("uniform", TWICE), "the plain mean, its own rate and twice it",
-               "bits per byte, LinUpper / uniform"),
+        _below(
+            "linupper",
+            ("uniform", TWICE),
+            "the plain mean, its own rate and twice it",
+            "bits per byte, LinUpper / uniform",
+        ),
     ),
     Claim(
         "rw-quadratic",
@@ -261,8 +280,12 @@ CLAIMS = [
         "lower held-out perplexity for GPT-2; no table was available to us",
         f"{_BITS}, Quadratic / uniform at its own best rate and / uniform at twice that rate, {_OVER}: holds if both "
         "lie below 1, partly if one does.",
-        _below("quadratic", ("uniform", TWICE), "the plain mean, its own rate and twice it",
-               "bits per byte, Quadratic / uniform"),
+        _below(
+            "quadratic",
+            ("uniform", TWICE),
+            "the plain mean, its own rate and twice it",
+            "bits per byte, Quadratic / uniform",
+        ),
     ),
     Claim(
         "rw-signal",
@@ -270,8 +293,12 @@ CLAIMS = [
         "not reported",
         f"{_BITS}, LinUpper / LinUpper's weights on sequences drawn at random, and / a batch as small as its weights "
         f"are worth, {_OVER}: holds if both lie below 1, partly if one does.",
-        _below("linupper", ("linupper shuffled", "smaller batch"), "the same weights shuffled; a smaller batch",
-               "bits per byte, LinUpper / control"),
+        _below(
+            "linupper",
+            ("linupper shuffled", "smaller batch"),
+            "the same weights shuffled; a smaller batch",
+            "bits per byte, LinUpper / control",
+        ),
     ),
     Claim(
         "rw-capped",
@@ -279,8 +306,12 @@ CLAIMS = [
         "pure up-weighting is weaker; no table was available to us",
         f"{_BITS}, LinUpper / upper, / focal (square of the loss), / soft-max of losses, {_OVER}: holds if all three "
         "lie below 1, partly if one or two do.",
-        _below("linupper", ("upper", "focal", "soft-max of losses"), "rules that rise to the highest loss",
-               "bits per byte, LinUpper / rising rule"),
+        _below(
+            "linupper",
+            ("upper", "focal", "soft-max of losses"),
+            "rules that rise to the highest loss",
+            "bits per byte, LinUpper / rising rule",
+        ),
     ),
     Claim(
         "rw-low-losses",
@@ -305,8 +336,11 @@ CLAIMS = [
         f"No outliers, r = 0.4, squared distance after 150 steps, LinUpper / uniform, / uniform with twice the step, / "
         f"uniform with gradients as long as LinUpper's, {_DRAWS}: holds if all three lie below 1, partly if one or two "
         "do.",
-        _toy([("linupper", other, 0.0) for other in ("uniform", "uniform, twice the step", "uniform, matched norm")],
-             "the plain mean with three step sizes", "squared distance, LinUpper / uniform"),
+        _toy(
+            [("linupper", other, 0.0) for other in ("uniform", "uniform, twice the step", "uniform, matched norm")],
+            "the plain mean with three step sizes",
+            "squared distance, LinUpper / uniform",
+        ),
     ),
     Claim(
         "rw-toy-order",
@@ -314,8 +348,11 @@ CLAIMS = [
         "a figure: LinUpper fastest, Quadratic next",
         f"No outliers, r = 0.4, squared distance after 150 steps, LinUpper / Quadratic and Quadratic / uniform, "
         f"{_DRAWS}: holds if both lie below 1, partly if one does.",
-        _toy([("linupper", "quadratic", 0.0), ("quadratic", "uniform", 0.0)], "the next in the order",
-             "squared distance, better / worse in the paper's order"),
+        _toy(
+            [("linupper", "quadratic", 0.0), ("quadratic", "uniform", 0.0)],
+            "the next in the order",
+            "squared distance, better / worse in the paper's order",
+        ),
     ),
     Claim(
         "rw-outliers",
@@ -323,8 +360,11 @@ CLAIMS = [
         "the motive of the cap; not measured with outliers",
         f"2 and 10 % outliers, r = 0.4, squared distance after 150 steps, LinUpper / uniform, {_DRAWS}: holds if both "
         "lie below 1, partly if one does.",
-        _toy([("linupper", "uniform", share) for share in (0.02, 0.1)], "the plain mean, same step",
-             "squared distance with outliers, LinUpper / uniform"),
+        _toy(
+            [("linupper", "uniform", share) for share in (0.02, 0.1)],
+            "the plain mean, same step",
+            "squared distance with outliers, LinUpper / uniform",
+        ),
     ),
     Claim(
         "rw-finer",
@@ -332,8 +372,14 @@ CLAIMS = [
         "not reported",
         f"{_BITS}, LinUpper and Quadratic, each at the best of three rates, / uniform at the best of five, all chosen "
         f"on validation text, {_OVER}: holds if both lie below 1, partly if one does.",
-        _both(False, True, False, LM_SCALE, "the plain mean with five rates to choose from, against three",
-              "bits per byte, shape / uniform, finer rates"),
+        _both(
+            False,
+            True,
+            False,
+            LM_SCALE,
+            "the plain mean with five rates to choose from, against three",
+            "bits per byte, shape / uniform, finer rates",
+        ),
     ),
     Claim(
         "rw-longer",
@@ -341,8 +387,14 @@ CLAIMS = [
         "lower held-out perplexity after 20 000 steps of GPT-2; no table was available to us",
         "Bits per byte of test text after 176 steps, all corpora together, LinUpper / uniform and Quadratic / uniform, "
         f"rates chosen again at that length, {_OVER}: holds if both lie below 1, partly if one does.",
-        _both(True, False, False, _LONG_SCALE, "the plain mean, as long, at its own rate",
-              "bits per byte after 176 steps, shape / uniform"),
+        _both(
+            True,
+            False,
+            False,
+            _LONG_SCALE,
+            "the plain mean, as long, at its own rate",
+            "bits per byte after 176 steps, shape / uniform",
+        ),
     ),
     Claim(
         "rw-wider",
@@ -351,10 +403,16 @@ CLAIMS = [
         "Bits per byte of test text after 176 steps, all corpora together, LinUpper / uniform and Quadratic / uniform, "
         "each at the best of six rates on validation text, up to twice the highest of the grid, "
         f"{_OVER}: holds if both lie below 1, partly if one does.",
-        _both(True, True, True, _LONG_SCALE, "the plain mean, as long, with as many rates to choose from",
-              "bits per byte after 176 steps, shape / uniform, six rates"),
+        _both(
+            True,
+            True,
+            True,
+            _LONG_SCALE,
+            "the plain mean, as long, with as many rates to choose from",
+            "bits per byte after 176 steps, shape / uniform, six rates",
+        ),
     ),
-]  # fmt: skip
+]
 
 
 # -- the toy --
@@ -450,9 +508,7 @@ def toy(arm: str, outliers: float, r: float, draws: int, steps: int) -> Tensor:
         assert weights is not None
         plain = torch.full_like(weights, 1 / weights.shape[-1])
         if arm == "uniform, matched norm":
-            long, short = (
-                (w * residual.detach()).unsqueeze(-2) @ x for w in (weights, plain)
-            )  # half of each gradient
+            long, short = ((w * residual.detach()).unsqueeze(-2) @ x for w in (weights, plain))  # half of each gradient
             plain *= (long.norm(dim=-1) / short.norm(dim=-1).clamp(min=1e-12)).detach()
         return ((plain if arm.startswith("uniform") else weights) * losses).sum()
 
@@ -584,13 +640,7 @@ def recipe_for(size: Size, lr: float, seed: int) -> Recipe:
         8
     """
     return Recipe(
-        size.steps,
-        lr=lr,
-        weight_decay=0.01,
-        warmup=max(1, size.steps // 10),
-        final_lr=0.2,
-        clip=1.0,
-        seed=seed,
+        size.steps, lr=lr, weight_decay=0.01, warmup=max(1, size.steps // 10), final_lr=0.2, clip=1.0, seed=seed
     )
 
 
@@ -628,10 +678,15 @@ def trained(job: Job) -> list[Record]:
     followed = job.seed == SEEDS[0] and job.arm in (*ARMS, TWICE)
     some = {domain: windows(domain, "validation", LENGTH, count=min(32, size.windows)) for domain in DOMAINS}
     began = time.process_time()  # of this process: a training has it to itself
-    history = train(model, batches(ids, sources, batch_size=BATCH, shuffle=False), loss,
-                    recipe_for(size, job.lr, job.seed), progress=False,
-                    evaluate=(lambda m: _together(m, some)) if followed else None,
-                    evaluate_every=max(1, size.steps // 8))  # fmt: skip
+    history = train(
+        model,
+        batches(ids, sources, batch_size=BATCH, shuffle=False),
+        loss,
+        recipe_for(size, job.lr, job.seed),
+        progress=False,
+        evaluate=(lambda m: _together(m, some)) if followed else None,
+        evaluate_every=max(1, size.steps // 8),
+    )
     seconds = time.process_time() - began
     weighted.close()
     held_out = {domain: windows(domain, job.split, LENGTH, count=size.windows) for domain in DOMAINS}
@@ -661,9 +716,7 @@ def _together(model: nn.Module, text: dict[str, tuple[Tensor, list[str]]]) -> di
     """Bits per byte of each corpus and, byte for byte, of all."""
     found = {domain: measured(model, *rows) for domain, rows in text.items()}
     values = {f"bits per byte, {domain}": one.value for domain, one in found.items()}
-    bits, counts = (
-        sum(float(getattr(one, name).sum()) for one in found.values()) for name in ("bits", "counts")
-    )
+    bits, counts = (sum(float(getattr(one, name).sum()) for one in found.values()) for name in ("bits", "counts"))
     return {"bits per byte": bits / counts, **values}
 
 
@@ -680,14 +733,10 @@ def _tune(results: Results, size: Size) -> dict[tuple[str, bool], float]:
         for arm in LONG
         for lr in extra
     ]
-    todo = [
-        job for job in jobs if not results.has(f"{job.arm} at {job.lr:g}", job.at(VALIDATION), TUNING_SEED)
-    ]
+    todo = [job for job in jobs if not results.has(f"{job.arm} at {job.lr:g}", job.at(VALIDATION), TUNING_SEED)]
     with tqdm(total=len(todo), desc=f"{SLUG}: learning rates", unit="training") as bar:
         for job, records in in_processes(trained, todo):
-            (value,) = (
-                r.value for r in records if r.condition == job.at(TEXT) and r.metric == "bits per byte"
-            )
+            (value,) = (r.value for r in records if r.condition == job.at(TEXT) and r.metric == "bits per byte")
             arm, place = f"{job.arm} at {job.lr:g}", job.at(VALIDATION)
             results.add(Record(SLUG, arm, place, TUNING_SEED, "", "bits per byte", value))
             results.save()
@@ -696,9 +745,7 @@ def _tune(results: Results, size: Size) -> dict[tuple[str, bool], float]:
     for arm, longer in tuned:
         scores = {lr: validated(results, arm, lr, longer) for lr in RATES}
         rates[arm, longer] = min(scores, key=scores.__getitem__)
-    named = {
-        (f"{arm}, rate {lr:g}", longer): lr for longer, extra in EXTRA.items() for arm in LONG for lr in extra
-    }
+    named = {(f"{arm}, rate {lr:g}", longer): lr for longer, extra in EXTRA.items() for arm in LONG for lr in extra}
     best = [(finest(results, arm, longer), longer) for longer in EXTRA for arm in LONG]
     return rates | {key: named[key] for key in best if key in named}
 
@@ -712,8 +759,9 @@ def run(out: Path, profile: str = "study") -> Results:
     """
     size = SIZES[profile]
     data = {domain: domain_hash(domain) for domain in DOMAINS}
-    results = Results.start(out, paper=SLUG, study=__name__, depends=DEPENDS, data=data, profile=profile,
-                            provisional=profile != "study")  # fmt: skip
+    results = Results.start(
+        out, paper=SLUG, study=__name__, depends=DEPENDS, data=data, profile=profile, provisional=profile != "study"
+    )
     workers = 1 if profile == "quick" else None
     todo_toys = [
         job
@@ -732,18 +780,9 @@ def run(out: Path, profile: str = "study") -> Results:
     rates |= {(arm, False): lr for arm, lr in FINER.items()}
     rates |= {(arm, False): rates[variant.shape, False] for arm, variant in VARIANTS.items()}
     if profile == "quick":
-        few = (
-            "uniform",
-            "linupper",
-            "smaller batch",
-            *list(FINER)[:1],
-            "linupper, r = 10",
-            "linupper, burn-in 0%",
-        )
+        few = ("uniform", "linupper", "smaller batch", *list(FINER)[:1], "linupper, r = 10", "linupper, burn-in 0%")
         rates = {key: rates[key] for key in [(arm, False) for arm in few] + [("linupper", True)]}
-    jobs = [
-        Job(arm, seed, lr, size, longer=longer) for seed in size.seeds for (arm, longer), lr in rates.items()
-    ]
+    jobs = [Job(arm, seed, lr, size, longer=longer) for seed in size.seeds for (arm, longer), lr in rates.items()]
     todo = [job for job in jobs if not results.has(job.arm, job.at(TEXT), job.seed)]
     with tqdm(total=len(todo), desc=f"{SLUG} ({profile})", unit="training") as bar:
         for job, records in in_processes(trained, todo, workers):

@@ -65,11 +65,7 @@ BUDGETS = (0.75, 0.5, 0.375, 0.25)
 OWN = 0.5  # budget whose rank the fixed-rank arm is trained for
 LLAMA, SMOLLM2 = "wikipedia llama", "wikipedia smollm2"
 SCALE = "a Llama of 0.8M weights, 4 heads of 32 channels, contexts of 256 tokens; the paper: 7B, heads of 128"
-TRAINED: dict[str, dict[str, Any]] = {
-    "MKV": {},
-    "fixed rank": {"fixed": True},
-    "unconstrained": {"orthogonal": False},
-}
+TRAINED: dict[str, dict[str, Any]] = {"MKV": {}, "fixed rank": {"fixed": True}, "unconstrained": {"orthogonal": False}}
 """Trained arms and what they change."""
 SEARCHED = "MKV searched"
 SMOLLM2_ARMS = ("PCA", "random", "trained", "unconstrained")
@@ -132,8 +128,13 @@ def _high(results: Results) -> Outcome:
         if 0.97 < gap.low and gap.high < 1.03
         else Verdict.DOES_NOT_HOLD
     )
-    return Outcome.of(gap, verdict, scale=SCALE, control="PCA of the same text",
-                      quantity="bits per byte at 75 % of the cache, trained / PCA")  # fmt: skip
+    return Outcome.of(
+        gap,
+        verdict,
+        scale=SCALE,
+        control="PCA of the same text",
+        quantity="bits per byte at 75 % of the cache, trained / PCA",
+    )
 
 
 def _low(results: Results) -> Outcome:
@@ -146,8 +147,13 @@ def _low(results: Results) -> Outcome:
         if any(gap.high < 1 for gap in gaps)
         else Verdict.DOES_NOT_HOLD
     )
-    return Outcome.of(worst, verdict, scale=SCALE, control="PCA of the same text",
-                      quantity="worst of 3: bits per byte lost, trained / PCA")  # fmt: skip
+    return Outcome.of(
+        worst,
+        verdict,
+        scale=SCALE,
+        control="PCA of the same text",
+        quantity="worst of 3: bits per byte lost, trained / PCA",
+    )
 
 
 def _own_rank(results: Results) -> Outcome:
@@ -157,15 +163,14 @@ def _own_rank(results: Results) -> Outcome:
     others = [gap(budget) for budget in BUDGETS if budget != OWN]
     worst = min(others, key=lambda g: g.low)
     good = [worst.low > 0, gap(OWN).high < 0]
-    verdict = (
-        _verdict(good)
-        if good[0]
-        else Verdict.PARTLY
-        if any(g.low > 0 for g in others)
-        else Verdict.DOES_NOT_HOLD
+    verdict = _verdict(good) if good[0] else Verdict.PARTLY if any(g.low > 0 for g in others) else Verdict.DOES_NOT_HOLD
+    return Outcome.of(
+        worst,
+        verdict,
+        scale=SCALE,
+        control="ranks drawn in every step, as many steps",
+        quantity="worst of 3 other ranks: bits per byte, one rank minus drawn ranks",
     )
-    return Outcome.of(worst, verdict, scale=SCALE, control="ranks drawn in every step, as many steps",
-                      quantity="worst of 3 other ranks: bits per byte, one rank minus drawn ranks")  # fmt: skip
 
 
 def _sampling(results: Results) -> Outcome:
@@ -175,37 +180,52 @@ def _sampling(results: Results) -> Outcome:
     }
     gap = t_interval(parts["fixed rank"] - parts["unconstrained"])
     verdict = Verdict.HOLDS if gap.low > 0 else Verdict.DOES_NOT_HOLD
-    return Outcome.of(gap, verdict, scale=SCALE, control="training without the orthogonality",
-                      quantity="mean of 4 budgets, bits per byte: without drawn ranks - without Cayley")  # fmt: skip
+    return Outcome.of(
+        gap,
+        verdict,
+        scale=SCALE,
+        control="training without the orthogonality",
+        quantity="mean of 4 budgets, bits per byte: without drawn ranks - without Cayley",
+    )
 
 
 def _orthogonality(results: Results) -> Outcome:
-    gaps = {
-        b: _over_seeds(results, "unconstrained", b) - _over_seeds(results, "MKV", b) for b in (FULL, *BUDGETS)
-    }
+    gaps = {b: _over_seeds(results, "unconstrained", b) - _over_seeds(results, "MKV", b) for b in (FULL, *BUDGETS)}
     high = [t_interval(gaps[b]) for b in (FULL, 0.75)]
     slope = t_interval(gaps[0.75] - gaps[0.25])
     worst = min(high, key=lambda g: g.low)
-    return Outcome.of(worst, _verdict([worst.low > 0, slope.low > 0]), scale=SCALE,
-                      control="the same training through Cayley",
-                      quantity="worst of 100 and 75 %: bits per byte, unconstrained minus orthogonal")  # fmt: skip
+    return Outcome.of(
+        worst,
+        _verdict([worst.low > 0, slope.low > 0]),
+        scale=SCALE,
+        control="the same training through Cayley",
+        quantity="worst of 100 and 75 %: bits per byte, unconstrained minus orthogonal",
+    )
 
 
 def _search(results: Results) -> Outcome:
     gaps = [seeds_ratio(_lost(results, SEARCHED, b), _lost(results, "MKV", b)) for b in BUDGETS if b <= 0.5]
     worst = max(gaps, key=lambda gap: gap.high)
-    return Outcome.of(worst, _verdict([gap.high < 1 for gap in gaps]), scale=SCALE, control="the same rank everywhere",
-                      quantity="worst of 3: bits per byte lost, searched / uniform ranks")  # fmt: skip
+    return Outcome.of(
+        worst,
+        _verdict([gap.high < 1 for gap in gaps]),
+        scale=SCALE,
+        control="the same rank everywhere",
+        quantity="worst of 3: bits per byte lost, searched / uniform ranks",
+    )
 
 
 def _ninety(results: Results) -> Outcome:
     whole = results.values("original", LLAMA, metric="accuracy")[""]
     share = t_interval(_over_seeds(results, "MKV", 0.375, "accuracy") / whole)
-    verdict = (
-        Verdict.HOLDS if share.low > 0.9 else Verdict.PARTLY if share.high > 0.9 else Verdict.DOES_NOT_HOLD
+    verdict = Verdict.HOLDS if share.low > 0.9 else Verdict.PARTLY if share.high > 0.9 else Verdict.DOES_NOT_HOLD
+    return Outcome.of(
+        share,
+        verdict,
+        scale=SCALE,
+        control="the model as it is",
+        quantity="share of its accuracy on next tokens kept at 37.5 % of the cache",
     )
-    return Outcome.of(share, verdict, scale=SCALE, control="the model as it is",
-                      quantity="share of its accuracy on next tokens kept at 37.5 % of the cache")  # fmt: skip
 
 
 _OVER = "t interval over five seeds"
@@ -268,7 +288,7 @@ CLAIMS = [
         f"whole cache's, {_OVER}: holds if it lies above 0.9, partly if it reaches above.",
         _ninety,
     ),
-]  # fmt: skip
+]
 
 
 # -- text --
@@ -335,10 +355,7 @@ def measure(model: Any, rows: Tensor, change: Change, exact: Sequence[Tensor] | 
         if exact is not None:
             gap += float((exact[k].exp() * (exact[k] - log_q)).double().sum())
     count = rows[:, 1:].numel()
-    values = {
-        "bits per byte": nll / np.log(2) / float(lengths[rows[:, 1:]].sum()),
-        "accuracy": right / count,
-    }
+    values = {"bits per byte": nll / np.log(2) / float(lengths[rows[:, 1:]].sum()), "accuracy": right / count}
     return values if exact is None else values | {"divergence": gap / count}
 
 
@@ -493,12 +510,11 @@ def fitted(model: Any, profile: str, arm: str = "trained") -> MatryoshkaKV:
         bases = pca(moments)
         if arm != "PCA":
             recipe = Recipe(size.smollm2_steps, lr=3e-3, warmup=size.smollm2_steps // 10, clip=1.0)
-            bases, _ = fit_bases(model, bases, ids.view(-1, 256), recipe, batch_size=2,
-                                 orthogonal=arm == "trained", progress=False)  # fmt: skip
+            bases, _ = fit_bases(
+                model, bases, ids.view(-1, 256), recipe, batch_size=2, orthogonal=arm == "trained", progress=False
+            )
     seconds = time.process_time() - began
-    policy = MatryoshkaKV(
-        tuple(b and Bases(*(x.cpu() for x in (b.Q_K, b.Q_V, b.mu_K, b.mu_V))) for b in bases)
-    )
+    policy = MatryoshkaKV(tuple(b and Bases(*(x.cpu() for x in (b.Q_K, b.Q_V, b.mu_K, b.mu_V))) for b in bases))
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps({"seconds": seconds}))
@@ -575,9 +591,7 @@ def _tune(results: Results, size: Size) -> dict[str, float]:
             own = [_condition(OWN)] if job.arm == "fixed rank" else [_condition(b) for b in BUDGETS]
             found = [r.value for r in records if r.metric == "divergence" and r.condition in own]
             value = float(np.mean(np.log(found)))  # budgets count alike
-            results.add(
-                Record(SLUG, _tuning(job), f"{LLAMA} validation", TUNING_SEED, "", "log divergence", value)
-            )
+            results.add(Record(SLUG, _tuning(job), f"{LLAMA} validation", TUNING_SEED, "", "log divergence", value))
             results.save()
             bar.update()
     chosen = {}
@@ -631,8 +645,16 @@ def run(out: Path, profile: str = "study") -> Results:
     data = {"wikipedia": text.corpus_hash("wikipedia"), "smollm2": models.smollm2_hash()}
     data["llama-medium"] = fetch.sha256(small.path("llama-medium") / "model.safetensors")
     dtype = str(models.compute_dtype()).removeprefix("torch.")  # of SmolLM2; the small Llama computes in fp32
-    results = Results.start(out, paper=SLUG, study=__name__, depends=DEPENDS, data=data, profile=profile,
-                            dtype=dtype, provisional=profile != "study")  # fmt: skip
+    results = Results.start(
+        out,
+        paper=SLUG,
+        study=__name__,
+        depends=DEPENDS,
+        data=data,
+        profile=profile,
+        dtype=dtype,
+        provisional=profile != "study",
+    )
     if not results.has("original", LLAMA):
         found = measure(small.load("llama-medium"), measured_text("test", size), None, None)
         results.add(*(Record(SLUG, "original", LLAMA, 0, "", name, value) for name, value in found.items()))

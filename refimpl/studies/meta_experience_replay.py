@@ -74,9 +74,7 @@ CHAIN = "chain"
 SMALL: dict[str, int] = {}
 LARGER = {"layers": 3, "hidden": 200}  # 4/3 of the arithmetic for each token
 LARGEST = {"width": 96, "hidden": 288}  # twice
-SCALE = (
-    "a Llama of 0.17M weights, four stages of 50 to 100 thousand tokens; the paper: 99M to 6B, 100 billion"
-)
+SCALE = "a Llama of 0.17M weights, four stages of 50 to 100 thousand tokens; the paper: 99M to 6B, 100 billion"
 
 
 @dataclass(frozen=True)
@@ -189,9 +187,7 @@ def _lower(
 
 
 def _as_far(results: Results, arm: Arm, control: Arm) -> bool:
-    ratio = _over_seeds(results, control.name, "displacement") / _over_seeds(
-        results, arm.name, "displacement"
-    )
+    ratio = _over_seeds(results, control.name, "displacement") / _over_seeds(results, arm.name, "displacement")
     return bool(0.9 < ratio.mean() < 1.1)
 
 
@@ -201,17 +197,25 @@ def _better_at_equal_learning(results: Results) -> Outcome:
     verdict = Verdict.DOES_NOT_HOLD
     if gap.high < 0:
         verdict = Verdict.HOLDS if learned.high < MARGIN else Verdict.PARTLY
-    return Outcome.of(gap, verdict, scale=SCALE, control="replay alone, 25 %, at its own best rate",
-                      quantity="retained loss, bits per byte, MER minus replay")  # fmt: skip
+    return Outcome.of(
+        gap,
+        verdict,
+        scale=SCALE,
+        control="replay alone, 25 %, at its own best rate",
+        quantity="retained loss, bits per byte, MER minus replay",
+    )
 
 
 def _like_joint(results: Results) -> Outcome:
     gap = _gap(results, MER.name, JOINT.name, "retained")
-    verdict = (
-        Verdict.HOLDS if gap.high < MARGIN else Verdict.PARTLY if gap.low < MARGIN else Verdict.DOES_NOT_HOLD
+    verdict = Verdict.HOLDS if gap.high < MARGIN else Verdict.PARTLY if gap.low < MARGIN else Verdict.DOES_NOT_HOLD
+    return Outcome.of(
+        gap,
+        verdict,
+        scale=SCALE,
+        control="the rows of all stages shuffled, as many steps",
+        quantity="retained loss, bits per byte, MER minus joint training",
     )
-    return Outcome.of(gap, verdict, scale=SCALE, control="the rows of all stages shuffled, as many steps",
-                      quantity="retained loss, bits per byte, MER minus joint training")  # fmt: skip
 
 
 MARGIN = 0.02  # bits per byte: less counts as equal
@@ -223,8 +227,12 @@ CLAIMS = [
         "560M, three languages: validation loss at the end about 3.3 without replay, 3.0 with 50 %",
         f"Forgetting in bits per byte on test text after four stages, with replay minus sequential, {_OVER}: holds if "
         "it lies below 0 for 25 and for 50 %, partly if for one.",
-        _lower("forgetting", [(QUARTER, SEQUENTIAL), (HALF, SEQUENTIAL)], "no replay, as many steps and rows",
-               "forgetting, bits per byte, replay minus sequential"),
+        _lower(
+            "forgetting",
+            [(QUARTER, SEQUENTIAL), (HALF, SEQUENTIAL)],
+            "no replay, as many steps and rows",
+            "forgetting, bits per byte, replay minus sequential",
+        ),
     ),
     Claim(
         "mer-reptile",
@@ -233,8 +241,12 @@ CLAIMS = [
         "Forgetting, with merges (epsilon 0.3, k = 5) minus the same training with every update shortened until the "
         f"weights end as far from the first stage's, {_OVER}: holds if it lies below 0 without replay and with 25 %, "
         "partly if for one; cannot be tested if the mean distance is off by a tenth.",
-        _lower("forgetting", [(REPTILE, SLOWER), (MER, QUARTER_SLOWER)], "as short a way, no merges",
-               "forgetting, bits per byte, Reptile minus its control"),
+        _lower(
+            "forgetting",
+            [(REPTILE, SLOWER), (MER, QUARTER_SLOWER)],
+            "as short a way, no merges",
+            "forgetting, bits per byte, Reptile minus its control",
+        ),
     ),
     Claim(
         "mer-whole",
@@ -252,8 +264,13 @@ CLAIMS = [
         "Mean cosine between gradients of old and new batches at two points of each later stage, with merges minus "
         f"the control that moves as far, {_OVER}: holds if it lies above 0 without replay and with 25 %, partly if for "
         "one; cannot be tested if the mean distance is off by a tenth.",
-        _lower("alignment", [(REPTILE, SLOWER), (MER, QUARTER_SLOWER)], "as short a way, no merges",
-               "mean cosine, Reptile minus its control", raised=True),
+        _lower(
+            "alignment",
+            [(REPTILE, SLOWER), (MER, QUARTER_SLOWER)],
+            "as short a way, no merges",
+            "mean cosine, Reptile minus its control",
+            raised=True,
+        ),
     ),
     Claim(
         "mer-size",
@@ -261,8 +278,12 @@ CLAIMS = [
         "560M with 50 % replay is close to 1B without; from 0 to 25 % replay is worth more than a bigger model",
         "Mean loss at the end, 25 % replay minus a model of 4/3 the arithmetic for each row, on as many new rows of "
         f"the later stages and none replayed, {_OVER}: holds if it lies below 0.",
-        _lower("retained", [(QUARTER, BIGGER)], "a larger model of equal compute",
-               "retained loss, bits per byte, replay minus larger model"),
+        _lower(
+            "retained",
+            [(QUARTER, BIGGER)],
+            "a larger model of equal compute",
+            "retained loss, bits per byte, replay minus larger model",
+        ),
     ),
     Claim(
         "mer-joint",
@@ -272,7 +293,7 @@ CLAIMS = [
         f"lies below {MARGIN}, partly if only the lower end does.",
         _like_joint,
     ),
-]  # fmt: skip
+]
 
 
 # -- trainings --
@@ -316,8 +337,9 @@ def recipe_for(size: Size, seed: int, factor: float, after: int) -> Recipe:
             return super().scale(step) * (factor if step >= after else 1.0)
 
     steps = size.first + 3 * size.later
-    return Later(steps, lr=LR, betas=(0.9, 0.95), weight_decay=0.1, warmup=max(1, steps // 50), final_lr=0.1,
-                 clip=1.0, seed=seed)  # fmt: skip
+    return Later(
+        steps, lr=LR, betas=(0.9, 0.95), weight_decay=0.1, warmup=max(1, steps // 50), final_lr=0.1, clip=1.0, seed=seed
+    )
 
 
 def stages_of(size: Size) -> list[Stage]:
@@ -328,9 +350,7 @@ def stages_of(size: Size) -> list[Stage]:
         [200, 100, 100, 100]
     """
     lengths = (size.first, *[size.later] * (len(DOMAINS) - 1))
-    return [
-        Stage(_windows(name, "calibration")[0], steps) for name, steps in zip(DOMAINS, lengths, strict=True)
-    ]
+    return [Stage(_windows(name, "calibration")[0], steps) for name, steps in zip(DOMAINS, lengths, strict=True)]
 
 
 @functools.cache
@@ -467,9 +487,7 @@ def trained(job: Job) -> list[Record]:
     values = {"cpu seconds": time.process_time() - start, "flops": _flops(model, arm.batch) * steps}
     if shared:
         before = load_file(_start(job) / "weights.safetensors")
-        moved = sum(
-            float((p.double() - before[n].double()).square().sum()) for n, p in _weights(model).items()
-        )
+        moved = sum(float((p.double() - before[n].double()).square().sum()) for n, p in _weights(model).items())
         values["displacement"] = math.sqrt(moved)
     values |= _scores(size, history)
     counts = [loader_for(arm, size, job.seed).counts(step) for step in range(steps)]
@@ -480,9 +498,7 @@ def trained(job: Job) -> list[Record]:
         where = entry["step"] - size.first
         if where in (-size.first, *(k * size.later for k in range(len(DOMAINS)))):
             condition = "before" if where < 0 else f"after {DOMAINS[round(where / size.later)]}"
-            results.add(
-                *(Record(SLUG, arm.name, condition, job.seed, d, "bits per byte", entry[d]) for d in DOMAINS)
-            )
+            results.add(*(Record(SLUG, arm.name, condition, job.seed, d, "bits per byte", entry[d]) for d in DOMAINS))
     if job.seed == SEEDS[0]:
         results.add_history(arm.name, "training", job.seed, history, every=max(1, steps // 50))
     return list(results.records())
@@ -519,8 +535,11 @@ class _Study:
     def train(self, jobs: Sequence[Job], what: str) -> None:
         """Train what has not been recorded, first stages first."""
         todo = [job for job in jobs if not self.results.has(job.arm.name, CHAIN, job.seed)]
-        firsts = {_start(job): replace(job, arm=SEQUENTIAL, share=None)
-                  for job in todo if not (job.arm.joint or job.arm.model)}  # fmt: skip
+        firsts = {
+            _start(job): replace(job, arm=SEQUENTIAL, share=None)
+            for job in todo
+            if not (job.arm.joint or job.arm.model)
+        }
         missing = [job for folder, job in firsts.items() if not folder.exists()]
         bar = tqdm(total=len(todo) + len(missing), desc=f"{SLUG}: {what}", unit="training")
         with bar:
@@ -541,8 +560,9 @@ class _Study:
         """The factor of every arm, by the mean loss at the end on validation text."""
         own = [arm for arm in arms if not (arm.matched or arm.tuned_as)]
         tries = {(arm.name, f): replace(arm, name=_try(arm.name, f)) for arm in own for f in FACTORS}
-        self.train([self.job(arm, f, seed=TUNING_SEED, split="validation") for (_, f), arm in tries.items()],
-                   "learning rates")  # fmt: skip
+        self.train(
+            [self.job(arm, f, seed=TUNING_SEED, split="validation") for (_, f), arm in tries.items()], "learning rates"
+        )
         factors = {}
         for arm in own:
             loss = {f: self.value(_try(arm.name, f), TUNING_SEED, "retained") for f in FACTORS}
@@ -561,9 +581,7 @@ class _Study:
         for number in (1, 2):
             arm = replace(control, name=f"{control.name}, try {number}")
             self.train([self.job(arm, factor, seed=TUNING_SEED, split="validation", share=share)], "as far")
-            logs.append(
-                (math.log(share), math.log(self.value(arm.name, TUNING_SEED, "displacement") / wanted))
-            )
+            logs.append((math.log(share), math.log(self.value(arm.name, TUNING_SEED, "displacement") / wanted)))
             slope = 1.0
             if number == 2 and abs(logs[1][0] - logs[0][0]) > 1e-3:
                 slope = (logs[1][1] - logs[0][1]) / (logs[1][0] - logs[0][0])
@@ -583,8 +601,9 @@ def run(out: Path, profile: str = "study") -> Results:
         profile: "study" (recorded; the rules must be committed), "live" or "quick".
     """
     data = {domain: domain_hash(domain) for domain in DOMAINS}
-    results = Results.start(out, paper=SLUG, study=__name__, depends=DEPENDS, data=data, profile=profile,
-                            provisional=profile != "study")  # fmt: skip
+    results = Results.start(
+        out, paper=SLUG, study=__name__, depends=DEPENDS, data=data, profile=profile, provisional=profile != "study"
+    )
     with tempfile.TemporaryDirectory() as starts:
         study = _Study(results, profile, starts)
         if profile == "study":
@@ -592,8 +611,9 @@ def run(out: Path, profile: str = "study") -> Results:
             results.claims = judge(results, CLAIMS)
         else:
             arms = ARMS if profile == "quick" else (SEQUENTIAL, QUARTER, MER, QUARTER_SLOWER)
-            study.train([study.job(arm, 1.0, seed=SEEDS[0], share=EPSILON if arm.matched else None)
-                         for arm in arms], profile)  # fmt: skip
+            study.train(
+                [study.job(arm, 1.0, seed=SEEDS[0], share=EPSILON if arm.matched else None) for arm in arms], profile
+            )
     results.save()
     return results
 
@@ -605,7 +625,9 @@ def _study(study: _Study) -> None:
         assert control.matched is not None
         factors[control.name] = factors[control.matched]
         shares[control.name] = study.matched(control, factors[control.name])
-    study.train([study.job(arm, factors[arm.name], seed=seed, share=shares.get(arm.name))
-                 for seed in SEEDS for arm in ARMS], "five seeds")  # fmt: skip
+    study.train(
+        [study.job(arm, factors[arm.name], seed=seed, share=shares.get(arm.name)) for seed in SEEDS for arm in ARMS],
+        "five seeds",
+    )
     single = [study.job(arm, factors[arm.tuned_as or arm.name], seed=SEEDS[0]) for arm in (BIGGEST, *swept())]
     study.train(single, "sweeps")

@@ -139,9 +139,7 @@ class Arm:
 
 
 def _values(results: Results, arm: str, r: float, metric: str, seeds: Sequence[int] = SEEDS) -> np.ndarray:
-    return np.array(
-        [results.values(arm, Arm(arm, MNIST, r).condition, seed, metric=metric)[""] for seed in seeds]
-    )
+    return np.array([results.values(arm, Arm(arm, MNIST, r).condition, seed, metric=metric)[""] for seed in seeds])
 
 
 def _gap(results: Results, a: str, b: str, r: float, seeds: Sequence[int] = SEEDS) -> Interval:
@@ -162,9 +160,7 @@ def seconds_to(
         target: one of `TARGETS`.
         clock: "cpu" or "wall".
     """
-    found = _values(results, arm, r, f"{clock} to {target:.0%}") + _values(
-        results, arm, r, f"selection {clock}"
-    )
+    found = _values(results, arm, r, f"{clock} to {target:.0%}") + _values(results, arm, r, f"selection {clock}")
     return found, _values(results, arm, r, f"reached {target:.0%}") > 0
 
 
@@ -177,39 +173,56 @@ def _verdict(good: Sequence[bool]) -> Verdict:
 def _beats_fixed(results: Results) -> Outcome:
     gaps = [_gap(results, OURS, other, r) for r in SMALL for other in FIXED]
     worst = min(gaps, key=lambda gap: gap.low)
-    return Outcome.of(worst, _verdict([gap.low > 0 for gap in gaps]), scale=SCALE, control="ten subsets chosen once",
-                      quantity=f"least of {len(gaps)}: accuracy, RS2 minus fixed subset")  # fmt: skip
+    return Outcome.of(
+        worst,
+        _verdict([gap.low > 0 for gap in gaps]),
+        scale=SCALE,
+        control="ten subsets chosen once",
+        quantity=f"least of {len(gaps)}: accuracy, RS2 minus fixed subset",
+    )
 
 
 def _ties_short(results: Results) -> Outcome:
     gaps = [_gap(results, OURS, SHORT, r, MORE_SEEDS) for r in SMALL]
     worst = max(gaps, key=lambda gap: max(abs(gap.low), abs(gap.high)))
     good = [-0.01 < gap.low and gap.high < 0.01 for gap in gaps]
-    return Outcome.of(worst, _verdict(good), scale=SCALE, control="all data, as many steps, permutations of its own",
-                      quantity="widest of 3: accuracy, RS2 minus short training")  # fmt: skip
+    return Outcome.of(
+        worst,
+        _verdict(good),
+        scale=SCALE,
+        control="all data, as many steps, permutations of its own",
+        quantity="widest of 3: accuracy, RS2 minus short training",
+    )
 
 
 def _gap_closes(results: Results) -> Outcome:
     def better(r: float) -> str:
-        return max(
-            ("fixed random", "fixed el2n"), key=lambda arm: _values(results, arm, r, "accuracy").mean()
-        )
+        return max(("fixed random", "fixed el2n"), key=lambda arm: _values(results, arm, r, "accuracy").mean())
 
     best = better(LARGE[-1])
     gap = _gap(results, OURS, best, LARGE[-1])
     small = _gap(results, OURS, better(SMALL[-1]), SMALL[-1])
     good = gap.high < 0.01, gap.estimate < small.estimate / 4
     verdict = Verdict.HOLDS if all(good) else Verdict.PARTLY if any(good) else Verdict.DOES_NOT_HOLD
-    return Outcome.of(gap, verdict, scale=SCALE, control=f"the better of two fixed subsets ({best})",
-                      quantity="accuracy at r = 50 %, RS2 minus fixed subset")  # fmt: skip
+    return Outcome.of(
+        gap,
+        verdict,
+        scale=SCALE,
+        control=f"the better of two fixed subsets ({best})",
+        quantity="accuracy at r = 50 %, RS2 minus fixed subset",
+    )
 
 
 def _hard_loses(results: Results) -> Outcome:
     gaps = [_gap(results, hard, "fixed random", r) for r in SMALL[:2] for hard in HARD]
     worst = max(gaps, key=lambda gap: gap.high)
-    return Outcome.of(worst, _verdict([gap.high < 0 for gap in gaps]), scale=SCALE,
-                      control="a random subset, chosen once",
-                      quantity=f"largest of {len(gaps)}: accuracy, hardest examples minus random")  # fmt: skip
+    return Outcome.of(
+        worst,
+        _verdict([gap.high < 0 for gap in gaps]),
+        scale=SCALE,
+        control="a random subset, chosen once",
+        quantity=f"largest of {len(gaps)}: accuracy, hardest examples minus random",
+    )
 
 
 def _sooner_to_95(results: Results) -> Outcome:
@@ -244,8 +257,9 @@ def _sooner(ours: np.ndarray, theirs: np.ndarray, quantity: str, reached: bool =
     gap = seeds_ratio(ours, theirs)
     verdict = Verdict.HOLDS if gap.high < 0.5 else Verdict.PARTLY if gap.high < 1 else Verdict.DOES_NOT_HOLD
     verdict = verdict if reached else Verdict.DOES_NOT_HOLD
-    return Outcome.of(gap, verdict, scale=SCALE, control="all data with its own schedule of 40 epochs",
-                      quantity=quantity)  # fmt: skip
+    return Outcome.of(
+        gap, verdict, scale=SCALE, control="all data with its own schedule of 40 epochs", quantity=quantity
+    )
 
 
 def _sooner_than_selectors(results: Results) -> Outcome:
@@ -256,21 +270,28 @@ def _sooner_than_selectors(results: Results) -> Outcome:
         theirs = min((seconds_to(results, arm, r, target)[0] for arm in pair), key=lambda x: np.log(x).mean())
         gaps.append(seeds_ratio(ours, theirs))
     worst = max(gaps, key=lambda gap: gap.high)
-    verdict = (
-        Verdict.HOLDS if worst.high < 0.5 else Verdict.PARTLY if worst.high < 1 else Verdict.DOES_NOT_HOLD
-    )
+    verdict = Verdict.HOLDS if worst.high < 0.5 else Verdict.PARTLY if worst.high < 1 else Verdict.DOES_NOT_HOLD
     if not reached.all():
         verdict = Verdict.DOES_NOT_HOLD
-    return Outcome.of(worst, verdict, scale=SCALE, control=f"{len(gaps)} selectors, the better of two proxies each",
-                      quantity=f"largest of {len(gaps)}: seconds to {target:.0%}, RS2 / selector")  # fmt: skip
+    return Outcome.of(
+        worst,
+        verdict,
+        scale=SCALE,
+        control=f"{len(gaps)} selectors, the better of two proxies each",
+        quantity=f"largest of {len(gaps)}: seconds to {target:.0%}, RS2 / selector",
+    )
 
 
 def _schedule_matters(results: Results) -> Outcome:
     gaps = [_gap(results, OURS, CUT, r) for r in SMALL]
     worst = min(gaps, key=lambda gap: gap.low)
-    return Outcome.of(worst, _verdict([gap.low > 0 for gap in gaps]), scale=SCALE,
-                      control="the same with the schedule of the full run, cut off",
-                      quantity="least of 3: accuracy, schedule of T steps minus cut off")  # fmt: skip
+    return Outcome.of(
+        worst,
+        _verdict([gap.low > 0 for gap in gaps]),
+        scale=SCALE,
+        control="the same with the schedule of the full run, cut off",
+        quantity="least of 3: accuracy, schedule of T steps minus cut off",
+    )
 
 
 _OVER = "t interval over five seeds"
@@ -368,9 +389,15 @@ def network(data: str, seed: int) -> nn.Module:
     if data == DIGITS:
         return nn.Sequential(nn.Flatten(), nn.Linear(1024, 64), nn.ReLU(), nn.Linear(64, 10))
     return nn.Sequential(
-        nn.Conv2d(1, 16, 5, stride=2, padding=2), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(1568, 32), nn.ReLU(), nn.Linear(32, 10),
-    )  # fmt: skip
+        nn.Conv2d(1, 16, 5, stride=2, padding=2),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(1568, 32),
+        nn.ReLU(),
+        nn.Linear(32, 10),
+    )
 
 
 def wrong_labels(labels: Tensor, share: float, seed: int, classes: int = 10) -> Tensor:
@@ -435,8 +462,15 @@ class Choice:
 def _warm_up(data: str) -> None:
     """What is loaded at the first call of anything is no part of a training's time."""
     x, labels = _held_out(data, "validation", 40)
-    train_proxy(lambda seed: network(data, seed), x, labels, epochs=1, recipe=lambda T, seed: recipe(T, RATES[0], seed),
-                batch_size=20, gradients=True)  # fmt: skip
+    train_proxy(
+        lambda seed: network(data, seed),
+        x,
+        labels,
+        epochs=1,
+        recipe=lambda T, seed: recipe(T, RATES[0], seed),
+        batch_size=20,
+        gradients=True,
+    )
 
 
 def choose(choice: Choice) -> None:
@@ -454,10 +488,17 @@ def choose(choice: Choice) -> None:
 
     epochs, networks = (choice.size.brief, 1) if choice.brief else choice.size.early
     length = choice.size.brief if choice.brief else choice.size.late
-    late = train_proxy(build, x, labels, epochs=length, recipe=how, batch_size=choice.size.batch,
-                       seeds=(base,))  # fmt: skip
-    early = train_proxy(build, x, labels, epochs=epochs, recipe=how, batch_size=choice.size.batch,
-                        seeds=tuple(base + 1 + i for i in range(networks)), gradients=True)  # fmt: skip
+    late = train_proxy(build, x, labels, epochs=length, recipe=how, batch_size=choice.size.batch, seeds=(base,))
+    early = train_proxy(
+        build,
+        x,
+        labels,
+        epochs=epochs,
+        recipe=how,
+        batch_size=choice.size.batch,
+        seeds=tuple(base + 1 + i for i in range(networks)),
+        gradients=True,
+    )
     stored: dict[str, Tensor] = {}
     for r in choice.ratios:
         for name in SELECTORS:
@@ -559,8 +600,15 @@ def trained(job: Job) -> list[Record]:
     timed = job.split == "test" and is_timed(arm)
     _warm_up(arm.data)
     watch = Watch(test_x, test_labels)
-    train(model, batches, cross_entropy_loss, recipe(T, job.lr, job.seed, horizon), progress=False,
-          evaluate=watch if timed else None, evaluate_every=size.every if timed else None)  # fmt: skip
+    train(
+        model,
+        batches,
+        cross_entropy_loss,
+        recipe(T, job.lr, job.seed, horizon),
+        progress=False,
+        evaluate=watch if timed else None,
+        evaluate_every=size.every if timed else None,
+    )
     wall, cpu = watch.seconds()
     with torch.inference_mode():
         logits = model(test_x).double()
@@ -578,19 +626,19 @@ def trained(job: Job) -> list[Record]:
     if timed:
         for target in TARGETS:
             there = watch.reached.get(target, (wall, cpu))
-            values |= {f"reached {target:.0%}": target in watch.reached, f"wall to {target:.0%}": there[0],
-                       f"cpu to {target:.0%}": there[1]}  # fmt: skip
+            values |= {
+                f"reached {target:.0%}": target in watch.reached,
+                f"wall to {target:.0%}": there[0],
+                f"cpu to {target:.0%}": there[1],
+            }
     records = [
-        Record(SLUG, arm.name, arm.condition, job.seed, "", name, float(value))
-        for name, value in values.items()
+        Record(SLUG, arm.name, arm.condition, job.seed, "", name, float(value)) for name, value in values.items()
     ]
     if timed:
         for number, (second, right) in enumerate(watch.curve):
             for metric, value in (("cpu", second), ("accuracy", right)):
                 where = f"{arm.condition} curve"
-                records.append(
-                    Record(SLUG, arm.name, where, job.seed, str(number * size.every), metric, value)
-                )
+                records.append(Record(SLUG, arm.name, where, job.seed, str(number * size.every), metric, value))
     return records
 
 
@@ -652,8 +700,7 @@ def _tune(results: Results, arms: Sequence[Arm], size: Size, folder: str) -> dic
     def score(arm: Arm, lr: float) -> tuple[float, float]:
         name = _tuning(arm, lr)
         accuracy, loss = (
-            results.values(name, arm.condition, TUNING_SEED, metric=metric)[""]
-            for metric in ("accuracy", "loss")
+            results.values(name, arm.condition, TUNING_SEED, metric=metric)[""] for metric in ("accuracy", "loss")
         )
         return accuracy, -loss
 
@@ -683,8 +730,9 @@ def run(out: Path, profile: str = "study") -> Results:
     """
     size, arms = SIZES[profile], arms_of(profile)
     data = {name: dataset_hash(name) for name in (MNIST, DIGITS)}
-    results = Results.start(out, paper=SLUG, study=__name__, depends=DEPENDS, data=data, profile=profile,
-                            provisional=profile != "study")  # fmt: skip
+    results = Results.start(
+        out, paper=SLUG, study=__name__, depends=DEPENDS, data=data, profile=profile, provisional=profile != "study"
+    )
     workers = 1 if profile == "quick" else None
     digest = hashlib.sha256(json.dumps([module_hashes([__name__, *DEPENDS]), data], sort_keys=True).encode())
     folder = str(fetch.cache_folder() / "studies" / SLUG / f"{profile}-{digest.hexdigest()[:12]}")
@@ -697,9 +745,7 @@ def run(out: Path, profile: str = "study") -> Results:
             for seed in (*seeds_of(arm, profile), *((TUNING_SEED,) if profile == "study" else ())):
                 wanted.setdefault((arm.data, seed), set()).add(arm.r)
     wanted.pop((NOISY, TUNING_SEED), None)  # noisy arms have the rates of the clean ones
-    choices += [
-        Choice(name, seed, tuple(sorted(ratios)), size, folder) for (name, seed), ratios in wanted.items()
-    ]
+    choices += [Choice(name, seed, tuple(sorted(ratios)), size, folder) for (name, seed), ratios in wanted.items()]
     choices = [choice for choice in choices if not choice.path.exists()]
     with tqdm(total=len(choices), desc=f"{SLUG}: subsets", unit="seed") as bar:
         for _ in in_processes(choose, choices, workers):
@@ -711,16 +757,12 @@ def run(out: Path, profile: str = "study") -> Results:
         for seed in seeds_of(arm, profile)
         if not results.has(arm.name, arm.condition, seed)
     ]
-    jobs.sort(
-        key=lambda job: (job.seed, -job.arm.r)
-    )  # whole seeds first: an interrupted study is a small one
+    jobs.sort(key=lambda job: (job.seed, -job.arm.r))  # whole seeds first: an interrupted study is a small one
     saved = time.monotonic()
     with tqdm(total=len(jobs), desc=f"{SLUG} ({profile})", unit="training") as bar:
         for _, records in in_processes(trained, jobs, workers):
             results.add(*records)
-            if (
-                time.monotonic() - saved > 5
-            ):  # with its curves the file takes as long as the shortest trainings
+            if time.monotonic() - saved > 5:  # with its curves the file takes as long as the shortest trainings
                 results.save()
                 saved = time.monotonic()
             bar.update()

@@ -190,8 +190,13 @@ def _replay(results: Results) -> Outcome:
     verdict = Verdict.HOLDS if saved.high < 0 else Verdict.DOES_NOT_HOLD
     if forgotten.low <= 0:  # nothing was forgotten, so nothing can be saved
         verdict = Verdict.CANNOT_BE_TESTED
-    return Outcome.of(saved, verdict, scale=SCALE, control="re-warming without replay, as many updates",
-                      quantity="bits per byte of Wikipedia, 25 % replay minus none")  # fmt: skip
+    return Outcome.of(
+        saved,
+        verdict,
+        scale=SCALE,
+        control="re-warming without replay, as many updates",
+        quantity="bits per byte of Wikipedia, 25 % replay minus none",
+    )
 
 
 def _merges(results: Results) -> Outcome:
@@ -201,24 +206,38 @@ def _merges(results: Results) -> Outcome:
     verdict = Verdict.HOLDS if found.high < 0 else Verdict.DOES_NOT_HOLD
     if not 0.8 < way[1] / way[0] < 1.25:
         verdict = Verdict.CANNOT_BE_TESTED
-    return Outcome.of(found, verdict, scale=SCALE, control="replay at 0.3 of the rate, which moves about as far",
-                      quantity="bits per byte of all four kinds of text, MER minus replay")  # fmt: skip
+    return Outcome.of(
+        found,
+        verdict,
+        scale=SCALE,
+        control="replay at 0.3 of the rate, which moves about as far",
+        quantity="bits per byte of all four kinds of text, MER minus replay",
+    )
 
 
 def _weights(results: Results) -> Outcome:
     gaps = [gap(results, WEIGHTS, arm, "uniform", domains.DOMAINS) for arm in ("linupper", "quadratic")]
     worst = max(gaps, key=lambda each: each.high)
-    return Outcome.of(worst, _verdict([each.high < 0 for each in gaps]), scale=SCALE, control="the plain mean",
-                      quantity="worst of 2: bits per byte of all four kinds of text, weighted minus plain")  # fmt: skip
+    return Outcome.of(
+        worst,
+        _verdict([each.high < 0 for each in gaps]),
+        scale=SCALE,
+        control="the plain mean",
+        quantity="worst of 2: bits per byte of all four kinds of text, weighted minus plain",
+    )
 
 
 def _subsets(results: Results) -> Outcome:
     others = [arm.label for arm in ARMS if arm.chapter == POOL and arm.name != "rs2"]
     gaps = [gap(results, POOL, "rs2", other, [NEW]) for other in others]
     worst = max(gaps, key=lambda each: each.high)
-    return Outcome.of(worst, _verdict([each.high < 0 for each in gaps]), scale=SCALE,
-                      control="subsets chosen once: at random, of the highest and of the lowest losses",
-                      quantity="worst of 3: bits per byte of C++, RS2 minus fixed subset")  # fmt: skip
+    return Outcome.of(
+        worst,
+        _verdict([each.high < 0 for each in gaps]),
+        scale=SCALE,
+        control="subsets chosen once: at random, of the highest and of the lowest losses",
+        quantity="worst of 3: bits per byte of C++, RS2 minus fixed subset",
+    )
 
 
 _OVER = "interval over test documents, one training each"
@@ -347,12 +366,17 @@ def _continued(job: Job, model: nn.Module, note: Callable[[str, float], None]) -
         recipe = job.recipe(Constant(size.steps, LOW * job.peak))
         data = replay_loader(new, [old], 0.0, BATCH, size.steps)
         return train(model, data, next_token_loss, recipe, **job.watched(size.steps))
-    method = ContinualPretraining(
-        job.peak, replay=0.25 if job.arm.name.endswith("25 %") else 0.0, warmup=0.05
-    )
+    method = ContinualPretraining(job.peak, replay=0.25 if job.arm.name.endswith("25 %") else 0.0, warmup=0.05)
     precision = job.cosine(size.steps).precision
-    return method.train(model, new, [old], steps=size.steps, batch_size=BATCH, recipe={"precision": precision},
-                        **job.watched(size.steps))  # fmt: skip
+    return method.train(
+        model,
+        new,
+        [old],
+        steps=size.steps,
+        batch_size=BATCH,
+        recipe={"precision": precision},
+        **job.watched(size.steps),
+    )
 
 
 def _chained(job: Job, model: nn.Module, note: Callable[[str, float], None]) -> History:
@@ -372,10 +396,11 @@ def _chained(job: Job, model: nn.Module, note: Callable[[str, float], None]) -> 
 
 def _weighted(job: Job, model: nn.Module, note: Callable[[str, float], None]) -> History:
     updates, batch = job.size.weighted
+    # the last column says where a row is from
     sources = [
         torch.cat([rows(kind, job.size), torch.full((len(rows(kind, job.size)), 1), number)], 1)
         for number, kind in enumerate(domains.DOMAINS)
-    ]  # the last column says where a row is from
+    ]
     data = mixture_loader(sources, [1 / len(sources)] * len(sources), batch, updates)
     weighted = Weighted(model, sequence_losses, LossReweighting(job.arm.name, TEMPERATURE))
     shares: list[Tensor] = []
@@ -413,10 +438,7 @@ def _from_a_pool(job: Job, model: nn.Module, note: Callable[[str, float], None])
         data = loader(pool[kept], Shuffled(k), BATCH)
     history = train(model, data, next_token_loss, job.cosine(updates), **job.watched(updates))
     with torch.inference_mode(), _precise():
-        note(
-            "training loss",
-            float(torch.cat([sequence_losses(model, part) for part in pool.split(BATCH)]).mean()),
-        )
+        note("training loss", float(torch.cat([sequence_losses(model, part) for part in pool.split(BATCH)]).mean()))
     return history
 
 
@@ -434,9 +456,7 @@ def trained(job: Job) -> list[Record]:
 
     model.train()
     history = _TRAININGS[job.arm.chapter](job, model, note)
-    moved = sum(
-        float((p.detach() - q).square().sum()) for p, q in zip(model.parameters(), before, strict=True)
-    )
+    moved = sum(float((p.detach() - q).square().sum()) for p, q in zip(model.parameters(), before, strict=True))
     note("displacement", math.sqrt(moved))
     note("rate", job.peak)
     note("updates", len(history.steps))
@@ -448,12 +468,7 @@ def trained(job: Job) -> list[Record]:
 def untouched(size: Size) -> list[Record]:
     """Measure the model as it comes."""
     results = Results("", {"paper": SLUG})
-    _add(
-        results,
-        BEFORE,
-        BEFORE,
-        spent(models.smollm2(torch.float32, size.layers), size, size.measured),
-    )
+    _add(results, BEFORE, BEFORE, spent(models.smollm2(torch.float32, size.layers), size, size.measured))
     return list(results.records())
 
 
@@ -477,8 +492,16 @@ def run(out: Path, profile: str = "study") -> Results:
     size = SIZES[profile]
     data = {"smollm2": models.smollm2_hash()} | {kind: domains.domain_hash(kind) for kind in domains.DOMAINS}
     dtype = str(models.compute_dtype()).removeprefix("torch.")
-    results = Results.start(out, paper=SLUG, study=__name__, depends=DEPENDS, data=data, profile=profile, dtype=dtype,
-                            provisional=profile != "study")  # fmt: skip
+    results = Results.start(
+        out,
+        paper=SLUG,
+        study=__name__,
+        depends=DEPENDS,
+        data=data,
+        profile=profile,
+        dtype=dtype,
+        provisional=profile != "study",
+    )
     if not results.has(BEFORE, _place(BEFORE, OLD)):
         results.add(*untouched(size))
         results.save()

@@ -104,10 +104,7 @@ BASES: dict[str, Method] = {
     **{f"SparseGPT {share}%": SparseGPT("unstructured", sparsity=share / 100) for share in (40, 50, 60)},
 }
 #: Arm -> the base that EoRA repairs, with the names that the EoRA study gives them.
-REPAIRED = {
-    f"SparseGPT+EoRA 2:4 r{RANK}": "SparseGPT 2:4",
-    f"GPTQ+EoRA 3-bit g64 r{RANK}": "GPTQ 3-bit g64",
-}
+REPAIRED = {f"SparseGPT+EoRA 2:4 r{RANK}": "SparseGPT 2:4", f"GPTQ+EoRA 3-bit g64 r{RANK}": "GPTQ 3-bit g64"}
 ARMS = (*BASES, *REPAIRED)
 
 
@@ -189,7 +186,7 @@ CLAIMS = [
         "over groups of items (items about one text are a group) with Holm's correction over all comparisons at 5 %; "
         "holds otherwise. Shown is the comparison with the smallest p.",
         _one_order,
-    ),
+    )
 ]
 
 
@@ -215,9 +212,7 @@ class _Run:
         return models.smollm2(self.dtype, layers=self.size.layers)
 
     def calibration(self, draw: int) -> text.TokenSet:
-        return text.calibration(
-            "wikipedia", sequences=self.size.sequences, length=self.size.length, seed=draw
-        )
+        return text.calibration("wikipedia", sequences=self.size.sequences, length=self.size.length, seed=draw)
 
     def model(self, arm: str) -> nn.Module:
         """The compressed model of an arm, made once and kept on disk."""
@@ -277,12 +272,18 @@ def run(out: Path, profile: str = "study") -> Results:
     """
     data = {corpus: text.corpus_hash(corpus) for corpus in ("wikipedia", "python")}
     data["smollm2"] = models.smollm2_hash()
-    data["tasks"] = tasks.items_hash(
-        [*tasks.items("cloze"), *tasks.items("summary")]
-    )  # the others follow from code
+    data["tasks"] = tasks.items_hash([*tasks.items("cloze"), *tasks.items("summary")])  # the others follow from code
     dtype = str(models.compute_dtype()).removeprefix("torch.")
-    results = Results.start(out, paper="tasks", study=__name__, depends=DEPENDS, data=data, profile=profile,
-                            dtype=dtype, provisional=profile != "study")  # fmt: skip
+    results = Results.start(
+        out,
+        paper="tasks",
+        study=__name__,
+        depends=DEPENDS,
+        data=data,
+        profile=profile,
+        dtype=dtype,
+        provisional=profile != "study",
+    )
     this = _Run(results, profile)
     arms = this.size.arms or ARMS
     steps = [(arm, functools.partial(this.measure, arm)) for arm in ("dense", *arms)]

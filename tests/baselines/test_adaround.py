@@ -133,18 +133,14 @@ def test_decoders(layout: str, dtype: torch.dtype, request: pytest.FixtureReques
 
 @pytest.mark.parametrize("order", ["parallel", "sequential"])
 def test_convolutions_with_quantised_inputs(order: str) -> None:
-    model = nn.Sequential(
-        nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(256, 10)
-    )
+    model = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(256, 10))
     x = torch.randn(60, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     report = compress(model.eval(), AdaRound(3, 3, iterations=40, lr=0.1), x, order=order, progress=False)
     assert isinstance(model[0].base, QuantizedInput)
     assert all(site.log["after"] < site.log["before"] for site in report.sites)
 
 
-@pytest.mark.parametrize(
-    "options", [{"lr": 0.0}, {"regulariser": -1.0}, {"activation_bits": 1}, {"clip": "none"}]
-)
+@pytest.mark.parametrize("options", [{"lr": 0.0}, {"regulariser": -1.0}, {"activation_bits": 1}, {"clip": "none"}])
 def test_options_out_of_range(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=next(iter(options))):
         AdaRound(**options)

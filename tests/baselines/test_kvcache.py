@@ -28,8 +28,16 @@ def states(pads: tuple[int, ...] = (0, 0), seed: int = 0) -> dict[str, Any]:
     positions = (real.long().cumsum(-1) - 1).clamp(min=0)
     rotation = ROTARY(positions)
     cos, sin = (t.unsqueeze(1) for t in rotation)
-    return {"bare_q": q, "bare_k": k, "q": rotate(q, cos, sin), "k": rotate(k, cos, sin), "v": v, "real": real,
-            "positions": positions, "rotation": rotation}  # fmt: skip
+    return {
+        "bare_q": q,
+        "bare_k": k,
+        "q": rotate(q, cos, sin),
+        "k": rotate(k, cos, sin),
+        "v": v,
+        "real": real,
+        "positions": positions,
+        "rotation": rotation,
+    }
 
 
 def feed(layer: KVLayer, s: dict[str, Any], pieces: list[int]) -> Tensor:
@@ -103,9 +111,7 @@ def test_h2o_lets_the_least_regarded_go(prompt: int) -> None:
                     while len(kept) > 10:
                         kept.remove(min(kept[:-4], key=lambda j: mass[j]))
             assert layer.parts["slots"][row, head].tolist() == kept
-            assert torch.allclose(
-                layer.parts["mass"][row, head], torch.tensor([mass[j] for j in kept]), atol=1e-4
-            )
+            assert torch.allclose(layer.parts["mass"][row, head], torch.tensor([mass[j] for j in kept]), atol=1e-4)
     assert close(found, expected)
 
 
@@ -128,9 +134,7 @@ def test_snapkv_keeps_what_the_end_of_the_prompt_looks_at(pads: tuple[int, int])
                         votes[j] += w
             older = prompt - window
             votes = votes[:older]  # the window is no candidate, and no neighbour
-            pooled = {
-                j: sum(votes[max(0, j - 1) : j + 2]) / kernel for j in range(older) if s["real"][row, j]
-            }
+            pooled = {j: sum(votes[max(0, j - 1) : j + 2]) / kernel for j in range(older) if s["real"][row, j]}
             best = sorted(sorted(pooled, key=lambda j: -pooled[j])[: capacity - window])
             assert layer.parts["kept_slots"][row, head].tolist() == best
             for t in range(T):
@@ -197,15 +201,11 @@ def test_kivi_quantises_keys_by_channel_and_values_by_token(bits: int, pads: tup
                 for i in range(D):
                     column = s["k"][row, head, first : first + group, i]
                     expected = rounded(column, s["k"][row, head, real, i])
-                    assert torch.allclose(
-                        segment.keys[row, head, real, i], expected[[j - first for j in real]]
-                    )
+                    assert torch.allclose(segment.keys[row, head, real, i], expected[[j - first for j in real]])
             for j in range(pads[row], stored):
                 for first in range(0, D, 8):
                     block = s["v"][row, head, j, first : first + 8]
-                    assert torch.allclose(
-                        segment.values[row, head, j, first : first + 8], rounded(block, block)
-                    )
+                    assert torch.allclose(segment.values[row, head, j, first : first + 8], rounded(block, block))
     codes = layer.parts["key_codes"].nbytes + layer.parts["value_codes"].nbytes
     assert codes == 2 * B * H * stored * D * bits // 8  # real packed bits
 

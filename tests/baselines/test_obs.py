@@ -108,9 +108,7 @@ def naive(
     return W
 
 
-def gptq(
-    W: Tensor, G: Tensor, mask: Tensor | None = None, group: int | None = None, **options: object
-) -> Solution:
+def gptq(W: Tensor, G: Tensor, mask: Tensor | None = None, group: int | None = None, **options: object) -> Solution:
     return GPTQ(**options).quantise(W, G, mask, {}, group or W.shape[1])  # type: ignore[arg-type]
 
 
@@ -121,9 +119,7 @@ def gptq(
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_gptq_is_column_by_column_obs(
-    group: int | None, act_order: bool, symmetric: bool, masked: bool
-) -> None:
+def test_gptq_is_column_by_column_obs(group: int | None, act_order: bool, symmetric: bool, masked: bool) -> None:
     W, X = problem()
     G = X.T @ X
     mask = None
@@ -151,9 +147,7 @@ def test_sparsegpt_is_column_by_column_obs_for_patterns(pattern: str) -> None:
 
 
 @pytest.mark.parametrize("mask_block", [8, 12, 128])
-def test_sparsegpt_is_column_by_column_obs_unstructured(
-    monkeypatch: pytest.MonkeyPatch, mask_block: int
-) -> None:
+def test_sparsegpt_is_column_by_column_obs_unstructured(monkeypatch: pytest.MonkeyPatch, mask_block: int) -> None:
     monkeypatch.setattr(obs, "MASK_BLOCK", mask_block)
     W, X = problem()
     G = X.T @ X
@@ -175,9 +169,7 @@ def test_prune_and_quantise_at_once_is_obs_too() -> None:
 
 @pytest.mark.parametrize("group", [200, 100, 50, 40, 8])
 @pytest.mark.parametrize("block", [1, 7, 16, 64, 512])
-def test_result_does_not_depend_on_the_block_boundary(
-    monkeypatch: pytest.MonkeyPatch, group: int, block: int
-) -> None:
+def test_result_does_not_depend_on_the_block_boundary(monkeypatch: pytest.MonkeyPatch, group: int, block: int) -> None:
     W, X = problem(m=6, d=200, seed=1)
     U = inverse_root(X.T @ X, 0.01, {})
 
@@ -214,9 +206,7 @@ def test_wide_layer_equals_the_textbook_across_several_blocks() -> None:
 @pytest.mark.parametrize("group", [None, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 0.0])
-def test_uncorrelated_or_absent_inputs_make_gptq_rounding(
-    group: int | None, symmetric: bool, scale: float
-) -> None:
+def test_uncorrelated_or_absent_inputs_make_gptq_rounding(group: int | None, symmetric: bool, scale: float) -> None:
     """scale 0 is an expert that no token chose: nothing is known, and nothing is lost beyond rounding."""
     W, _ = problem()
     stats = InputStats(W.shape[1], "cpu", {"gram"})
@@ -236,8 +226,9 @@ def test_sparsegpt_without_inputs_is_magnitude_pruning() -> None:
     assert torch.allclose(layer.to_dense(), W * kept.flatten(1))
 
 
-@pytest.mark.parametrize("options", [{"bits": 2}, {"bits": 3}, {"bits": 4}, {"bits": 3, "symmetric": True},
-                                     {"bits": 3, "act_order": True}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options", [{"bits": 2}, {"bits": 3}, {"bits": 4}, {"bits": 3, "symmetric": True}, {"bits": 3, "act_order": True}]
+)
 def test_gptq_beats_rounding_on_the_outputs(options: dict) -> None:
     for seed in range(3):
         W, X = problem(24, 64, seed)

@@ -33,9 +33,7 @@ def test_divergence_is_the_mean_over_samples_of_kl_from_the_target() -> None:
     generator = torch.Generator().manual_seed(0)
     logits, target = torch.randn(2, 7, 5, generator=generator)
     p, q = target.softmax(1), logits.softmax(1)
-    assert float(divergence(logits, target)) == pytest.approx(
-        float((p * (p / q).log()).sum(1).mean()), rel=1e-5
-    )
+    assert float(divergence(logits, target)) == pytest.approx(float((p * (p / q).log()).sum(1).mean()), rel=1e-5)
     assert float(divergence(logits, target)) != pytest.approx(float(divergence(target, logits)), rel=1e-3)
     assert float(divergence(target, target)) == 0
     assert math.isclose(
@@ -63,16 +61,22 @@ def test_it_trains_weights_biases_and_ranges() -> None:
     fine_tune(trained, x, 4, 4, Recipe(40, lr=0.02), keep_best=False, progress=False)
     for index in (0, 3):
         a, b = (model[index].base if index == 0 else model[index] for model in (ranges, trained))
-        assert not torch.equal(a.base.scale, b.base.scale) and not torch.equal(
-            a.quantizer.range, b.quantizer.range
-        )
+        assert not torch.equal(a.base.scale, b.base.scale) and not torch.equal(a.quantizer.range, b.quantizer.range)
         assert not torch.equal(a.base.bias, b.base.bias) and not torch.equal(a.base.values, b.base.values)
     assert before[0].weight.shape == (16, 1, 3, 3)
 
 
 def test_transformers() -> None:
-    config = ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=8,
-                       patch_size=4, num_channels=1, num_labels=10)  # fmt: skip
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        num_labels=10,
+    )
     model, x = ViTForImageClassification(config).eval(), pictures(20)
     fine_tune(model, x, 4, 4, Recipe(4, lr=0.01), batch_size=10, progress=False)
     assert all(isinstance(site.module, QuantizedInput) for site in find_sites(model))
@@ -96,9 +100,7 @@ def test_same_seed_same_model() -> None:
     found = []
     for seed in (0, 0, 1):
         model = cnn()
-        fine_tune(
-            model, x, 3, 3, Recipe(10, lr=0.01, seed=seed), batch_size=20, keep_best=False, progress=False
-        )
+        fine_tune(model, x, 3, 3, Recipe(10, lr=0.01, seed=seed), batch_size=20, keep_best=False, progress=False)
         found.append(all_logits(model, x))
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
@@ -127,5 +129,6 @@ def test_refusals() -> None:
     with pytest.raises(OptionError, match="already; start from the float model"):
         fine_tune(model, pictures(), 4, 4, Recipe(1), progress=False)
     with pytest.raises(CalibrationError, match="not finite"):
-        towards(cnn(), pictures(), torch.full((60, 10), torch.nan), Recipe(1), batch_size=10, keep_best=True,
-                progress=False)  # fmt: skip
+        towards(
+            cnn(), pictures(), torch.full((60, 10), torch.nan), Recipe(1), batch_size=10, keep_best=True, progress=False
+        )

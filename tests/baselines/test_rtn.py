@@ -21,17 +21,13 @@ def site_of(W: Tensor) -> Site:
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    st.integers(0, 2**31), st.integers(2, 8), st.booleans(), st.sampled_from([4, 8, None]), st.floats(-6, 3)
-)
+@given(st.integers(0, 2**31), st.integers(2, 8), st.booleans(), st.sampled_from([4, 8, None]), st.floats(-6, 3))
 def test_every_weight_goes_to_the_nearest_point(seed, bits, symmetric, group, exponent) -> None:
     W = torch.randn(3, 16, generator=torch.Generator().manual_seed(seed)) * 10**exponent
     layer = RTN(bits, group, symmetric).compress_site(site_of(W), None, None)
     scale = layer.scale.float().repeat_interleave(layer.group_size, 1)
     zero = layer._grid()[1]
-    offset = (
-        torch.full_like(scale, zero) if isinstance(zero, int) else zero.repeat_interleave(layer.group_size, 1)
-    )
+    offset = torch.full_like(scale, zero) if isinstance(zero, int) else zero.repeat_interleave(layer.group_size, 1)
     points = scale[..., None] * (torch.arange(2**bits) - offset[..., None].float())
     nearest = (points - W[..., None]).abs().amin(-1)
     assert torch.allclose((layer.to_dense() - W).abs(), nearest, atol=1e-6 * float(W.abs().max()))
@@ -65,9 +61,7 @@ def test_options_that_cannot_work(method: type) -> None:
     for bits in (1, 9, 0, -4):
         with pytest.raises(OptionError, match=f"bits={bits}"):
             method(bits).layer_config(site)
-    with pytest.raises(
-        OptionError, match="group_size=64 does not divide the 96 inputs of 'w'; use 32, 96 or None"
-    ):
+    with pytest.raises(OptionError, match="group_size=64 does not divide the 96 inputs of 'w'; use 32, 96 or None"):
         method(4, 64).layer_config(site)
     with pytest.raises(OptionError, match="group_size=0"):
         method(4, 0).layer_config(site)

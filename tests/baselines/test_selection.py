@@ -91,9 +91,7 @@ def test_k_centre_takes_the_farthest_and_is_within_twice_the_best_radius():
         distance = torch.cdist(x, x[chosen[:number]]).amin(1)
         assert distance[chosen[number]] == distance.max()
     radius = torch.cdist(x, x[chosen]).amin(1).max()
-    best = min(
-        torch.cdist(x, x[list(centres)]).amin(1).max() for centres in itertools.combinations(range(12), 3)
-    )
+    best = min(torch.cdist(x, x[list(centres)]).amin(1).max() for centres in itertools.combinations(range(12), 3))
     assert best <= radius <= 2 * best
 
 
@@ -147,9 +145,7 @@ def test_el2n_and_margin():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_grand_is_the_norm_of_each_examples_gradient(dtype):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(12, 4)).to(
-        dtype
-    )
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(12, 4)).to(dtype)
     x, y = torch.randn(7, 1, 4, 4, dtype=dtype), torch.arange(7) % 4
     model.train()
     found = grand(model, x, y)
@@ -158,9 +154,7 @@ def test_grand_is_the_norm_of_each_examples_gradient(dtype):
     for row in range(7):
         loss = nn.functional.cross_entropy(model(x[row : row + 1]), y[row : row + 1])
         gradients = torch.autograd.grad(loss, list(model.parameters()))
-        assert found[row].item() == pytest.approx(
-            sum(g.square().sum() for g in gradients).sqrt().item(), rel=1e-4
-        )
+        assert found[row].item() == pytest.approx(sum(g.square().sum() for g in gradients).sqrt().item(), rel=1e-4)
 
 
 def test_forgetting_counts_only_right_then_wrong():
@@ -169,12 +163,8 @@ def test_forgetting_counts_only_right_then_wrong():
     story = {0: [right, wrong, wrong, right, wrong], 1: [wrong, wrong], 2: [wrong, right, right]}
     for row, answers in story.items():
         for logits in answers:
-            value = loss(
-                lambda x, logits=logits: logits, (torch.zeros(1), torch.tensor([0]), torch.tensor([row]))
-            )
-            assert value.item() == pytest.approx(
-                nn.functional.cross_entropy(logits, torch.tensor([0])).item()
-            )
+            value = loss(lambda x, logits=logits: logits, (torch.zeros(1), torch.tensor([0]), torch.tensor([row])))
+            assert value.item() == pytest.approx(nn.functional.cross_entropy(logits, torch.tensor([0])).item())
     assert loss.events.tolist() == [2, 0, 0]
     assert loss.scores().tolist() == [2.0, float("inf"), 0.0], "never learned is hardest"
     assert top(loss.scores(), 3).tolist() == [1, 0, 2]
@@ -270,5 +260,11 @@ def test_what_a_selector_cannot_read_is_named(data, proxy):
     with pytest.raises(OptionError, match="without negative entries"):
         facility_location(torch.full((3, 3), -1.0), 1)
     with pytest.raises(OptionError, match="no linear layer"):
-        train_proxy(lambda seed: nn.Sequential(nn.Conv1d(1, 3, 6), nn.Flatten()), data[0][:, None], data[1], epochs=1,
-                    recipe=lambda steps, seed: Recipe(steps), batch_size=9)  # fmt: skip
+        train_proxy(
+            lambda seed: nn.Sequential(nn.Conv1d(1, 3, 6), nn.Flatten()),
+            data[0][:, None],
+            data[1],
+            epochs=1,
+            recipe=lambda steps, seed: Recipe(steps),
+            batch_size=9,
+        )

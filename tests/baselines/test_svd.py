@@ -75,9 +75,7 @@ def test_act_svd_survives_inputs_that_never_fire(dead: str) -> None:
     layer = ActSVD(rank=5).compress_site(site, stats_of(X), W)
     assert torch.isfinite(layer.to_dense()).all()
     if dead == "all inputs":
-        assert torch.allclose(
-            layer.to_dense(), PlainSVD(rank=5).compress_site(site, None, W).to_dense(), atol=1e-5
-        )
+        assert torch.allclose(layer.to_dense(), PlainSVD(rank=5).compress_site(site, None, W).to_dense(), atol=1e-5)
 
 
 def test_loftq_with_one_iteration_is_rounding_then_svd_and_more_are_better() -> None:

@@ -19,25 +19,12 @@ from playwright.sync_api import Browser, Page, sync_playwright
 ROOT = Path(__file__).resolve().parents[2]
 HTML = ROOT / "_build" / "html"
 # Whatever decides what a page says.
-INPUTS = [
-    "_config.yml",
-    "_toc.yml",
-    "references.bib",
-    "book",
-    "notebooks",
-    "scripts",
-    "refimpl",
-    "data/results",
-]
+INPUTS = ["_config.yml", "_toc.yml", "references.bib", "book", "notebooks", "scripts", "refimpl", "data/results"]
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
 def newest(path: Path) -> float:
-    files = (
-        [path]
-        if path.is_file()
-        else [p for p in path.rglob("*") if "__pycache__" not in p.parts and p.is_file()]
-    )
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if "__pycache__" not in p.parts and p.is_file()]
     return max((file.stat().st_mtime for file in files), default=0.0)
 
 
@@ -46,17 +33,7 @@ def site() -> Path:
     """The folder of the rendered book; rendered anew if anything it is made from is younger."""
     rendered = HTML / "searchindex.js"
     if not rendered.exists() or max(newest(ROOT / name) for name in INPUTS) > rendered.stat().st_mtime:
-        command = [
-            sys.executable,
-            "-m",
-            "jupyter_book",
-            "build",
-            "-W",
-            "-n",
-            "--keep-going",
-            "--quiet",
-            str(ROOT),
-        ]
+        command = [sys.executable, "-m", "jupyter_book", "build", "-W", "-n", "--keep-going", "--quiet", str(ROOT)]
         outcome = subprocess.run(command, capture_output=True, text=True)
         assert outcome.returncode == 0, outcome.stdout[-4000:] + outcome.stderr[-4000:]
     return HTML
@@ -98,9 +75,7 @@ class Visit:
         """Wait until maths is typeset and charts are drawn in the colours of a mode."""
         self.page.evaluate("() => window.MathJax?.startup?.promise")
         if self.page.locator(".vega-chart").count():
-            self.page.wait_for_function(
-                "mode => document.documentElement.dataset.chartsDrawn === mode", arg=mode
-            )
+            self.page.wait_for_function("mode => document.documentElement.dataset.chartsDrawn === mode", arg=mode)
 
 
 @pytest.fixture
@@ -113,16 +88,12 @@ def visit(browser: Browser, root: str) -> Iterator[Callable[..., Visit]]:
         contexts.append(context)
         seen = Visit(context.new_page())
         base = address or f"{root}/"
-        seen.page.on(
-            "console", lambda m: seen.problems.append(m.text) if m.type in ("error", "warning") else None
-        )
+        seen.page.on("console", lambda m: seen.problems.append(m.text) if m.type in ("error", "warning") else None)
         seen.page.on("pageerror", lambda error: seen.problems.append(str(error)))
         seen.page.on("requestfailed", lambda request: seen.problems.append(f"failed: {request.url}"))
         seen.page.on(
             "request",
-            lambda r: (
-                None if r.url.startswith((base, "data:", "blob:")) else seen.problems.append(f"asks {r.url}")
-            ),
+            lambda r: None if r.url.startswith((base, "data:", "blob:")) else seen.problems.append(f"asks {r.url}"),
         )
         path, _, rest = name.partition("?")
         seen.page.goto(f"{base}{path}.html{'?' + rest if rest else ''}", wait_until="load")

@@ -125,12 +125,7 @@ def test_reader_switches_the_mode(visit) -> None:
     shown = set()
     for _ in range(3):
         page.locator(".theme-switch-button:visible").first.click()
-        shown.add(
-            (
-                page.locator("html").get_attribute("data-mode"),
-                page.locator("html").get_attribute("data-theme"),
-            )
-        )
+        shown.add((page.locator("html").get_attribute("data-mode"), page.locator("html").get_attribute("data-theme")))
     assert {theme for _, theme in shown} == {"light", "dark"}, shown
     page.evaluate("localStorage.setItem('mode', 'dark'); localStorage.setItem('theme', 'dark')")
     page.reload()
@@ -143,9 +138,7 @@ def test_reader_switches_the_mode(visit) -> None:
 @pytest.mark.parametrize("from_disk", [False, True])
 def test_search_finds_a_method(word: str, target: str, from_disk: bool, visit, site: Path) -> None:
     seen = visit(f"search?q={word}", address=f"file://{site}/" if from_disk else "")
-    expect(seen.page.locator(f'#search-results ul.search li a[href*="{target}"]').first).to_be_visible(
-        timeout=10_000
-    )
+    expect(seen.page.locator(f'#search-results ul.search li a[href*="{target}"]').first).to_be_visible(timeout=10_000)
     seen.page.wait_for_timeout(300)
     assert not seen.problems
 

@@ -47,9 +47,7 @@ def test_rewarm_and_redecay(T, warmup, T_w):
     schedule = rewarm_redecay(T, high, low, warmup)
     assert schedule.warmup == T_w and schedule.horizon == T
     printed = [high * t / T_w for t in range(T_w)]
-    printed += [
-        low + (high - low) / 2 * (1 + math.cos(math.pi * (t - T_w) / (T - T_w))) for t in range(T_w, T + 1)
-    ]
+    printed += [low + (high - low) / 2 * (1 + math.cos(math.pi * (t - T_w) / (T - T_w))) for t in range(T_w, T + 1)]
     assert [schedule.rate(t) for t in range(T + 1)] == pytest.approx(printed, rel=1e-12)
     assert schedule.rate(T_w) == high and schedule.rate(T) == low
 
@@ -116,9 +114,7 @@ def test_a_stream_of_hugging_face(streaming):
     if streaming:
         parts = [part.to_iterable_dataset() for part in parts]
     count, r = 600, 0.25
-    found = [
-        row["x"] for row, _ in zip(replay_stream(parts[0], [parts[1]], r, seed=1), range(count), strict=False)
-    ]
+    found = [row["x"] for row, _ in zip(replay_stream(parts[0], [parts[1]], r, seed=1), range(count), strict=False)]
     share = sum(x >= 1000 for x in found) / count
     assert abs(share - r) < 4 * math.sqrt(r * (1 - r) / count)
     if streaming:
@@ -149,7 +145,7 @@ def test_a_stream_of_hugging_face(streaming):
         (lambda: ContinualPretraining(1e-4, warmup=-0.1), "warmup=-0.1"),
         (lambda: ContinualPretraining(1e-4).schedule(100).scale(100), "step=100 lies past the schedule"),
     ],
-)  # fmt: skip
+)
 def test_errors(make, message):
     with pytest.raises(OptionError, match=message):
         make()
@@ -216,9 +212,14 @@ def test_without_a_shift_a_small_rate_does_no_harm_and_a_large_one_does(pretrain
         model = bigram()
         model.load_state_dict(pretrained)
         seen: list[float] = []
-        train(model, mixture_loader([old], [1.0], 8, 100, seed=9), next_token_loss,
-              Scheduled.of(Constant(100, rate, warmup=5), clip=1.0), progress=False,
-              after_step=[lambda step, model, seen=seen: seen.append(loss_of(model, old))])  # fmt: skip
+        train(
+            model,
+            mixture_loader([old], [1.0], 8, 100, seed=9),
+            next_token_loss,
+            Scheduled.of(Constant(100, rate, warmup=5), clip=1.0),
+            progress=False,
+            after_step=[lambda step, model, seen=seen: seen.append(loss_of(model, old))],
+        )
         runs[rate] = max(seen) - loss_of(before, old)
     assert runs[0.01] < 0.005 < 0.02 < runs[0.3]
 
@@ -272,14 +273,21 @@ def test_an_infinite_run_goes_on_from_its_constant_phase_in_the_trainer(tmp_path
 
     def trainer(folder: Path, schedule, steps: int) -> Trainer:
         torch.manual_seed(0)
-        config = LlamaConfig(vocab_size=SYMBOLS, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                             num_attention_heads=2)  # fmt: skip
-        settings = TrainingArguments(str(folder), per_device_train_batch_size=4, max_steps=steps, report_to=[],
-                                     learning_rate=schedule.highest, lr_scheduler_type="constant", use_cpu=True,
-                                     save_steps=first.constant_until, disable_tqdm=True)  # fmt: skip
-        return Trainer(
-            LlamaForCausalLM(config), settings, train_dataset=texts, callbacks=[trainer_callback(schedule)]
+        config = LlamaConfig(
+            vocab_size=SYMBOLS, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
         )
+        settings = TrainingArguments(
+            str(folder),
+            per_device_train_batch_size=4,
+            max_steps=steps,
+            report_to=[],
+            learning_rate=schedule.highest,
+            lr_scheduler_type="constant",
+            use_cpu=True,
+            save_steps=first.constant_until,
+            disable_tqdm=True,
+        )
+        return Trainer(LlamaForCausalLM(config), settings, train_dataset=texts, callbacks=[trainer_callback(schedule)])
 
     trainer(tmp_path / "a", first, first.horizon).train()  # annealed, to be used
     later = trainer(tmp_path / "b", longer, longer.horizon)

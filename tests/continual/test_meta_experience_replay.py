@@ -38,9 +38,7 @@ def test_the_merge_is_a_point_between(dtype: torch.dtype, epsilon: float):
     merge(slow, fast, epsilon)
     for side in (slow, fast):
         for found, wanted in zip(side, expected, strict=True):
-            torch.testing.assert_close(
-                found, wanted, rtol=4 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps
-            )
+            torch.testing.assert_close(found, wanted, rtol=4 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
     if epsilon in (0.0, 1.0):  # to the bit
         assert all(torch.equal(a, b) for a, b in zip(fast, before[int(epsilon)], strict=True))
 
@@ -63,9 +61,7 @@ def test_the_merge_is_linear():
         merge([slow.clone()], [fast], 0.3)
         return fast
 
-    torch.testing.assert_close(
-        merged(a + 2 * b, c + 2 * d), merged(a, c) + 2 * merged(b, d), rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(merged(a + 2 * b, c + 2 * d), merged(a, c) + 2 * merged(b, d), rtol=1e-12, atol=1e-12)
 
 
 class Point(nn.Module):
@@ -95,8 +91,14 @@ def test_a_quadratic_has_a_closed_form(epsilon: float, every: int):
     A, start = root @ root.T / 6, torch.randn(6, dtype=torch.float64)
     model, lr = Point(start), 0.05
     hook = Reptile(epsilon, every).attach(model)
-    train(model, loader_of(2 * every), lambda m, _: 0.5 * m() @ A @ m(), sgd(2 * every, lr), after_step=[hook],
-          progress=False)  # fmt: skip
+    train(
+        model,
+        loader_of(2 * every),
+        lambda m, _: 0.5 * m() @ A @ m(),
+        sgd(2 * every, lr),
+        after_step=[hook],
+        progress=False,
+    )
     identity = torch.eye(6, dtype=torch.float64)
     once = (1 - epsilon) * identity + epsilon * torch.linalg.matrix_power(identity - lr * A, every)
     torch.testing.assert_close(model.theta.detach(), once @ once @ start, rtol=1e-12, atol=1e-12)
@@ -146,12 +148,16 @@ def test_two_steps_raise_the_product_of_two_gradients():
         for order in ((0, 1), (1, 0)):
             model = Point(start)
             hook = Reptile(1.0, every=2).attach(model)
-            data = ReplayLoader(
-                [Stage(batches[list(order)].reshape(2, 40), 2)], 1, 0.0, ReplayBuffer(2, (40,))
-            )
+            data = ReplayLoader([Stage(batches[list(order)].reshape(2, 40), 2)], 1, 0.0, ReplayBuffer(2, (40,)))
             data._mixture.batch = lambda step: [step]  # type: ignore[method-assign]
-            train(model, _doubles(data), lambda m, b: loss(m(), b[0].reshape(8, 5)), sgd(2, beta), after_step=[hook],
-                  progress=False)  # fmt: skip
+            train(
+                model,
+                _doubles(data),
+                lambda m, b: loss(m(), b[0].reshape(8, 5)),
+                sgd(2, beta),
+                after_step=[hook],
+                progress=False,
+            )
             ends.append(model.theta.detach() - start)
         found = sum(ends) / 2 + beta * (gradient(start, batches[0]) + gradient(start, batches[1]))
         theta = start.clone().requires_grad_()
@@ -228,9 +234,7 @@ def test_merges_begin_after_their_start():
         ends.append(parameters(model))
     plain = Network()
     fit(plain, [lambda step, m: ends.append(parameters(m)) if step == 10 else None])
-    assert all(
-        torch.equal(a, b) for a, b in zip(ends[1], ends[2], strict=True)
-    )  # it stood still from there on
+    assert all(torch.equal(a, b) for a, b in zip(ends[1], ends[2], strict=True))  # it stood still from there on
 
 
 @pytest.mark.parametrize(
@@ -273,8 +277,16 @@ def test_in_the_trainer_of_hugging_face(tmp_path: Path):
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
             return model(inputs[0])["loss"]
 
-    arguments = TrainingArguments(str(tmp_path), max_steps=10, learning_rate=0.02, report_to=[], save_strategy="no",
-                                  disable_tqdm=True, use_cpu=True, logging_strategy="no")  # fmt: skip
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=10,
+        learning_rate=0.02,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        logging_strategy="no",
+    )
     ends = []
     for epsilon in (0.0, 0.3, 1.0):
         model = Squares()
@@ -358,8 +370,9 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, capacity: int):
     def run(name: str, *hooks: Any) -> nn.Module:
         model = Network()
         merges = Reptile(0.3, every=5).attach(model)
-        return fit(model, [merges, *hooks], chain(buffer=buffer(name)), folder=tmp_path / f"run-{name}",
-                   checkpoint_every=4)  # fmt: skip
+        return fit(
+            model, [merges, *hooks], chain(buffer=buffer(name)), folder=tmp_path / f"run-{name}", checkpoint_every=4
+        )
 
     whole = run("whole")
     for step in (6, 17, 23):  # in the first stage, between two merges, twice
@@ -381,21 +394,13 @@ def test_a_later_run_replays_the_rows_of_the_first(tmp_path: Path):
     first = ReplayLoader([Stage(torch.zeros(9, 4), 5)], 8, 0.0, buffer, run="first")
     list(first)
     for _ in range(2):  # the second time as after an interruption
-        later = ReplayLoader(
-            [Stage(torch.ones(9, 4), 5)], 8, 0.5, ReplayBuffer.open(tmp_path), begin=0, run="later"
-        )
+        later = ReplayLoader([Stage(torch.ones(9, 4), 5)], 8, 0.5, ReplayBuffer.open(tmp_path), begin=0, run="later")
         batches = walked(later)
         assert [int((rows == 0).all(1).sum()) for rows, _ in batches][0] == 4
         assert batches[0][1].min() < 40 <= batches[0][1].max()
         assert later._buffer.seen == 60
     with pytest.raises(CheckpointError, match="run='later': .* other options"):
-        next(
-            iter(
-                ReplayLoader(
-                    [Stage(torch.ones(9, 4), 5)], 8, 0.25, buffer.open(tmp_path), begin=0, run="later"
-                )
-            )
-        )
+        next(iter(ReplayLoader([Stage(torch.ones(9, 4), 5)], 8, 0.25, buffer.open(tmp_path), begin=0, run="later")))
 
 
 def test_looking_at_the_first_batch_changes_nothing():
@@ -433,9 +438,7 @@ def test_rows_of_a_hugging_face_dataset():
     ids = torch.arange(40).reshape(10, 4)
     rows = datasets.Dataset.from_dict({"input_ids": ids.tolist()})
     found, plain = (walked(ReplayLoader([Stage(r, 5)], 2, 0.5, ReplayBuffer(10, (4,)))) for r in (rows, ids))
-    assert all(
-        torch.equal(a, b) for x, y in zip(found, plain, strict=True) for a, b in zip(x, y, strict=True)
-    )
+    assert all(torch.equal(a, b) for x, y in zip(found, plain, strict=True) for a, b in zip(x, y, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -446,16 +449,10 @@ def test_rows_of_a_hugging_face_dataset():
         ({"prefetch": -1}, "prefetch=-1"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"stages": []}, "stages: it is empty"),
-        (
-            {"stages": [Stage(torch.zeros(4, 5), 2)]},
-            r"stages\[0\].rows are \[5\], .* make it with row=\(5,\)",
-        ),
+        ({"stages": [Stage(torch.zeros(4, 5), 2)]}, r"stages\[0\].rows are \[5\], .* make it with row=\(5,\)"),
         ({"stages": [Stage(torch.zeros(0, 3), 2)]}, r"stages\[0\] has 0 rows"),
         ({"stages": [Stage(torch.zeros(4, 3), 0)]}, r"stages\[0\] has 4 rows and 0 steps"),
-        (
-            {"stages": [Stage((row for row in torch.zeros(4, 3)), 1)]},
-            r"stages\[0\].rows is a generator without a len",
-        ),
+        ({"stages": [Stage((row for row in torch.zeros(4, 3)), 1)]}, r"stages\[0\].rows is a generator without a len"),
         ({"begin": 0}, "begin=0: the buffer is empty"),
         ({"begin": 2}, "begin=2: the chain has 2 batches.* use 1 or less"),
     ],
@@ -532,11 +529,7 @@ def test_one_domain_forgets_nothing():
 
 @pytest.mark.parametrize(
     ("losses", "before"),
-    [
-        (torch.zeros(2, 3), torch.zeros(3)),
-        (torch.zeros(2, 2), torch.zeros(3)),
-        (torch.zeros(2), torch.zeros(2)),
-    ],
+    [(torch.zeros(2, 3), torch.zeros(3)), (torch.zeros(2, 2), torch.zeros(3)), (torch.zeros(2), torch.zeros(2))],
 )
 def test_a_matrix_is_square(losses: Tensor, before: Tensor):
     with pytest.raises(OptionError, match="one row a stage, one column a domain"):
@@ -561,13 +554,9 @@ def test_alignment_is_the_cosine_of_all_gradients_together():
                 model.zero_grad()
                 squared(model, batch).backward()
                 sides.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-            assert float(found[i, j]) == pytest.approx(
-                float(torch.cosine_similarity(*sides, dim=0)), abs=1e-6
-            )
+            assert float(found[i, j]) == pytest.approx(float(torch.cosine_similarity(*sides, dim=0)), abs=1e-6)
     assert float(gradient_alignment(model, squared, old[:1], old[:1])) == pytest.approx(1)
-    against = gradient_alignment(
-        model, lambda m, b: squared(m, b) * b[1], [(old[0][0], 1.0)], [(old[0][0], -2.0)]
-    )
+    against = gradient_alignment(model, lambda m, b: squared(m, b) * b[1], [(old[0][0], 1.0)], [(old[0][0], -2.0)])
     assert float(against) == pytest.approx(-1)
 
 
@@ -576,9 +565,7 @@ def test_alignment_without_a_direction():
     with pytest.raises(OptionError, match="old has 0 batches"):
         gradient_alignment(model, squared, [], [(torch.zeros(1, 4),)])
     with pytest.raises(OptionError, match="zero or not finite"):
-        gradient_alignment(
-            model, lambda m, b: 0 * squared(m, b), [(torch.zeros(1, 4),)], [(torch.zeros(1, 4),)]
-        )
+        gradient_alignment(model, lambda m, b: 0 * squared(m, b), [(torch.zeros(1, 4),)], [(torch.zeros(1, 4),)])
     with pytest.raises(OptionError, match="none of its parameters"):
         gradient_alignment(model.requires_grad_(False), squared, [1], [1])
 

@@ -190,9 +190,7 @@ def test_a_full_disk_is_an_error_before_anything_is_lost(tmp_path: Path):
     assert len(ReplayBuffer(10_000, (3,), folder=tmp_path / "b")) == 0  # with room it works
 
 
-def test_without_allocation_by_the_system_the_bytes_are_written(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
+def test_without_allocation_by_the_system_the_bytes_are_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.delattr("os.posix_fallocate", raising=False)
     buffer = ReplayBuffer(200_000, (3,), folder=tmp_path)
     assert (tmp_path / "rows.bin").stat().st_size == 200_000 * 12

@@ -40,11 +40,20 @@ def tokens() -> Callable[..., Tensor]:
 @pytest.fixture(scope="session")
 def options() -> dict[str, dict[str, Any]]:
     """Options with which each method runs on every tiny model."""
-    small = {"RTN": {"bits": 3, "group_size": 32}, "GPTQ": {"bits": 3, "group_size": 32}, "Magnitude": {}, "Wanda": {},
-             "SparseGPT": {}, "PlainSVD": {"rank": 4}, "ActSVD": {"rank": 4}, "EoRA": {"rank": 4},
-             "LoftQ": {"bits": 3, "group_size": 32, "rank": 4, "iterations": 2}, "QuantizeActivations": {"bits": 8},
-             "AdaQuant": {"bits": 3, "group_size": 32, "iterations": 3},
-             "AdaRound": {"bits": 3, "group_size": 32, "iterations": 3}}  # fmt: skip
+    small = {
+        "RTN": {"bits": 3, "group_size": 32},
+        "GPTQ": {"bits": 3, "group_size": 32},
+        "Magnitude": {},
+        "Wanda": {},
+        "SparseGPT": {},
+        "PlainSVD": {"rank": 4},
+        "ActSVD": {"rank": 4},
+        "EoRA": {"rank": 4},
+        "LoftQ": {"bits": 3, "group_size": 32, "rank": 4, "iterations": 2},
+        "QuantizeActivations": {"bits": 8},
+        "AdaQuant": {"bits": 3, "group_size": 32, "iterations": 3},
+        "AdaRound": {"bits": 3, "group_size": 32, "iterations": 3},
+    }
     # a new method must be added here, and is then tested like the others
     return {name: small[name] for name in METHODS}
 
@@ -112,22 +121,43 @@ def _vision(model_class: Any, config_class: Any, **defaults: Any) -> Callable[..
 @pytest.fixture(scope="session")
 def tiny_resnet() -> Callable[..., PreTrainedModel]:
     """Call it for a fresh random residual network: shortcuts with and without a convolution, strides, ten classes."""
-    return _vision(ResNetForImageClassification, ResNetConfig, embedding_size=8, hidden_sizes=[8, 12], depths=[1, 2],
-                   layer_type="basic")  # fmt: skip
+    return _vision(
+        ResNetForImageClassification,
+        ResNetConfig,
+        embedding_size=8,
+        hidden_sizes=[8, 12],
+        depths=[1, 2],
+        layer_type="basic",
+    )
 
 
 @pytest.fixture(scope="session")
 def tiny_vit() -> Callable[..., PreTrainedModel]:
     """Call it for a fresh random vision transformer."""
-    return _vision(ViTForImageClassification, ViTConfig, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-                   intermediate_size=64, image_size=16, patch_size=4)  # fmt: skip
+    return _vision(
+        ViTForImageClassification,
+        ViTConfig,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=16,
+        patch_size=4,
+    )
 
 
 @pytest.fixture(scope="session")
 def tiny_convnext() -> Callable[..., PreTrainedModel]:
     """Call it for a fresh random ConvNeXt: depthwise convolutions, linear layers over channels that come last."""
-    return _vision(ConvNextForImageClassification, ConvNextConfig, hidden_sizes=[8, 16], depths=[1, 1], num_stages=2,
-                   patch_size=2, image_size=16)  # fmt: skip
+    return _vision(
+        ConvNextForImageClassification,
+        ConvNextConfig,
+        hidden_sizes=[8, 16],
+        depths=[1, 1],
+        num_stages=2,
+        patch_size=2,
+        image_size=16,
+    )
 
 
 class InvertedResiduals(nn.Module):
@@ -182,16 +212,17 @@ def state() -> Callable[[nn.Module], dict[str, Tensor]]:
 @pytest.fixture(scope="session")
 def same() -> Callable[[dict[str, Tensor], dict[str, Tensor]], bool]:
     """Whether two state dicts are equal to the last bit."""
-    return lambda a, b: (
-        a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
-    )
+    return lambda a, b: a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
 
 
 def _index(x: Tensor, index: Any) -> Tensor:
     """``x[index]`` by dispatched operators."""
     items = index if isinstance(index, tuple) else (index,)
-    used = sum(item.dim() if isinstance(item, Tensor) and item.dtype == torch.bool else 1
-               for item in items if item is not None and item is not Ellipsis)  # fmt: skip
+    used = sum(
+        item.dim() if isinstance(item, Tensor) and item.dtype == torch.bool else 1
+        for item in items
+        if item is not None and item is not Ellipsis
+    )
     advanced: dict[int, Tensor] = {}
     dim = 0
     for item in items:
@@ -267,9 +298,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
                 for name, tensor in tensors.items():
                     if tensor is not None:
                         fake = torch.empty_like(tensor, device="cuda")
-                        fake = (
-                            nn.Parameter(fake, requires_grad=False) if tensors is module._parameters else fake
-                        )
+                        fake = nn.Parameter(fake, requires_grad=False) if tensors is module._parameters else fake
                         tensors[name] = moved.setdefault(id(tensor), fake)
         return model
 

@@ -101,12 +101,7 @@ def fitted(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Fitted:
     draw = torch.Generator().manual_seed(seed)
     whole = torch.randn(8, 6, generator=draw).to(dtype)
     # a view, a transposed one, a scalar, an empty tensor and a shared one
-    pairs = (
-        Pair(whole[2:4], whole.t()),
-        Pair(torch.tensor(3)),
-        Pair(torch.ones(0, 2), whole),
-        Pair(whole, whole),
-    )
+    pairs = (Pair(whole[2:4], whole.t()), Pair(torch.tensor(3)), Pair(torch.ones(0, 2), whole), Pair(whole, whole))
     return Fitted(pairs, table={2: [Plain(torch.arange(3) > seed)]})
 
 
@@ -141,9 +136,7 @@ class UnrotatedLayer(WindowLayer):
     def segments(self, new: New) -> list[Segment]:
         if not self.start:
             return [self.tail]
-        rotation = self.rotary(
-            new.mask.positions(range(self.start))
-        )  # positions, explicitly; nothing is stored
+        rotation = self.rotary(new.mask.positions(range(self.start)))  # positions, explicitly; nothing is stored
         stored = Turned(self.parts["stored_keys"], self.parts["stored_values"], range(self.start), rotation)
         return [stored, self.tail]
 
@@ -152,19 +145,29 @@ def gemma3(seed: int = 0, **changes: Any) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = Gemma3TextConfig(
-            **{"vocab_size": 256, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-               "intermediate_size": 96, "num_hidden_layers": 3, "sliding_window": 12, "max_position_embeddings": 256,
-               "layer_types": ["sliding_attention", "full_attention", "full_attention"], "bos_token_id": 1,
-               "eos_token_id": 2, "pad_token_id": 0} | changes
-        )  # fmt: skip
+            **{
+                "vocab_size": 256,
+                "hidden_size": 64,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+                "intermediate_size": 96,
+                "num_hidden_layers": 3,
+                "sliding_window": 12,
+                "max_position_embeddings": 256,
+                "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+                "pad_token_id": 0,
+            }
+            | changes
+        )
         return Gemma3ForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="module")
 def make(request: pytest.FixtureRequest) -> Callable[[str], PreTrainedModel]:
-    factories = {name: request.getfixturevalue(f"tiny_{name}") for name in ("llama", "qwen3")} | {
-        "gemma3": gemma3
-    }
+    factories = {name: request.getfixturevalue(f"tiny_{name}") for name in ("llama", "qwen3")} | {"gemma3": gemma3}
     return lambda name: factories[name]()
 
 
@@ -189,8 +192,9 @@ def answer(model: PreTrainedModel, way: str, cache: Any = None, new: int = 9) ->
     # a repeated prompt, so that looking up finds something
     inputs = {k: v[:1].repeat(1, 2) for k, v in batch((0,), 20).items()} if way == "lookup" else batch()
     torch.manual_seed(1)
-    return model.generate(**inputs, **cache_argument(cache), max_new_tokens=new, eos_token_id=None,
-                          **{"do_sample": False} | WAYS[way]).tolist()  # fmt: skip
+    return model.generate(
+        **inputs, **cache_argument(cache), max_new_tokens=new, eos_token_id=None, **{"do_sample": False} | WAYS[way]
+    ).tolist()
 
 
 def steps(model: PreTrainedModel, cache: Any, pieces: list[int], pads: tuple[int, ...] = (6, 0)) -> Tensor:
@@ -201,8 +205,14 @@ def steps(model: PreTrainedModel, cache: Any, pieces: list[int], pads: tuple[int
     with torch.no_grad():
         for size in pieces:
             last = first + size
-            logits.append(model(inputs["input_ids"][:, first:last], attention_mask=inputs["attention_mask"][:, :last],
-                                position_ids=positions[:, first:last], **cache_argument(cache)).logits)  # fmt: skip
+            logits.append(
+                model(
+                    inputs["input_ids"][:, first:last],
+                    attention_mask=inputs["attention_mask"][:, :last],
+                    position_ids=positions[:, first:last],
+                    **cache_argument(cache),
+                ).logits
+            )
             first = last
     return torch.cat(logits, 1)
 
@@ -223,9 +233,7 @@ def same_state(a: CompressedCache, b: CompressedCache, tolerance: float = 1e-4) 
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
-def test_a_full_budget_gives_the_tokens_of_the_library(
-    name: str, make: Callable[[str], PreTrainedModel]
-) -> None:
+def test_a_full_budget_gives_the_tokens_of_the_library(name: str, make: Callable[[str], PreTrainedModel]) -> None:
     stock = make(name)
     expected = {way: answer(stock, way) for way in WAYS}
     model = make(name)
@@ -237,9 +245,7 @@ def test_a_full_budget_gives_the_tokens_of_the_library(
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
-def test_keys_can_be_kept_as_they_were_before_rotation(
-    name: str, make: Callable[[str], PreTrainedModel]
-) -> None:
+def test_keys_can_be_kept_as_they_were_before_rotation(name: str, make: Callable[[str], PreTrainedModel]) -> None:
     stock, model = make(name), make(name)
     for way in WAYS:
         for mode in ("exact", "streamed"):
@@ -271,9 +277,19 @@ def test_other_caches_see_the_attention_of_the_library(make: Callable[[str], Pre
 def test_softcapped_scores(make: Callable[[str], PreTrainedModel]) -> None:
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    config = Gemma2Config(vocab_size=256, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-                          intermediate_size=96, num_hidden_layers=2, sliding_window=12, attn_logit_softcapping=0.05,
-                          eos_token_id=2, pad_token_id=0)  # fmt: skip
+    config = Gemma2Config(
+        vocab_size=256,
+        hidden_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        sliding_window=12,
+        attn_logit_softcapping=0.05,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     torch.manual_seed(0)
     model = Gemma2ForCausalLM(config).eval()
     model.set_attn_implementation("eager")
@@ -335,18 +351,12 @@ def test_a_prompt_in_chunks_is_the_prompt_in_one_piece(
         positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         model(**inputs, position_ids=positions, **cache_argument(direct))
         mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
-        token = {
-            "input_ids": torch.full((2, 1), 9),
-            "attention_mask": mask,
-            "position_ids": positions[:, -1:] + 1,
-        }
+        token = {"input_ids": torch.full((2, 1), 9), "attention_mask": mask, "position_ids": positions[:, -1:] + 1}
         if not any(pads):  # what stands for padding may be anything
             direct.finish()
             assert same_state(whole, chunked) and same_state(whole, direct)
         answers = [model(**token, **cache_argument(cache)).logits for cache in (whole, chunked, direct)]
-    assert torch.allclose(answers[0], answers[1], atol=1e-5) and torch.allclose(
-        answers[0], answers[2], atol=1e-5
-    )
+    assert torch.allclose(answers[0], answers[1], atol=1e-5) and torch.allclose(answers[0], answers[2], atol=1e-5)
 
 
 class Watched(TorchDispatchMode):
@@ -376,13 +386,9 @@ class Watched(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "policy",
-    [StreamingLLM(window=14), KIVI(window=32, value_group=8)],
-    ids=lambda policy: type(policy).__name__,
+    "policy", [StreamingLLM(window=14), KIVI(window=32, value_group=8)], ids=lambda policy: type(policy).__name__
 )
-def test_the_peak_of_a_prompt_in_chunks_is_bounded(
-    policy: Policy, make: Callable[[str], PreTrainedModel]
-) -> None:
+def test_the_peak_of_a_prompt_in_chunks_is_bounded(policy: Policy, make: Callable[[str], PreTrainedModel]) -> None:
     model = make("llama")
 
     def peak(length: int, chunk: int, mode: str) -> tuple[int, int]:
@@ -398,9 +404,7 @@ def test_the_peak_of_a_prompt_in_chunks_is_bounded(
     # a cache of fixed size needs no more however long the prompt is; codes are read one layer at a time
     assert long - short <= (masks if kept_long == kept else kept_long - kept + 4 * layer)
     assert peak(512, 512, "streamed")[0] > 2 * long  # in one piece activations grow with the prompt
-    if (
-        "exact" in policy.prefills
-    ):  # the prompt waits for its end as it came; then a layer is compressed at a time
+    if "exact" in policy.prefills:  # the prompt waits for its end as it came; then a layer is compressed at a time
         exact = peak(512, 16, "exact")[0] - peak(128, 16, "exact")[0]
         assert 2 * layer <= exact <= 5 * layer
 
@@ -411,17 +415,26 @@ def test_prompt_lookup_finds_the_tokens_of_the_same_policy(
 ) -> None:
     model = make("llama")
     inputs = {k: v.repeat(1, 2) for k, v in batch((0,), 20).items()}
-    greedy = model.generate(**inputs, max_new_tokens=20, do_sample=False, eos_token_id=None,
-                            **cache_argument(policy.cache(model, prefill="streamed")))  # fmt: skip
+    greedy = model.generate(
+        **inputs,
+        max_new_tokens=20,
+        do_sample=False,
+        eos_token_id=None,
+        **cache_argument(policy.cache(model, prefill="streamed")),
+    )
     cache = policy.cache(model, prefill="streamed")
-    found = model.generate(**inputs, max_new_tokens=20, do_sample=False, eos_token_id=None, **cache_argument(cache),
-                           prompt_lookup_num_tokens=5)  # fmt: skip
+    found = model.generate(
+        **inputs,
+        max_new_tokens=20,
+        do_sample=False,
+        eos_token_id=None,
+        **cache_argument(cache),
+        prompt_lookup_num_tokens=5,
+    )
     assert torch.equal(found, greedy)
 
 
-def test_scores_are_taken_in_turns(
-    make: Callable[[str], PreTrainedModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_are_taken_in_turns(make: Callable[[str], PreTrainedModel], monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("llama")
     policy = H2O(capacity=19)
     expected, whole = (steps(model, c := policy.cache(model), [60, 1]), c)
@@ -446,9 +459,7 @@ def test_scores_are_taken_in_turns(
 
 
 @pytest.mark.parametrize("policy", [Full(), *LOSSY], ids=lambda policy: type(policy).__name__)
-def test_what_a_forward_pass_brought_can_be_taken_back(
-    policy: Policy, make: Callable[[str], PreTrainedModel]
-) -> None:
+def test_what_a_forward_pass_brought_can_be_taken_back(policy: Policy, make: Callable[[str], PreTrainedModel]) -> None:
     model = make("llama")
     for pieces, removed in (([30, 1, 12], 5), ([30, 1, 12], 12), ([30], 4), ([30, 1], 1)):
         cache, direct = policy.cache(model), policy.cache(model)
@@ -486,8 +497,12 @@ def test_cropping_further_back(make: Callable[[str], PreTrainedModel]) -> None:
     assert torch.allclose(layer.parts["keys"], known)
     steps_after = model(torch.full((2, 9), 7), **cache_argument(kivi)).logits
     assert torch.isfinite(steps_after).all() and kivi.get_seq_length() == 30
-    for policy, pieces in ((H2O(capacity=19), [30, 1]), (SnapKV(capacity=17, window=6), [30, 1]),
-                           (StreamingLLM(window=14), [30, 1]), (SnapKV(capacity=17, window=6), [30])):  # fmt: skip
+    for policy, pieces in (
+        (H2O(capacity=19), [30, 1]),
+        (SnapKV(capacity=17, window=6), [30, 1]),
+        (StreamingLLM(window=14), [30, 1]),
+        (SnapKV(capacity=17, window=6), [30]),
+    ):
         cache = policy.cache(model)
         steps(model, cache, pieces, (0, 0))
         with pytest.raises(OptionError, match=r"crop: .*cache\.copy\(\)"):
@@ -502,9 +517,7 @@ def test_cropping_further_back(make: Callable[[str], PreTrainedModel]) -> None:
 
 
 @pytest.mark.parametrize("policy", [Full(), *LOSSY], ids=lambda policy: type(policy).__name__)
-def test_rows_can_be_reordered_repeated_and_selected(
-    policy: Policy, make: Callable[[str], PreTrainedModel]
-) -> None:
+def test_rows_can_be_reordered_repeated_and_selected(policy: Policy, make: Callable[[str], PreTrainedModel]) -> None:
     model = make("gemma3")
     cache = policy.cache(model)
     prefill(model, cache, **batch((6, 0)))
@@ -513,8 +526,9 @@ def test_rows_can_be_reordered_repeated_and_selected(
         mask = torch.cat([batch((6, 0))["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)[rows]
         tokens = torch.tensor([[5], [9]])[rows]
         with torch.no_grad():
-            return model(tokens, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
-                         **cache_argument(of)).logits  # fmt: skip
+            return model(
+                tokens, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1, **cache_argument(of)
+            ).logits
 
     expected = more(cache.copy(), [0, 1])
     for change, rows in (
@@ -530,9 +544,7 @@ def test_rows_can_be_reordered_repeated_and_selected(
 
 
 @pytest.mark.parametrize("policy", [SMALL_KIVI, ThinK(channels=0.5, window=7, group=4)])
-def test_what_has_left_the_window_is_never_rewritten(
-    policy: Policy, make: Callable[[str], PreTrainedModel]
-) -> None:
+def test_what_has_left_the_window_is_never_rewritten(policy: Policy, make: Callable[[str], PreTrainedModel]) -> None:
     model = make("llama")
     cache = policy.cache(model)
     prefill(model, cache, batch((0, 0))["input_ids"])
@@ -572,13 +584,7 @@ def test_budgets_are_met(budget: float, make: Callable[[str], PreTrainedModel]) 
     model = make("llama").bfloat16()
     full = 2 * 200 * 2 * 2 * 16 * 2
     met = []
-    for policy in (
-        KIVI(window=8, group=16, value_group=16),
-        StreamingLLM(),
-        H2O(),
-        SnapKV(),
-        ThinK(window=8, group=8),
-    ):
+    for policy in (KIVI(window=8, group=16, value_group=16), StreamingLLM(), H2O(), SnapKV(), ThinK(window=8, group=8)):
         try:
             cache = policy.cache(model, budget=budget, length=200)
         except OptionError as error:
@@ -587,9 +593,7 @@ def test_budgets_are_met(budget: float, make: Callable[[str], PreTrainedModel]) 
         assert cache.policy == policy.cache(model, bytes_per_token=budget * full / 200, length=200).policy
         prefill(model, cache, batch((0,), 200)["input_ids"])
         assert cache.nbytes <= budget * full
-        assert (
-            cache.nbytes > (budget - 0.06) * full
-        )  # and used: the smallest step here is a group of 16 tokens
+        assert cache.nbytes > (budget - 0.06) * full  # and used: the smallest step here is a group of 16 tokens
         met.append(type(policy).__name__)
     assert {"StreamingLLM", "H2O", "SnapKV"} <= set(met)
     assert ("ThinK" in met) == (budget > 0.55) and ("KIVI" in met) == (budget > 0.3)
@@ -599,11 +603,7 @@ def test_sliding_windows_are_left_to_the_library(make: Callable[[str], PreTraine
     model = make("gemma3")
     cache = H2O(capacity=19).cache(model)
     prefill(model, cache, batch((0,), 60)["input_ids"], chunk=17)
-    assert [type(layer).__name__ for layer in cache.layers] == [
-        "DynamicSlidingWindowLayer",
-        "H2OLayer",
-        "H2OLayer",
-    ]
+    assert [type(layer).__name__ for layer in cache.layers] == ["DynamicSlidingWindowLayer", "H2OLayer", "H2OLayer"]
     assert cache.nbytes - cache.compressed_nbytes == 2 * 2 * 11 * 16 * 4
 
 
@@ -630,25 +630,29 @@ def test_several_turns(make: Callable[[str], PreTrainedModel]) -> None:
 
 
 @pytest.mark.parametrize("policy", STREAMED, ids=lambda policy: type(policy).__name__)
-def test_a_turn_goes_on_where_the_last_one_ended(
-    policy: Policy, make: Callable[[str], PreTrainedModel]
-) -> None:
+def test_a_turn_goes_on_where_the_last_one_ended(policy: Policy, make: Callable[[str], PreTrainedModel]) -> None:
     model = make("llama")
     cache = policy.cache(model, prefill="streamed")
     tokens, mask = batch((6, 0), 30)["input_ids"], batch((6, 0), 30)["attention_mask"]
     for turn in range(3):
-        answers = [model.generate(tokens, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None,
-                                  **cache_argument(used))  # fmt: skip
-                   for used in (cache, policy.cache(model, prefill="streamed"))]  # fmt: skip
+        answers = [
+            model.generate(
+                tokens,
+                attention_mask=mask,
+                max_new_tokens=6,
+                do_sample=False,
+                eos_token_id=None,
+                **cache_argument(used),
+            )
+            for used in (cache, policy.cache(model, prefill="streamed"))
+        ]
         assert torch.equal(*answers)  # the conversation, and all of it anew
         tokens = torch.cat([answers[0], batch((0, 0), 9, seed=turn)["input_ids"]], 1)
         mask = torch.cat([mask, torch.ones(2, 15, dtype=torch.long)], 1)
 
 
 @pytest.mark.parametrize("policy", [Full(), *LOSSY], ids=lambda policy: type(policy).__name__)
-def test_one_document_many_questions(
-    policy: Policy, tmp_path: Path, make: Callable[[str], PreTrainedModel]
-) -> None:
+def test_one_document_many_questions(policy: Policy, tmp_path: Path, make: Callable[[str], PreTrainedModel]) -> None:
     model = make("gemma3")
     document = batch((0,), 50)["input_ids"]
     prepared = policy.cache(model)
@@ -661,9 +665,7 @@ def test_one_document_many_questions(
     for seed in (1, 2):
         asked = torch.cat([document, batch((0,), 6, seed)["input_ids"]], 1)
         for owner, cache in ((model, prepared), (twin, loaded)):
-            answers.append(
-                owner.generate(asked, **cache_argument(cache.copy()), max_new_tokens=6, do_sample=False)
-            )
+            answers.append(owner.generate(asked, **cache_argument(cache.copy()), max_new_tokens=6, do_sample=False))
         assert torch.equal(answers[-1], answers[-2])
     assert loaded.nbytes == prepared.nbytes and loaded.get_seq_length() == 50
 
@@ -728,7 +730,7 @@ def test_a_policy_with_tensors_can_be_kept(tmp_path: Path) -> None:
         ({"kind": "X", "module": "antigravity", "config": {}}, "no dataclass X in antigravity"),
         ({"tensor": "sha256:0"}, "is not in the file"),
     ],
-)  # fmt: skip
+)
 def test_what_a_file_tells_is_not_taken_on_trust(tree: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = tmp_path / "policy.safetensors"
     save_file({}, path, {"refimpl-policy": json.dumps({"format": 1} | tree)})
@@ -744,20 +746,14 @@ def test_policies_with_tensors_compare_by_content() -> None:
     assert policy != fitted(0, torch.float32)
     assert replace(policy, pairs=policy.pairs[:1]) != policy
     text = repr(policy)
-    assert text.startswith(
-        "Fitted(pairs=(Pair(A=bfloat16[2, 6], B=bfloat16[6, 8]), Pair(A=int64[], B=None), "
-    )
-    assert (
-        "... 4 in all), ranks=((1, 2), (3,)), table={2: [Plain(basis=bool[3])]}, base=KIVI(bits=4, " in text
-    )
+    assert text.startswith("Fitted(pairs=(Pair(A=bfloat16[2, 6], B=bfloat16[6, 8]), Pair(A=int64[], B=None), ")
+    assert "... 4 in all), ranks=((1, 2), (3,)), table={2: [Plain(basis=bool[3])]}, base=KIVI(bits=4, " in text
     assert "tensor(" not in text and len(text) < 350
     told = [describe(Pair(torch.arange(6).view(*shape))) for shape in ((2, 3), (3, 2))]
     assert told[0] != told[1]  # the same numbers in another shape are another tensor
 
 
-def test_a_cache_knows_the_tensors_of_its_policy(
-    tmp_path: Path, make: Callable[[str], PreTrainedModel]
-) -> None:
+def test_a_cache_knows_the_tensors_of_its_policy(tmp_path: Path, make: Callable[[str], PreTrainedModel]) -> None:
     model, path = make("llama"), tmp_path / "a.safetensors"
     cache = fitted().cache(model)
     prefill(model, cache, batch((0,))["input_ids"])
@@ -789,11 +785,7 @@ def test_other_attention_cannot_work(implementation: str, make: Callable[[str], 
     model.set_attn_implementation("refimpl")
     model(torch.ones(2, 1, dtype=torch.long), **cache_argument(cache))
     ticket: Any = Ticket(cache.layers[0])
-    for use in (
-        lambda: ticket.shape,
-        lambda: torch.ones(2) @ ticket,
-        lambda: torch.cat([torch.ones(1), ticket]),
-    ):
+    for use in (lambda: ticket.shape, lambda: torch.ones(2) @ ticket, lambda: torch.cat([torch.ones(1), ticket])):
         with pytest.raises(OptionError, match="only 'refimpl' can attend"):
             use()
 
@@ -832,9 +824,7 @@ def test_a_closed_cache_says_so(make: Callable[[str], PreTrainedModel]) -> None:
             use()
 
 
-def test_wrong_options(
-    make: Callable[[str], PreTrainedModel], tiny_gpt2: Callable[..., PreTrainedModel]
-) -> None:
+def test_wrong_options(make: Callable[[str], PreTrainedModel], tiny_gpt2: Callable[..., PreTrainedModel]) -> None:
     model = make("llama")
     for options, message in (
         ({"budget": 0.5}, "length=None"),
@@ -862,8 +852,11 @@ def test_wrong_options(
     with pytest.raises(OptionError, match="attention_mask covers 5 tokens"):
         model(batch((1,))["input_ids"], attention_mask=short, **cache_argument(H2O().cache(model)))
     with pytest.raises(OptionError, match="two-dimensional mask"):
-        model(torch.ones(1, 2, dtype=torch.long), **cache_argument(SMALL_KIVI.cache(model)),
-              attention_mask=torch.zeros(1, 1, 2, 2))  # fmt: skip
+        model(
+            torch.ones(1, 2, dtype=torch.long),
+            **cache_argument(SMALL_KIVI.cache(model)),
+            attention_mask=torch.zeros(1, 1, 2, 2),
+        )
 
 
 def test_models_without_rotation(tiny_gpt2: Callable[..., PreTrainedModel]) -> None:
@@ -878,9 +871,7 @@ def test_unusual_positions_are_refused(make: Callable[[str], PreTrainedModel]) -
     far = torch.arange(LENGTH).unsqueeze(0) + 40
     with pytest.raises(OptionError, match="pass position_ids"):
         model(ids, position_ids=far, **cache_argument(Unrotated().cache(model)))
-    model(
-        ids, position_ids=far, **cache_argument(SMALL_KIVI.cache(model))
-    )  # keys as they come: any positions will do
+    model(ids, position_ids=far, **cache_argument(SMALL_KIVI.cache(model)))  # keys as they come: any positions will do
     from refimpl.core.cache.rope import find_rotary
 
     model.model.rotary_emb.rope_type = "dynamic"  # frequencies that change with the length
@@ -888,9 +879,7 @@ def test_unusual_positions_are_refused(make: Callable[[str], PreTrainedModel]) -
 
 
 @pytest.mark.parametrize("policy", [Full(), *LOSSY], ids=lambda policy: type(policy).__name__)
-def test_devices(
-    policy: Policy, make: Callable[[str], PreTrainedModel], fake_cuda: Callable[[], Any]
-) -> None:
+def test_devices(policy: Policy, make: Callable[[str], PreTrainedModel], fake_cuda: Callable[[], Any]) -> None:
     built: Any = make("llama")
     with fake_cuda() as place:
         model = place(built)

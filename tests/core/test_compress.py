@@ -43,9 +43,7 @@ def test_every_method_on_every_layout(name, layout, dtype, pipeline, tokens, req
     tied = model.lm_head.weight is model.get_input_embeddings().weight
     for step, method in enumerate(pipeline(name)):
         planned = plan(model, method, sequences=4, length=10, batch_size=3)
-        report = compress(
-            model, method, tokens(4, 10, seed=step), reference=reference, batch_size=3, progress=False
-        )
+        report = compress(model, method, tokens(4, 10, seed=step), reference=reference, batch_size=3, progress=False)
         assert report.model is model
         assert [site.name for site in report.sites] == [row["site"] for row in planned.sites]
         for site, row in zip(find_sites(model), planned.sites, strict=True):
@@ -68,9 +66,7 @@ def test_every_method_on_every_layout(name, layout, dtype, pipeline, tokens, req
 
 @pytest.mark.parametrize("layout", ["llama", "gpt2", "mixtral"])
 @pytest.mark.parametrize("name", list(METHODS))
-def test_every_method_stays_on_its_device(
-    name, layout, pipeline, untrained, tokens, fake_cuda, request
-) -> None:
+def test_every_method_stays_on_its_device(name, layout, pipeline, untrained, tokens, fake_cuda, request) -> None:
     """A stray .cpu(), a mixed device, or a value read elsewhere than in `read` fails."""
     narrow = {"n_embd": 32, "n_layer": 1} if layout == "gpt2" else {"hidden_size": 32, "num_hidden_layers": 1}
     narrow |= {"intermediate_size": 32} if layout != "gpt2" else {"n_inner": 32}
@@ -126,9 +122,7 @@ def test_what_a_later_block_sees(order: str, tiny_llama: Factory, tokens) -> Non
         for part in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
             name = f"model.layers.{index}.{part}"
             expected = hooked_gram(mirror, name, ids)
-            assert torch.allclose(seen[name], expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())), (
-                name
-            )
+            assert torch.allclose(seen[name], expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())), name
 
 
 def test_batch_size_does_not_matter(tiny_llama: Factory, tokens) -> None:
@@ -137,9 +131,7 @@ def test_batch_size_does_not_matter(tiny_llama: Factory, tokens) -> None:
         model = tiny_llama()
         compress(model, GPTQ(4, 32), tokens(), batch_size=batch_size, progress=False)
         results.append(find_sites(model)[-1].weight)
-    assert torch.allclose(results[0], results[1], atol=2e-2) and torch.allclose(
-        results[0], results[2], atol=2e-2
-    )
+    assert torch.allclose(results[0], results[1], atol=2e-2) and torch.allclose(results[0], results[2], atol=2e-2)
 
 
 def test_targets_leave_the_rest_dense(tiny_llama: Factory, tokens) -> None:
@@ -171,9 +163,7 @@ def test_tokens_may_come_as_a_token_set(tiny_llama: Factory, tokens) -> None:
     assert torch.equal(find_sites(model)[-1].weight, find_sites(other)[-1].weight)
 
 
-def test_reference_may_be_a_folder(
-    tiny_llama: Factory, tiny_mixtral: Factory, tiny_gpt2: Factory, tokens, tmp_path
-):
+def test_reference_may_be_a_folder(tiny_llama: Factory, tiny_mixtral: Factory, tiny_gpt2: Factory, tokens, tmp_path):
     for number, factory in enumerate((tiny_llama, tiny_mixtral, tiny_gpt2)):
         dense = factory()
         folder = tmp_path / str(number)
@@ -198,8 +188,14 @@ def test_plan_leaves_a_model_as_it_is(tiny_mixtral: Factory, state, same) -> Non
 
 
 def test_plan_of_a_large_model_is_quick_and_names_everything() -> None:
-    config = LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-                         num_attention_heads=32, num_key_value_heads=8)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    )
     start = time.process_time()
     planned = plan(config, GPTQ(4, 128))
     assert time.process_time() - start < 20
@@ -253,7 +249,7 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "itself": (OptionError, "reference is the model that is being", {"method": EoRA(4), "reference": "itself"}),
     "missing folder": (CheckpointError, "is not a folder", {"method": EoRA(4), "reference": "/nowhere"}),
     "another model": (CheckpointError, "it is another model", {"method": EoRA(4), "reference": "wider"}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("layout", ["llama", "mixtral"])
@@ -275,9 +271,7 @@ def test_refusals_name_the_argument_and_change_nothing(case, layout, request, st
 def test_width_that_a_pattern_does_not_divide(tiny_llama: Factory, state, same) -> None:
     model = tiny_llama(intermediate_size=90)
     before = state(model)
-    with pytest.raises(
-        OptionError, match=r"groups of 4, but 'model\.layers\.0\.mlp\.down_proj' has 90.*targets="
-    ):
+    with pytest.raises(OptionError, match=r"groups of 4, but 'model\.layers\.0\.mlp\.down_proj' has 90.*targets="):
         compress(model, SparseGPT("2:4"), ids, progress=False)
     assert same(state(model), before)
 
@@ -303,22 +297,16 @@ def test_broken_reference_is_named(tiny_llama: Factory) -> None:
     model = copy.deepcopy(reference)
     compress(model, RTN(4, 32), progress=False)
     reference.model.layers[0].self_attn.o_proj.weight.data[0] = float("nan")
-    with pytest.raises(
-        CalibrationError, match=r"reference: 'model\.layers\.0\.self_attn\.o_proj' contains NaN"
-    ):
+    with pytest.raises(CalibrationError, match=r"reference: 'model\.layers\.0\.self_attn\.o_proj' contains NaN"):
         compress(model, EoRA(4), ids, reference=reference, progress=False)
 
 
-def test_activations_that_overflow_are_named_and_leave_the_block_whole(
-    tiny_llama: Factory, state, same
-) -> None:
+def test_activations_that_overflow_are_named_and_leave_the_block_whole(tiny_llama: Factory, state, same) -> None:
     model = tiny_llama().to(torch.float16)
     model.model.layers[0].mlp.up_proj.weight.data.fill_(6e4)
     model.model.layers[0].mlp.gate_proj.weight.data.fill_(6e4)
     before = state(model)
-    with pytest.raises(
-        CalibrationError, match=r"inputs of 'model\.layers\.0\.mlp\.down_proj' contain NaN.*float32"
-    ):
+    with pytest.raises(CalibrationError, match=r"inputs of 'model\.layers\.0\.mlp\.down_proj' contain NaN.*float32"):
         compress(model, GPTQ(4, 32), ids, progress=False)
     assert same(state(model), before)
 

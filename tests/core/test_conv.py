@@ -75,13 +75,7 @@ def kernels(conv: nn.Conv2d, dtype: torch.dtype) -> dict[str, CompressedLayer]:
     """Everything that can hold a kernel."""
     W, bias = conv.weight.detach().flatten(1), conv.bias
     grid = minmax_grid(W.float(), 4)
-    codes = {
-        "codes": grid.encode(W.float()),
-        "scale": grid.scale,
-        "zero": grid.zero,
-        "bits": 4,
-        "dtype": dtype,
-    }
+    codes = {"codes": grid.encode(W.float()), "scale": grid.scale, "zero": grid.zero, "bits": 4, "dtype": dtype}
     mask = W.abs() > W.abs().median()
     rank = 2
     A, B = Factor(torch.randn(rank, W.shape[1]).to(dtype)), Factor(torch.randn(len(W), rank).to(dtype))
@@ -115,9 +109,7 @@ def by_hand(layer: CompressedLayer, x: Tensor, geometry: Geometry) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(
-    "case", ["strided, odd padding", "same, even kernel", "reflect", "grouped", "depthwise"]
-)
+@pytest.mark.parametrize("case", ["strided, odd padding", "same, even kernel", "reflect", "grouped", "depthwise"])
 def test_any_kernel_becomes_a_convolution(case: str, bias: bool, dtype: torch.dtype) -> None:
     conv, x = conv_of(case, bias, dtype), image(dtype)
     geometry = Geometry.of(conv)
@@ -130,9 +122,7 @@ def test_any_kernel_becomes_a_convolution(case: str, bias: bool, dtype: torch.dt
         assert torch.equal(layer.to_dense(), base.to_dense()) and layer.bias is getattr(base, "bias", None)
         assert torch.equal(layer.weight.flatten(1), base.to_dense()) and layer.weight.dtype == dtype
         # every stored byte is named once, and the description is enough to build it again
-        assert (
-            sum(layer.parts().values()) == layer.nbytes == sum(t.nbytes for t in layer.state_dict().values())
-        )
+        assert sum(layer.parts().values()) == layer.nbytes == sum(t.nbytes for t in layer.state_dict().values())
         config = json.loads(json.dumps(layer.config()))
         again = empty_layer(config, dtype, "cpu")
         again.load_state_dict(layer.state_dict())
@@ -180,16 +170,12 @@ def test_a_convolution_is_a_site(case: str) -> None:
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize(
-    ("span", "zero"), [(3.0, -1.0), (1.7, 0.0), (2.0, -2.0), (1e-9, 0.0), (4.0, 1.0), (2.0, -5.0)]
-)
+@pytest.mark.parametrize(("span", "zero"), [(3.0, -1.0), (1.7, 0.0), (2.0, -2.0), (1e-9, 0.0), (4.0, 1.0), (2.0, -5.0)])
 def test_activation_quantizer(bits: int, span: float, zero: float) -> None:
     quantizer = ActivationQuantizer(bits, span, torch.tensor([zero]))
     x = 4 * torch.randn(4000, generator=torch.Generator().manual_seed(0))
     y = quantizer(x)
-    assert torch.equal(
-        y, fake_quantize(x, torch.tensor(span), torch.tensor(zero), bits)
-    )  # as methods train it
+    assert torch.equal(y, fake_quantize(x, torch.tensor(span), torch.tensor(zero), bits))  # as methods train it
     assert torch.equal(quantizer(y), y) and len(y.unique()) <= 2**bits
     assert not quantizer(torch.zeros(3)).any()
     step = max(span, 1e-6) / (2**bits - 1)

@@ -152,9 +152,7 @@ def test_large_models_are_split(tiny_llama: Factory, tokens, loaded, tmp_path, m
         files = sorted(path.name for path in folder.glob("*.safetensors"))
         assert len(files) > 1 and files[0] == f"model-00001-of-0000{len(files)}.safetensors"
         index = json.loads((folder / "model.safetensors.index.json").read_text())
-        assert set(index["weight_map"]) == set(stored(folder)) and set(index["weight_map"].values()) == set(
-            files
-        )
+        assert set(index["weight_map"]) == set(stored(folder)) and set(index["weight_map"].values()) == set(files)
         again = loaded(folder)
         assert torch.equal(logits(again, tokens), logits(model, tokens))
         assert again.lm_head.weight is again.get_input_embeddings().weight
@@ -180,9 +178,7 @@ def test_one_file_is_in_memory_at_a_time(tiny_llama: Factory, tokens, tmp_path, 
 
 def test_models_written_block_by_block(tiny_llama: Factory, tokens, loaded, tmp_path) -> None:
     tiny_llama().save_pretrained(tmp_path / "dense")
-    compress(
-        tmp_path / "dense", GPTQ(4, 32, symmetric=True), tokens(), out=tmp_path / "packed", progress=False
-    )
+    compress(tmp_path / "dense", GPTQ(4, 32, symmetric=True), tokens(), out=tmp_path / "packed", progress=False)
     model = load(tmp_path / "packed")
     for folder in (export_dense(model, tmp_path / "a"), export_compressed_tensors(model, tmp_path / "b")):
         assert torch.equal(logits(loaded(folder), tokens), logits(model, tokens))
@@ -214,9 +210,7 @@ def test_image_models(kind, folded, images, request, loaded, tmp_path) -> None:
         again = loaded(export_dense(model, tmp_path / str(number)), type(model))
         with torch.no_grad():
             ours, theirs = model(images(4)).logits, again(images(4)).logits
-        moved = (
-            folded and kind == "tiny_resnet"
-        )  # a bias became the shift of a batch norm: added later, in fp32
+        moved = folded and kind == "tiny_resnet"  # a bias became the shift of a batch norm: added later, in fp32
         assert torch.allclose(ours, theirs, atol=1e-5)
         assert moved or number == 2 or torch.equal(ours, theirs)
     if norms is not None:
@@ -255,15 +249,10 @@ def test_quantised_weights_give_equal_logits(
     layer = "model.layers.0.mlp.up_proj"
     assert packed[f"{layer}.weight_packed"].nbytes == 96 * 64 * bits / 8
     assert (f"{layer}.weight_zero_point" in packed) != symmetric
-    assert (
-        "lm_head"
-        in json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
-    )
+    assert "lm_head" in json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
     if symmetric and dtype == torch.float32:  # unpacked while loading instead of at the first call
         option = CompressedTensorsConfig(dequantize=True)
-        assert torch.equal(
-            logits(loaded(tmp_path / "out", quantization_config=option), tokens), logits(model, tokens)
-        )
+        assert torch.equal(logits(loaded(tmp_path / "out", quantization_config=option), tokens), logits(model, tokens))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -305,8 +294,7 @@ def test_mixed_settings(tiny_llama: Factory, tokens, loaded, tmp_path) -> None:
     assert torch.equal(logits(again, tokens), logits(model, tokens))
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     found = {
-        (g["weights"]["num_bits"], g["weights"]["group_size"]): g["targets"]
-        for g in config["config_groups"].values()
+        (g["weights"]["num_bits"], g["weights"]["group_size"]): g["targets"] for g in config["config_groups"].values()
     }
     assert found.keys() == {(4, 32), (3, 32), (8, None), (4, None)}
     assert set(found[4, None]) == {"model.layers.0.self_attn.o_proj"}
@@ -315,9 +303,7 @@ def test_mixed_settings(tiny_llama: Factory, tokens, loaded, tmp_path) -> None:
 
 def test_asymmetric_mixed_settings_need_the_wider_grid(tiny_llama: Factory, tokens, loaded, tmp_path) -> None:
     model = mixed(tiny_llama(), False, tokens)
-    with pytest.raises(
-        OptionError, match=r"'model.layers.0.self_attn.q_proj' is asymmetric .* symmetric=True"
-    ):
+    with pytest.raises(OptionError, match=r"'model.layers.0.self_attn.q_proj' is asymmetric .* symmetric=True"):
         export_compressed_tensors(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     again = loaded(export_compressed_tensors(model, tmp_path / "out", symmetric=True))
@@ -350,9 +336,7 @@ def test_unquantised_layers_are_ordinary_weights(tiny_llama: Factory, tokens, lo
     assert torch.equal(logits(again, tokens), logits(model, tokens))
     assert pruned_alike(stored(tmp_path / "out")["model.layers.1.mlp.up_proj.weight"])
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert {"model.layers.0.mlp.up_proj", "model.layers.1.self_attn.k_proj", "lm_head"} <= set(
-        config["ignore"]
-    )
+    assert {"model.layers.0.mlp.up_proj", "model.layers.1.self_attn.k_proj", "lm_head"} <= set(config["ignore"])
     assert "model.layers.0.self_attn.q_proj" not in config["ignore"]
 
 
@@ -380,9 +364,7 @@ def test_experts(others, dequantize, tiny_mixtral: Factory, tokens, loaded, tmp_
 
 def test_experts_that_are_refused(tiny_mixtral: Factory, tokens, tmp_path) -> None:
     model = compressed(tiny_mixtral(), [RTN(3, 32)], tokens, targets="experts")
-    with pytest.raises(
-        OptionError, match=r"experts.0.gate_up_proj' is asymmetric.*symmetric=True.*export_dense"
-    ):
+    with pytest.raises(OptionError, match=r"experts.0.gate_up_proj' is asymmetric.*symmetric=True.*export_dense"):
         export_compressed_tensors(model, tmp_path / "out")
     export_compressed_tensors(model, tmp_path / "wide", symmetric=True)
     for targets, named in (
@@ -391,9 +373,7 @@ def test_experts_that_are_refused(tiny_mixtral: Factory, tokens, tmp_path) -> No
         ("gate_up", "0.down_proj"),
     ):
         model = compressed(tiny_mixtral(), [RTN(3, 32, symmetric=True)], tokens, targets=targets)
-        with pytest.raises(
-            OptionError, match=rf"experts.{named}' is not quantised like the other.*export_dense"
-        ):
+        with pytest.raises(OptionError, match=rf"experts.{named}' is not quantised like the other.*export_dense"):
             export_compressed_tensors(model, tmp_path / "out")
     compressed(model, [RTN(4, 32, symmetric=True)], tokens, targets="experts.*down_proj")
     with pytest.raises(OptionError, match="experts.0.down_proj' is not quantised like the other"):
@@ -404,14 +384,10 @@ def test_experts_that_are_refused(tiny_mixtral: Factory, tokens, tmp_path) -> No
 # ---- adapters
 
 
-def check_adapter(
-    model: Any, base: Any, adapter: Path, tokens: Callable[..., Tensor], dtype: torch.dtype
-) -> None:
+def check_adapter(model: Any, base: Any, adapter: Path, tokens: Callable[..., Tensor], dtype: torch.dtype) -> None:
     again = PeftModel.from_pretrained(base, adapter)
     exact = dtype == torch.float32  # PEFT computes in fp32 what we round to bf16 after each factor
-    assert torch.allclose(
-        logits(model, tokens).float(), logits(again, tokens).float(), atol=1e-4 if exact else 0.05
-    )
+    assert torch.allclose(logits(model, tokens).float(), logits(again, tokens).float(), atol=1e-4 if exact else 0.05)
     with again.disable_adapter():
         assert not torch.allclose(logits(again, tokens), logits(model, tokens), atol=1e-3)
 
@@ -424,8 +400,11 @@ def test_adapters_on_plain_weights(layout, adapter_bits, dtype, request, tokens,
     compressed(model, [SparseGPT("2:4"), EoRA(8, adapter_bits=adapter_bits)], tokens)
     export_dense(model, tmp_path / "base", adapter=tmp_path / "adapter")
     base = loaded(tmp_path / "base")
-    assert pruned_alike(base.get_submodule(find_sites(model)[0].name).weight.T if layout == "gpt2" else
-                        base.get_submodule(find_sites(model)[0].name).weight)  # fmt: skip
+    assert pruned_alike(
+        base.get_submodule(find_sites(model)[0].name).weight.T
+        if layout == "gpt2"
+        else base.get_submodule(find_sites(model)[0].name).weight
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*fan_in_fan_out")  # PEFT corrects a wrong setting aloud
         check_adapter(model, base, tmp_path / "adapter", tokens, dtype)
@@ -457,8 +436,11 @@ def test_ranks_of_their_own_and_mixed_settings(tiny_llama: Factory, tokens, load
     export_compressed_tensors(model, tmp_path / "base", adapter=tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 4 and config["rank_pattern"] == config["alpha_pattern"]
-    assert config["rank_pattern"] == {"model.layers.0.mlp.down_proj": 8, "model.layers.1.mlp.down_proj": 8,
-                                      "model.layers.1.self_attn.q_proj": 2}  # fmt: skip
+    assert config["rank_pattern"] == {
+        "model.layers.0.mlp.down_proj": 8,
+        "model.layers.1.mlp.down_proj": 8,
+        "model.layers.1.self_attn.q_proj": 2,
+    }
     assert "run the model once" in (tmp_path / "base" / "README.md").read_text()
     base = loaded(tmp_path / "base")
     logits(base, tokens)
@@ -481,9 +463,7 @@ def test_an_adapter_by_itself(tiny_llama: Factory, tokens, loaded, tmp_path) -> 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("adapter_bits", [None, 4])
-def test_served_models_are_exported_like_others(
-    symmetric, adapter_bits, tiny_llama: Factory, tokens, tmp_path
-) -> None:
+def test_served_models_are_exported_like_others(symmetric, adapter_bits, tiny_llama: Factory, tokens, tmp_path) -> None:
     size = {"intermediate_size": 128}  # multiples of 32
     model = compressed(tiny_llama(**size), [GPTQ(4, 32, symmetric)], tokens, targets="mlp")
     compressed(model, [SparseGPT("2:4")], tokens, targets="attn")
@@ -536,17 +516,13 @@ def test_smollm2(dtype, smollm2_folder, loaded, tmp_path) -> None:
 # ---- folders
 
 
-def test_exports_are_replaced_and_nothing_else_is_touched(
-    tiny_llama: Factory, tokens, loaded, tmp_path
-) -> None:
+def test_exports_are_replaced_and_nothing_else_is_touched(tiny_llama: Factory, tokens, loaded, tmp_path) -> None:
     model = compressed(tiny_llama(), [RTN(4, 32, symmetric=True)], tokens)
     folder = export_compressed_tensors(model, tmp_path / "out")
     (folder / "tokenizer.json").write_text("{}")
     export_dense(model, folder)
     assert not any("packed" in name for name in stored(folder))
-    assert (folder / "tokenizer.json").read_text() == "{}" and "plain weights" in (
-        folder / "README.md"
-    ).read_text()
+    assert (folder / "tokenizer.json").read_text() == "{}" and "plain weights" in (folder / "README.md").read_text()
     assert torch.equal(logits(loaded(folder), tokens), logits(model, tokens))
     assert (folder.stat().st_mode & 0o777) == 0o755
     for theirs in ("dense", "ours", "written"):
@@ -565,9 +541,7 @@ def test_exports_are_replaced_and_nothing_else_is_touched(
 
 
 @pytest.mark.parametrize("earlier", [False, True])
-def test_an_interrupted_export_leaves_what_was_there(
-    earlier, tiny_llama, tokens, tmp_path, monkeypatch
-) -> None:
+def test_an_interrupted_export_leaves_what_was_there(earlier, tiny_llama, tokens, tmp_path, monkeypatch) -> None:
     model = compressed(tiny_llama(), [RTN(4, 32, symmetric=True)], tokens)
     out = tmp_path / "out"
     if earlier:
@@ -584,9 +558,7 @@ def test_an_interrupted_export_leaves_what_was_there(
     assert before == ({path.name: path.read_bytes() for path in out.iterdir()} if earlier else None)
 
 
-def test_between_two_exports_nothing_can_be_loaded(
-    tiny_llama: Factory, tokens, tmp_path, monkeypatch
-) -> None:
+def test_between_two_exports_nothing_can_be_loaded(tiny_llama: Factory, tokens, tmp_path, monkeypatch) -> None:
     model = compressed(tiny_llama(), [RTN(4, 32, symmetric=True)], tokens)
     out = export_dense(model, tmp_path / "out")
     replace = export.os.replace
@@ -627,9 +599,7 @@ def test_the_lines_of_the_readme_work(tiny_llama: Factory, tokens, tmp_path) -> 
 def test_what_no_format_holds(tiny_llama: Factory, tiny_vit: Factory, tokens, images, tmp_path) -> None:
     model = compressed(tiny_llama(), [RTN(4, 32), QuantizeActivations(8)], tokens)
     for write in (export_dense, export_compressed_tensors):
-        with pytest.raises(
-            OptionError, match=r"'model.layers.0.self_attn.q_proj' quantises its inputs.*save\(\)"
-        ):
+        with pytest.raises(OptionError, match=r"'model.layers.0.self_attn.q_proj' quantises its inputs.*save\(\)"):
             write(model, tmp_path / "out")
     with pytest.raises(CheckpointError, match="model=Linear: it has no transformers configuration"):
         export_dense(nn.Linear(2, 2), tmp_path / "out")
@@ -637,9 +607,7 @@ def test_what_no_format_holds(tiny_llama: Factory, tiny_vit: Factory, tokens, im
     reference = copy.deepcopy(vit)
     for method in (RTN(4, None), PlainSVD(2), QuantizeActivations(8)):
         compress(vit, method, images(8), reference=reference, progress=False)
-    with pytest.raises(
-        OptionError, match=r"quantises its inputs, which a LoRA adapter cannot hold; keep.*save\(\)"
-    ):
+    with pytest.raises(OptionError, match=r"quantises its inputs, which a LoRA adapter cannot hold; keep.*save\(\)"):
         export_peft(vit, tmp_path / "out", base="x")
     assert not any(tmp_path.iterdir())
 
@@ -657,19 +625,14 @@ def test_what_pack_quantized_does_not_hold(
     with pytest.raises(OptionError, match="none of its linear layers is quantised; use export_dense"):
         export_compressed_tensors(compressed(tiny_llama(), [Magnitude("2:4")], tokens), out)
     model = compressed(tiny_llama(), [RTN(8, 32)], tokens)
-    with pytest.raises(
-        OptionError, match="symmetric=True: 'model.layers.0.self_attn.q_proj' has 8 bits.*would need 9"
-    ):
+    with pytest.raises(OptionError, match="symmetric=True: 'model.layers.0.self_attn.q_proj' has 8 bits.*would need 9"):
         export_compressed_tensors(model, out, symmetric=True)
     model = compressed(tiny_llama(), [RTN(4, 32)], tokens)
     model.model.layers[0].mlp.up_proj = LowRankLinear(Factor(torch.ones(2, 64)), Factor(torch.ones(96, 2)))
-    with pytest.raises(
-        OptionError, match=r"'model.layers.0.mlp.up_proj' is a product of two factors.*export_dense"
-    ):
+    with pytest.raises(OptionError, match=r"'model.layers.0.mlp.up_proj' is a product of two factors.*export_dense"):
         export_compressed_tensors(model, out)
     assert torch.equal(
-        stored(export_dense(model, tmp_path / "dense"))["model.layers.0.mlp.up_proj.weight"],
-        torch.full((96, 64), 2.0),
+        stored(export_dense(model, tmp_path / "dense"))["model.layers.0.mlp.up_proj.weight"], torch.full((96, 64), 2.0)
     )
     assert not out.exists()
 
@@ -678,9 +641,7 @@ def test_scales_that_the_dtype_does_not_hold(tiny_llama: Factory, tokens, tmp_pa
     model = compressed(tiny_llama(), [RTN(4, 32)], tokens)
     model.model.layers[1].mlp.up_proj.scale.fill_(1e-7)
     cast(model, torch.float16)
-    with pytest.raises(
-        OptionError, match=r"scales of 'model.layers.1.mlp.up_proj' do not fit torch.float16.*float32"
-    ):
+    with pytest.raises(OptionError, match=r"scales of 'model.layers.1.mlp.up_proj' do not fit torch.float16.*float32"):
         export_compressed_tensors(model, tmp_path / "out")
     model.model.layers[1].mlp.up_proj.scale.fill_(1e-3)
     export_compressed_tensors(model, tmp_path / "out")
@@ -712,9 +673,7 @@ def test_what_an_adapter_does_not_hold(
 def test_a_changed_architecture_is_named(tiny_llama: Factory, tokens, tmp_path) -> None:
     model = compressed(tiny_llama(), [RTN(4, 32)], tokens)
     model.model.layers[0].extra = nn.Linear(4, 4)
-    with pytest.raises(
-        CheckpointError, match="'model.layers.0.extra.weight'.*does not fit a LlamaForCausalLM"
-    ):
+    with pytest.raises(CheckpointError, match="'model.layers.0.extra.weight'.*does not fit a LlamaForCausalLM"):
         export_dense(model, tmp_path / "out")
     del model.model.layers[0].extra
     model.model.norm = nn.Identity()

@@ -57,15 +57,11 @@ def test_folding_changes_nothing(kind: str, images, request) -> None:
     for conv, norm in folded.norms.items():
         old = original.get_submodule(norm.name)
         assert isinstance(model.get_submodule(norm.name), nn.Identity)
-        assert (
-            torch.equal(norm.gamma, old.weight) and torch.equal(norm.beta, old.bias) and norm.eps == old.eps
-        )
+        assert torch.equal(norm.gamma, old.weight) and torch.equal(norm.beta, old.bias) and norm.eps == old.eps
         assert model.get_submodule(conv).bias is not None
         # the formula, channel by channel
         factor = (old.weight / (old.running_var + old.eps).sqrt()).view(-1, 1, 1, 1)
-        assert torch.allclose(
-            model.get_submodule(conv).weight, original.get_submodule(conv).weight * factor, atol=1e-6
-        )
+        assert torch.allclose(model.get_submodule(conv).weight, original.get_submodule(conv).weight * factor, atol=1e-6)
     assert fold_batch_norms(model, images(2)).norms == {}
 
 
@@ -124,13 +120,16 @@ def test_what_cannot_be_folded_is_left_with_the_reason(images) -> None:
     assert {conv: norm.name for conv, norm in folded.norms.items()} == {"g": "good"}
     assert torch.equal(folded.norms["g"].gamma, torch.ones(4)) and not folded.norms["g"].beta.any()
     reasons = {
-        "first": "no convolution directly before it", "shared": "it is called 2 times",
-        "skipped": "something else uses the output of 'c' too", "activated": "no convolution directly before it",
-        "fresh": "it has no running statistics", "idle": "it is called 0 times",
+        "first": "no convolution directly before it",
+        "shared": "it is called 2 times",
+        "skipped": "something else uses the output of 'c' too",
+        "activated": "no convolution directly before it",
+        "fresh": "it has no running statistics",
+        "idle": "it is called 0 times",
         "parametrised": "the weight of 'f' is parametrised; make it a plain one first",
         "one": "the convolution before it, 'b', is called 2 times",
         "two": "the convolution before it, 'b', is called 2 times",
-    }  # fmt: skip
+    }
     assert folded.left == reasons
     assert close(output(model, images(4)), before)
 
@@ -193,7 +192,7 @@ STEPS: dict[str, list[Any]] = {
     "low rank": [LoftQ(3, None, rank=2)],
     "quantised inputs": [GPTQ(4, None), QuantizeActivations(6)],
     "everything": [GPTQ(4, None), EoRA(2), QuantizeActivations(8, "mse")],
-}  # fmt: skip
+}
 
 
 def codes(model: nn.Module) -> dict[str, Tensor]:
@@ -205,9 +204,7 @@ def codes(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("case", list(STEPS))
-def test_reinserted_norms_are_the_identity_and_refold_into_anything(
-    case: str, tiny_resnet: Factory, images, tmp_path
-):
+def test_reinserted_norms_are_the_identity_and_refold_into_anything(case: str, tiny_resnet: Factory, images, tmp_path):
     dense = tiny_resnet(embedding_size=8, hidden_sizes=[8, 16])
     folded = fold_batch_norms(dense, images(2))
     model = copy.deepcopy(dense)
@@ -291,9 +288,7 @@ def test_a_channel_with_gamma_zero(tiny_resnet: Factory, images) -> None:
     assert torch.isfinite(output(model, images(6))).all()
     conv, norm = next(iter(folded.norms.items()))
     weight = find_sites(model, conv)[0].weight
-    assert not weight[::2].any() and torch.allclose(
-        model.get_submodule(conv).bias[::2], norm.beta[::2], atol=1e-4
-    )
+    assert not weight[::2].any() and torch.allclose(model.get_submodule(conv).bias[::2], norm.beta[::2], atol=1e-4)
 
 
 def test_refold_keeps_the_dtype(tiny_resnet: Factory, images) -> None:
@@ -307,9 +302,7 @@ def test_refold_keeps_the_dtype(tiny_resnet: Factory, images) -> None:
     assert (output(model, images(8).bfloat16()) - before).norm() < 0.05 * before.norm()
 
 
-def test_wrong_order_and_another_model_are_named(
-    tiny_resnet: Factory, tiny_vit: Factory, images, state, same
-) -> None:
+def test_wrong_order_and_another_model_are_named(tiny_resnet: Factory, tiny_vit: Factory, images, state, same) -> None:
     model = tiny_resnet()
     folded = fold_batch_norms(model, images(2))
     with pytest.raises(OptionError, match=r"no batch norm at 'resnet\.embedder.*reinsert first"):

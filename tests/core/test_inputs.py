@@ -88,9 +88,7 @@ def test_inputs_and_outputs_of_a_whole_model(kind: str, order: str, images, requ
             # the error that is reported, from its definition
             got = compressed.placed(samples.x)
             error = float((got - samples.y).square().sum() / samples.y.square().sum())
-            assert next(e.error for e in report.sites if e.name == site.name) == pytest.approx(
-                error, rel=1e-4
-            )
+            assert next(e.error for e in report.sites if e.name == site.name) == pytest.approx(error, rel=1e-4)
 
 
 def test_shared_inputs_are_kept_once(tiny_vit: Factory, images) -> None:
@@ -128,9 +126,7 @@ def test_with_a_reference_the_outputs_are_its_own(tiny_resnet: Factory, images) 
 
 
 def test_in_place_changes_do_not_reach_what_was_kept(images) -> None:
-    model = nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3), nn.ReLU(inplace=True)
-    )
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3), nn.ReLU(inplace=True))
     with collect(find_sites(model), {"inputs"}) as stats, torch.no_grad():
         model(images(3))
     for site in find_sites(model):
@@ -149,9 +145,7 @@ def test_maps_of_several_sizes_cannot_be_kept_together() -> None:
             return self.head(x).sum((2, 3)) + self.head(F.avg_pool2d(x, 2)).sum((2, 3))
 
     x = torch.randn(3, 1, 8, 8)
-    with pytest.raises(
-        CalibrationError, match=r"'head' is called with samples of different shapes.*targets="
-    ):
+    with pytest.raises(CalibrationError, match=r"'head' is called with samples of different shapes.*targets="):
         compress(Pyramid(), keep(), x, progress=False)
     compress(Pyramid(), GPTQ(4, None), x, progress=False)  # sums do not mind
     compress(Pyramid(), QuantizeActivations(8), x, progress=False)
@@ -189,9 +183,7 @@ def test_experts_without_tokens_have_empty_samples(tiny_mixtral: Factory, tokens
     compress(model, method, tokens(1, 4), progress=False)
     sizes = {name: len(samples.x) for name, samples in method.seen.items() if "down_proj" in name}
     assert 0 in sizes.values() and max(sizes.values()) > 0
-    idle = next(
-        samples for name, samples in method.seen.items() if "down_proj" in name and not len(samples.x)
-    )
+    idle = next(samples for name, samples in method.seen.items() if "down_proj" in name and not len(samples.x))
     assert idle.low == idle.high == 0
     for clip in ("minmax", "mse"):
         model = tiny_mixtral(num_local_experts=8, num_experts_per_tok=1)
@@ -223,7 +215,7 @@ RELU: dict[str, tuple[bool, Callable[[Tensor], Tensor]]] = {
     "used beside it": (False, lambda y: F.relu(y) + y),
     "batch norm between": (False, nn.Sequential(nn.BatchNorm2d(4).eval(), nn.ReLU())),
     "pooled first": (False, lambda y: F.relu(F.avg_pool2d(y, 2))),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", list(RELU))
@@ -256,12 +248,15 @@ def test_rectified_in_a_residual_network(tiny_resnet: Factory, images) -> None:
         found = {name.replace("resnet.encoder.stages.", ""): s.rectified for name, s in method.seen.items()}
         assert found == {
             "resnet.embedder.embedder.convolution": True,
-            "0.layers.0.layer.0.convolution": True, "0.layers.0.layer.1.convolution": False,
-            "1.layers.0.layer.0.convolution": True, "1.layers.0.layer.1.convolution": False,
+            "0.layers.0.layer.0.convolution": True,
+            "0.layers.0.layer.1.convolution": False,
+            "1.layers.0.layer.0.convolution": True,
+            "1.layers.0.layer.1.convolution": False,
             "1.layers.0.shortcut.convolution": False,
-            "1.layers.1.layer.0.convolution": True, "1.layers.1.layer.1.convolution": False,
+            "1.layers.1.layer.0.convolution": True,
+            "1.layers.1.layer.1.convolution": False,
             "classifier.1": False,
-        }  # fmt: skip
+        }
 
 
 def test_rectified_behind_unfolded_batch_norms_is_false(tiny_resnet: Factory, images) -> None:

@@ -55,16 +55,12 @@ def test_saved_models_come_back_exactly(layout, tied, dtype, tokens, request, st
         assert same(state(again), state(model))
         assert torch.equal(logits(again, tokens), logits(model, tokens))
         assert (again.lm_head.weight is again.get_input_embeddings().weight) == tied
-        assert [type(site.module) for site in find_sites(again)] == [
-            type(site.module) for site in find_sites(model)
-        ]
+        assert [type(site.module) for site in find_sites(again)] == [type(site.module) for site in find_sites(model)]
     again.generate(tokens(1, 4), max_new_tokens=2, do_sample=False)
 
 
 @pytest.mark.parametrize("name", list(METHODS))
-def test_result_of_every_method_comes_back(
-    name, pipeline, tiny_llama: Factory, tokens, state, same, tmp_path
-) -> None:
+def test_result_of_every_method_comes_back(name, pipeline, tiny_llama: Factory, tokens, state, same, tmp_path) -> None:
     model = tiny_llama()
     reference = copy.deepcopy(model)
     for method in pipeline(name):
@@ -82,8 +78,15 @@ def test_partly_compressed_and_plain_models(tiny_mixtral: Factory, tokens, state
 
 def test_scaled_embeddings_with_a_buffer_beside_them(tokens, state, same, tmp_path) -> None:
     """Gemma3 keeps a computed scale in its embedding; only that may be made anew when loading."""
-    config = transformers.Gemma3TextConfig(vocab_size=256, hidden_size=64, num_attention_heads=4, num_hidden_layers=2,
-                                           head_dim=16, num_key_value_heads=2, intermediate_size=96)  # fmt: skip
+    config = transformers.Gemma3TextConfig(
+        vocab_size=256,
+        hidden_size=64,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        head_dim=16,
+        num_key_value_heads=2,
+        intermediate_size=96,
+    )
     model = transformers.Gemma3ForCausalLM(config).eval()
     model.save_pretrained(tmp_path / "dense")
     compress(model, RTN(4, 32), progress=False)
@@ -114,9 +117,7 @@ def test_from_pretrained_stops_instead_of_inventing_weights(tiny_llama: Factory,
             AutoModelForCausalLM.from_pretrained(tmp_path / folder)
 
 
-def test_saving_again_replaces_and_never_touches_what_is_not_ours(
-    tiny_llama: Factory, tmp_path, state, same
-) -> None:
+def test_saving_again_replaces_and_never_touches_what_is_not_ours(tiny_llama: Factory, tmp_path, state, same) -> None:
     first, second = tiny_llama(), tiny_llama(num_hidden_layers=1)
     save(first, tmp_path / "a")
     save(second, tmp_path / "a")
@@ -133,7 +134,10 @@ def test_large_models_are_split_by_block(tiny_llama: Factory, tmp_path, state, s
     model = tiny_llama()
     save(model, tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [
-        "block-00000.safetensors", "block-00001.safetensors", "rest.safetensors"]  # fmt: skip
+        "block-00000.safetensors",
+        "block-00001.safetensors",
+        "rest.safetensors",
+    ]
     assert same(state(load(tmp_path)), state(model))
 
 
@@ -164,9 +168,16 @@ def damage(folder: Path, how: str) -> None:
         (folder / "config.json").unlink()
 
 
-DAMAGES = {"truncated": "truncated", "missing file": "lacks weights.safetensors", "missing tensor": "lacks .*scale",
-           "extra tensor": "no use, .*shift", "other shape": "'model.norm.weight' is", "manifest": "cannot be read",
-           "newer": "newer refimpl", "no config": "no config.json"}  # fmt: skip
+DAMAGES = {
+    "truncated": "truncated",
+    "missing file": "lacks weights.safetensors",
+    "missing tensor": "lacks .*scale",
+    "extra tensor": "no use, .*shift",
+    "other shape": "'model.norm.weight' is",
+    "manifest": "cannot be read",
+    "newer": "newer refimpl",
+    "no config": "no config.json",
+}
 
 
 @pytest.mark.parametrize("how", list(DAMAGES))
@@ -185,9 +196,7 @@ def test_foreign_folders_are_refused(tiny_llama: Factory, tiny_mixtral: Factory,
     pickled = tmp_path / "pickled"
     pickled.mkdir()
     (pickled / "pytorch_model.bin").write_bytes(pickle.dumps({}))
-    with pytest.raises(
-        CheckpointError, match=r"pytorch_model\.bin is a pickle, which can run code.*save_pretrained"
-    ):
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is a pickle, which can run code.*save_pretrained"):
         Checkpoint(pickled)
     tiny_mixtral().save_pretrained(tmp_path / "old layout")  # experts under the names of the first release
     with pytest.raises(CheckpointError, match=r"older layout.*save_original_format=False"):
@@ -199,9 +208,7 @@ def test_foreign_folders_are_refused(tiny_llama: Factory, tiny_mixtral: Factory,
     with pytest.raises(CheckpointError, match="not empty and not one of our runs"):
         compress(dense, RTN(4, 32), out=dense, progress=False)
     config = json.loads((dense / "config.json").read_text())
-    (dense / "config.json").write_text(
-        json.dumps({**config, "quantization_config": {"quant_method": "gptq"}})
-    )
+    (dense / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(CheckpointError, match="already quantised by 'gptq'"):
         compress(dense, RTN(4, 32), out=tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
@@ -235,14 +242,13 @@ def test_streaming_gives_the_in_memory_result(layout, dtype, tokens, request, st
         outside = compress(source, method, tokens(seed=number), reference=dense, out=out, progress=False)
         assert outside.model is None and outside.folder == out
         assert [(a.name, a.error, a.error_before) for a in inside.sites] == [
-            (b.name, b.error, b.error_before) for b in outside.sites]  # fmt: skip
+            (b.name, b.error, b.error_before) for b in outside.sites
+        ]
         assert same(state(load(out)), state(model))
         source = out
 
 
-def test_streaming_with_targets_and_parallel_order(
-    tiny_llama: Factory, tokens, state, same, tmp_path
-) -> None:
+def test_streaming_with_targets_and_parallel_order(tiny_llama: Factory, tokens, state, same, tmp_path) -> None:
     model = tiny_llama()
     model.save_pretrained(tmp_path / "dense")
     options = {"order": "parallel", "targets": "mlp", "progress": False}
@@ -270,9 +276,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
 @pytest.mark.parametrize("source", ["the same model", "a fresh model", "a folder"])
 @pytest.mark.parametrize("method", [RTN(3, 32), GPTQ(3, 32), EoRA(4)])
 @pytest.mark.parametrize("layout", ["llama", "mixtral"])
-def test_resume_gives_the_same_bits(
-    layout, method, source, request, tokens, state, same, tmp_path, monkeypatch
-):
+def test_resume_gives_the_same_bits(layout, method, source, request, tokens, state, same, tmp_path, monkeypatch):
     factory = request.getfixturevalue(f"tiny_{layout}")
     dense = factory(num_hidden_layers=3)
     dense.save_pretrained(tmp_path / "dense", save_original_format=False)
@@ -294,12 +298,7 @@ def test_resume_gives_the_same_bits(
             compress(model, method, tokens(), out=out, **options)
     with pytest.raises(CheckpointError, match="unfinished run; call compress again with out="):
         load(out)
-    for change in (
-        {"order": "parallel"},
-        {"method": RTN(4, 32)},
-        {"tokens": tokens(seed=5)},
-        {"targets": "mlp"},
-    ):
+    for change in ({"order": "parallel"}, {"method": RTN(4, 32)}, {"tokens": tokens(seed=5)}, {"targets": "mlp"}):
         given = {"method": method, "tokens": tokens(), **change}
         if "tokens" in change and not method.statistics:
             continue
@@ -324,9 +323,7 @@ def test_in_memory_interruption_leaves_whole_blocks(tiny_llama: Factory, tokens,
     assert torch.isfinite(logits(model, tokens)).all()
 
 
-def test_another_model_or_batch_size_does_not_resume(
-    tiny_llama: Factory, tokens, tmp_path, monkeypatch
-) -> None:
+def test_another_model_or_batch_size_does_not_resume(tiny_llama: Factory, tokens, tmp_path, monkeypatch) -> None:
     with monkeypatch.context() as patched:
         interrupt_at(patched, 1)
         with pytest.raises(KeyboardInterrupt):
@@ -336,9 +333,7 @@ def test_another_model_or_batch_size_does_not_resume(
             compress(model, GPTQ(3, 32), tokens(), out=tmp_path, batch_size=batch_size, progress=False)
 
 
-def test_repeated_call_is_quick_and_another_step_is_refused(
-    tiny_llama: Factory, tokens, state, same, tmp_path
-) -> None:
+def test_repeated_call_is_quick_and_another_step_is_refused(tiny_llama: Factory, tokens, state, same, tmp_path) -> None:
     model = tiny_llama()
     dense = copy.deepcopy(model)
     first = compress(model, SparseGPT("2:4"), tokens(), out=tmp_path, progress=False)
@@ -383,9 +378,7 @@ def test_interrupted_save_can_be_repeated(tiny_llama: Factory, tmp_path, state, 
     same(state(load(tmp_path)), state(model))
 
 
-def test_all_blocks_done_but_not_finished_takes_no_other_run(
-    tiny_llama: Factory, tmp_path, monkeypatch
-) -> None:
+def test_all_blocks_done_but_not_finished_takes_no_other_run(tiny_llama: Factory, tmp_path, monkeypatch) -> None:
     from refimpl.core import io
 
     def stop(*_: Any) -> None:
@@ -409,9 +402,7 @@ def test_end_of_text_ids_and_sampling_defaults_survive(tiny_llama: Factory, tmp_
     assert again.eos_token_id == [2, 7] and again.temperature == 0.5
 
 
-def test_folder_in_another_dtype_equals_the_converted_model(
-    tiny_llama: Factory, tokens, state, same, tmp_path
-) -> None:
+def test_folder_in_another_dtype_equals_the_converted_model(tiny_llama: Factory, tokens, state, same, tmp_path) -> None:
     tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path / "source")
     model = tiny_llama().to(torch.bfloat16).to(torch.float32)
     compress(model, GPTQ(4, 32), tokens(), progress=False)

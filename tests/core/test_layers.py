@@ -55,19 +55,12 @@ def mask_of(pattern: str | None) -> Tensor | None:
     return (groups >= groups.sort(-1, descending=True).values[..., n - 1 : n]).flatten(1)
 
 
-def packed(
-    bits: int | None, group: int | None, symmetric: bool, pattern: str | None, bias: bool, dtype: torch.dtype
-):
+def packed(bits: int | None, group: int | None, symmetric: bool, pattern: str | None, bias: bool, dtype: torch.dtype):
     """A layer and the dense weight it must stand for."""
     torch.manual_seed(0)
     W, mask = torch.randn(OUT, IN), mask_of(pattern)
     W = W if mask is None else W * mask
-    common = {
-        "mask": mask,
-        "pattern": pattern,
-        "bias": torch.randn(OUT).to(dtype) if bias else None,
-        "dtype": dtype,
-    }
+    common = {"mask": mask, "pattern": pattern, "bias": torch.randn(OUT).to(dtype) if bias else None, "dtype": dtype}
     if bits is None:
         return PackedLinear(values=W.to(dtype), **common), W.to(dtype)
     groups = W.unflatten(1, (-1, group or IN))
@@ -82,10 +75,16 @@ def packed(
 
 PACKED = [
     (bits, group, symmetric, pattern)
-    for bits, group, symmetric in [(None, None, True), (2, 16, False), (3, 8, False), (4, None, True), (5, 24, False),
-                                   (8, 48, True)]
+    for bits, group, symmetric in [
+        (None, None, True),
+        (2, 16, False),
+        (3, 8, False),
+        (4, None, True),
+        (5, 24, False),
+        (8, 48, True),
+    ]
     for pattern in (None, "2:4", "3:8", "unstructured")
-]  # fmt: skip
+]
 
 
 def check_layer(layer: CompressedLayer, dense: Tensor, dtype: torch.dtype, tolerance: float = 0.0) -> None:
@@ -138,8 +137,9 @@ def test_low_rank_and_compensated(packed_factors: bool, bias: bool, dtype: torch
             return Factor(W.to(dtype))
         groups = W.unflatten(1, (-1, 8))
         grid = minmax_grid(groups, 4)
-        return PackedLinear(codes=grid.encode(groups).flatten(1), scale=grid.scale[..., 0], zero=grid.zero[..., 0],
-                            bits=4, dtype=dtype)  # fmt: skip
+        return PackedLinear(
+            codes=grid.encode(groups).flatten(1), scale=grid.scale[..., 0], zero=grid.zero[..., 0], bits=4, dtype=dtype
+        )
 
     adapter = LowRankLinear(factor(rank, IN), factor(OUT, rank))
     product = adapter.B.to_dense() @ adapter.A.to_dense()
@@ -148,9 +148,7 @@ def test_low_rank_and_compensated(packed_factors: bool, bias: bool, dtype: torch
     base, dense = packed(3, 8, False, "2:4", bias, dtype)
     layer = CompensatedLinear(base, adapter)
     check_layer(layer, dense + product, dtype)
-    assert set(layer.parts()) == {"values", "scales", "zeros", "mask", "adapter"} | (
-        {"bias"} if bias else set()
-    )
+    assert set(layer.parts()) == {"values", "scales", "zeros", "mask", "adapter"} | ({"bias"} if bias else set())
 
 
 def test_expected_bits_per_weight() -> None:

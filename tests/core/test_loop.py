@@ -48,9 +48,7 @@ def validation(model: nn.Module) -> dict[str, float]:
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
-    return all(
-        torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    )
+    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 class Stop(Exception):
@@ -78,8 +76,9 @@ def test_an_interrupted_run_goes_on_bit_for_bit(name: str, tmp_path: Path) -> No
 
     def run(model: nn.Module, **more: Any) -> History:
         loader = batches(*data(), batch_size=16)
-        return train(model, loader, squared_error, recipe, evaluate=validation, evaluate_every=10, progress=False,
-                     **more)  # fmt: skip
+        return train(
+            model, loader, squared_error, recipe, evaluate=validation, evaluate_every=10, progress=False, **more
+        )
 
     whole = network()
     expected = run(whole)
@@ -108,8 +107,17 @@ def test_the_best_iterate_survives_an_interruption(tmp_path: Path) -> None:
     recipe = Recipe(40, lr=0.3, optimizer="sgd", momentum=0.0, schedule="constant")
 
     def run(model: nn.Module, **more: Any) -> History:
-        return train(model, batches(*data(), batch_size=16), squared_error, recipe, evaluate=validation,
-                     evaluate_every=1, keep_best="mse", progress=False, **more)  # fmt: skip
+        return train(
+            model,
+            batches(*data(), batch_size=16),
+            squared_error,
+            recipe,
+            evaluate=validation,
+            evaluate_every=1,
+            keep_best="mse",
+            progress=False,
+            **more,
+        )
 
     whole = network()
     expected = run(whole)
@@ -127,8 +135,16 @@ def test_the_best_iterate_survives_an_interruption(tmp_path: Path) -> None:
 def test_a_worse_run_ends_where_it_started() -> None:
     model, before = network(), network()
     recipe = Recipe(5, lr=50.0, optimizer="sgd")
-    history = train(model, batches(*data(), batch_size=16), lambda m, b: -squared_error(m, b).clamp(max=1e3), recipe,
-                    evaluate=validation, evaluate_every=1, keep_best="mse", progress=False)  # fmt: skip
+    history = train(
+        model,
+        batches(*data(), batch_size=16),
+        lambda m, b: -squared_error(m, b).clamp(max=1e3),
+        recipe,
+        evaluate=validation,
+        evaluate_every=1,
+        keep_best="mse",
+        progress=False,
+    )
     assert history.best == 0 and same(model, before)
 
 
@@ -150,9 +166,7 @@ def test_the_schedule_is_that_of_torch() -> None:
 def test_accumulated_micro_batches_are_one_large_batch() -> None:
     a, b = network(dropout=0, norm=False), network(dropout=0, norm=False)
     large = train(a, batches(*data(), batch_size=40), squared_error, Recipe(10, lr=0.01), progress=False)
-    small = train(
-        b, batches(*data(), batch_size=10), squared_error, Recipe(10, lr=0.01, accumulate=4), progress=False
-    )
+    small = train(b, batches(*data(), batch_size=10), squared_error, Recipe(10, lr=0.01, accumulate=4), progress=False)
     assert small.losses == pytest.approx(large.losses, rel=1e-5)
     for p, q in zip(a.parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
@@ -163,9 +177,7 @@ def test_an_update_is_that_of_the_optimizer_written_out() -> None:
     recipe = Recipe(3, lr=0.01, weight_decay=0.1, clip=0.5, warmup=2)
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     rest = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    )
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}])
     loader = batches(*data(), batch_size=16)
     loader.sampler.sampler.set_epoch(0)  # type: ignore[attr-defined]
     for step, batch in zip(range(3), loader, strict=False):
@@ -182,13 +194,8 @@ def test_an_update_is_that_of_the_optimizer_written_out() -> None:
 
 def test_groups_have_their_own_rates() -> None:
     model, before = network(), network()
-    groups = [
-        {"params": model[0].parameters(), "lr": 0.0 + 1e-12},
-        {"params": model[4].parameters(), "lr": 0.1},
-    ]
-    train(
-        model, batches(*data(), batch_size=16), squared_error, Recipe(20), parameters=groups, progress=False
-    )
+    groups = [{"params": model[0].parameters(), "lr": 0.0 + 1e-12}, {"params": model[4].parameters(), "lr": 0.1}]
+    train(model, batches(*data(), batch_size=16), squared_error, Recipe(20), parameters=groups, progress=False)
     torch.testing.assert_close(model[0].weight, before[0].weight)
     assert (model[4].weight - before[4].weight).abs().max() > 0.1
     assert torch.equal(model[1].weight, before[1].weight)
@@ -241,16 +248,19 @@ def test_a_loss_that_is_not_a_number_names_step_and_checkpoint(tmp_path: Path) -
         calls.append(1)
         return squared_error(model, batch) * (float("nan") if len(calls) == 12 else 1.0)
 
-    with pytest.raises(
-        TrainingError, match=r"nan at step 12; the last good checkpoint, of step 10.*Lower lr"
-    ):
-        train(network(), batches(*data(), batch_size=16), explodes, Recipe(20), folder=tmp_path, checkpoint_every=5,
-              progress=False)  # fmt: skip
+    with pytest.raises(TrainingError, match=r"nan at step 12; the last good checkpoint, of step 10.*Lower lr"):
+        train(
+            network(),
+            batches(*data(), batch_size=16),
+            explodes,
+            Recipe(20),
+            folder=tmp_path,
+            checkpoint_every=5,
+            progress=False,
+        )
     with safe_open(tmp_path / "checkpoint.safetensors", "pt") as file:
         assert json.loads(file.metadata()["refimpl"])["step"] == 10
-        assert all(
-            file.get_tensor(name).isfinite().all() for name in file.keys() if name.startswith("model/")
-        )
+        assert all(file.get_tensor(name).isfinite().all() for name in file.keys() if name.startswith("model/"))
     calls.clear()
     with pytest.raises(TrainingError, match="no checkpoint was kept"):
         train(network(), batches(*data(), batch_size=16), explodes, Recipe(20), progress=False)
@@ -262,8 +272,16 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
             next(model.parameters()).data[0, 0] = math.inf
 
     with pytest.raises(TrainingError, match="'0.weight' is not finite after step 4"):
-        train(network(), batches(*data(), batch_size=16), squared_error, Recipe(20), after_step=[ruin],
-              folder=tmp_path, checkpoint_every=2, progress=False)  # fmt: skip
+        train(
+            network(),
+            batches(*data(), batch_size=16),
+            squared_error,
+            Recipe(20),
+            after_step=[ruin],
+            folder=tmp_path,
+            checkpoint_every=2,
+            progress=False,
+        )
     with safe_open(tmp_path / "checkpoint.safetensors", "pt") as file:
         assert json.loads(file.metadata()["refimpl"])["step"] == 2
 
@@ -297,16 +315,31 @@ def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
         (lambda: Recipe(5, final_lr=2), "final_lr=2"),
         (lambda: batches(torch.zeros(3), batch_size=4), "batch_size=4: there are 3 rows"),
         (lambda: batches(torch.zeros(3), torch.zeros(4), batch_size=1), r"tensors have \[3, 4\] rows"),
-        (lambda: train(network().requires_grad_(False), batches(*data(), batch_size=4), squared_error, Recipe(1)),
-         "none of its parameters require a gradient"),
-        (lambda: train(network(), batches(*data(), batch_size=4), squared_error, Recipe(1), keep_best="mse"),
-         "needs evaluate="),
-        (lambda: train(network(), batches(*data(), batch_size=4), squared_error, Recipe(1), keep_best="mze",
-                       evaluate=validation), "did you mean 'mse'"),
-        (lambda: train(network(), batches(*data(), batch_size=4), squared_error, Recipe(1), evaluate_every=0),
-         "evaluate_every=0"),
+        (
+            lambda: train(network().requires_grad_(False), batches(*data(), batch_size=4), squared_error, Recipe(1)),
+            "none of its parameters require a gradient",
+        ),
+        (
+            lambda: train(network(), batches(*data(), batch_size=4), squared_error, Recipe(1), keep_best="mse"),
+            "needs evaluate=",
+        ),
+        (
+            lambda: train(
+                network(),
+                batches(*data(), batch_size=4),
+                squared_error,
+                Recipe(1),
+                keep_best="mze",
+                evaluate=validation,
+            ),
+            "did you mean 'mse'",
+        ),
+        (
+            lambda: train(network(), batches(*data(), batch_size=4), squared_error, Recipe(1), evaluate_every=0),
+            "evaluate_every=0",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_input_names_the_remedy(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         make()

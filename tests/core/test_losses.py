@@ -90,17 +90,13 @@ def test_labels_out_of_range(wrong: int) -> None:
     ids[2, 3] = wrong
     model = nn.Embedding(20, VOCABULARY)  # knows more tokens than it predicts
     labels = {"input_ids": rows(), "labels": ids}
-    with pytest.raises(
-        CalibrationError, match=f"row 2 of the batch has the label {wrong}.*use 0 to 10, or -100"
-    ):
+    with pytest.raises(CalibrationError, match=f"row 2 of the batch has the label {wrong}.*use 0 to 10, or -100"):
         shifted_losses(model(labels["input_ids"]), labels["labels"])
     if wrong > 0:
         with pytest.raises(CalibrationError, match=f"row 2 of the batch has the label {wrong}"):
             sequence_losses(model, ids)
     y = torch.tensor([0, 4, wrong])
-    with pytest.raises(
-        CalibrationError, match=f"row 2 of the batch has the label {wrong}.*class.*use 0 to 4"
-    ):
+    with pytest.raises(CalibrationError, match=f"row 2 of the batch has the label {wrong}.*class.*use 0 to 4"):
         sample_losses(nn.Linear(3, 5), (torch.zeros(3, 3), y))
 
 
@@ -188,9 +184,7 @@ def test_plain_means_are_plain() -> None:
     ours, theirs = bigrams(), bigrams()
     loss = Weighted(ours, sequence_losses, lambda losses, step: None)
     train(ours, batches(ids, batch_size=8), loss, recipe, progress=False)
-    train(
-        theirs, batches(ids, batch_size=8), lambda m, b: sequence_losses(m, b).mean(), recipe, progress=False
-    )
+    train(theirs, batches(ids, batch_size=8), lambda m, b: sequence_losses(m, b).mean(), recipe, progress=False)
     assert torch.equal(ours.weight, theirs.weight)
     assert loss.last is None
     assert all(entry["concentration"] == pytest.approx(1) for entry in loss.history())
@@ -260,8 +254,15 @@ def test_a_loss_of_nan_stops_the_run(tmp_path: Path) -> None:
     ids[17] = 5
     loss = Weighted(model, spoilt, by_loss)
     with pytest.raises(TrainingError, match=r"the loss is nan at step \d+; .*last good checkpoint, of step"):
-        train(model, batches(ids, batch_size=4, seed=1), loss, Recipe(30, lr=0.1), folder=tmp_path,
-              checkpoint_every=1, progress=False)  # fmt: skip
+        train(
+            model,
+            batches(ids, batch_size=4, seed=1),
+            loss,
+            Recipe(30, lr=0.1),
+            folder=tmp_path,
+            checkpoint_every=1,
+            progress=False,
+        )
     assert load_file(tmp_path / "checkpoint.safetensors")["model/weight"].isfinite().all()
 
 
@@ -288,15 +289,24 @@ def test_a_trainer_takes_it(tiny_llama: Callable[..., PreTrainedModel], tmp_path
     ids = rows(16, 9)
     data = [{"input_ids": row, "labels": row} for row in ids]
     arguments = TrainingArguments(
-        str(tmp_path), max_steps=3, per_device_train_batch_size=4, gradient_accumulation_steps=2, learning_rate=0.1,
-        optim="sgd", lr_scheduler_type="constant", max_grad_norm=0.0, report_to=[], save_strategy="no", use_cpu=True,
-        average_tokens_across_devices=False, disable_tqdm=True, logging_strategy="no",
-    )  # fmt: skip
+        str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        learning_rate=0.1,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        average_tokens_across_devices=False,
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
     model = tiny_llama()
     loss = Weighted(model, sequence_losses, by_loss, accumulate=2)
-    Sequential = type(
-        "Sequential", (Trainer,), {"_get_train_sampler": lambda self, *a: None}
-    )  # in the data's order
+    Sequential = type("Sequential", (Trainer,), {"_get_train_sampler": lambda self, *a: None})  # in the data's order
     Sequential(model, arguments, train_dataset=data, compute_loss_func=loss.compute_loss_func).train()
     expected = tiny_llama()
     own = Weighted(expected, sequence_losses, by_loss, accumulate=2)

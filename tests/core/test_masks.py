@@ -16,15 +16,7 @@ from refimpl import load, save
 from refimpl.core.errors import OptionError
 from refimpl.core.layers import PackedLinear
 from refimpl.core.layers.conv import PackedConv2d
-from refimpl.core.masks import (
-    MaskedWeight,
-    bake,
-    find_masks,
-    mask_weights,
-    pack,
-    stored_weight,
-    weight_matrices,
-)
+from refimpl.core.masks import MaskedWeight, bake, find_masks, mask_weights, pack, stored_weight, weight_matrices
 from refimpl.pruning import GradualMagnitude
 
 Factory = Callable[..., PreTrainedModel]
@@ -54,11 +46,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], int]] = {
     "linear": (lambda: nn.Linear(8, 5), lambda: torch.randn(3, 8), 1),
     "conv1d of gpt2": (lambda: Conv1D(5, 8), lambda: torch.randn(3, 8), 1),
     "conv 1-D": (lambda: nn.Conv1d(3, 4, 3), lambda: torch.randn(2, 3, 7), 1),
-    "conv 2-D": (
-        lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2),
-        lambda: torch.randn(2, 4, 7, 7),
-        1,
-    ),
+    "conv 2-D": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), lambda: torch.randn(2, 4, 7, 7), 1),
     "embedding": (lambda: nn.Embedding(9, 4), lambda: torch.randint(0, 9, (3, 6)), 1),
     "lstm": (lambda: First(nn.LSTM(8, 6, 2, batch_first=True)), lambda: torch.randn(3, 5, 8), 4),
     "lstm, both ways, projected": (
@@ -206,9 +194,7 @@ def test_an_lstm_never_sees_the_unmasked_list() -> None:
         fill(masks, seed)
         sparse = model(x)
         assert not torch.equal(sparse, dense)
-        assert torch.allclose(
-            nn.utils.rnn.pad_packed_sequence(model.inner(packed)[0], True)[0], sparse, atol=1e-6
-        )
+        assert torch.allclose(nn.utils.rnn.pad_packed_sequence(model.inner(packed)[0], True)[0], sparse, atol=1e-6)
         with torch.no_grad():  # another kernel
             assert torch.allclose(model(x), sparse, atol=1e-6)
 
@@ -236,22 +222,11 @@ def test_only_matrices_are_masked(tiny_mixtral: Factory) -> None:
     assert not any("norm" in name or "bias" in name for name in masks)
     assert {name.rpartition(".")[2] for name in masks} == {"weight", "gate_up_proj", "down_proj"}
     left = [n for n, p in model.named_parameters() if p.dim() > 1 and "original" not in n]
-    assert left == [
-        "model.layers.0.mlp.gate.weight",
-        "model.layers.1.mlp.gate.weight",
-    ]  # routers: no nn.Linear
+    assert left == ["model.layers.0.mlp.gate.weight", "model.layers.1.mlp.gate.weight"]  # routers: no nn.Linear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("layout", "layers"),
-    [
-        ("gpt2", 8),
-        ("llama", 15),
-        ("qwen3", 21),
-        ("mixtral", 9 + 2 * 2 * 4),
-    ],
-)
+@pytest.mark.parametrize(("layout", "layers"), [("gpt2", 8), ("llama", 15), ("qwen3", 21), ("mixtral", 9 + 2 * 2 * 4)])
 def test_transformers_models_train_pack_save_and_load(
     layout: str, layers: int, dtype, tokens, tmp_path, request
 ) -> None:
@@ -307,9 +282,12 @@ def test_matrix_view_and_back() -> None:
 def test_packed_layers_equal_the_masked_ones(pattern: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 4, stride=2, groups=2, bias=False), nn.Flatten(),
-        nn.Linear(32, 16), nn.Linear(16, 4)
-    )  # fmt: skip
+        nn.Conv2d(4, 8, 3, padding=1),
+        nn.Conv2d(8, 8, 4, stride=2, groups=2, bias=False),
+        nn.Flatten(),
+        nn.Linear(32, 16),
+        nn.Linear(16, 4),
+    )
     x = torch.randn(2, 4, 6, 6)
     masks = mask_weights(model)
     for name, masked in masks.items():
@@ -331,9 +309,7 @@ def test_mask_that_does_not_follow_the_pattern_is_refused_unchanged() -> None:
     model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 6))
     masks = mask_weights(model)
     masks["1.weight"].mask[2, 1:] = False
-    with pytest.raises(
-        OptionError, match="pattern='2:4': the mask of '1.weight' does not keep 2 of every 4.*unstr"
-    ):
+    with pytest.raises(OptionError, match="pattern='2:4': the mask of '1.weight' does not keep 2 of every 4.*unstr"):
         pack(model, "2:4")
     assert list(find_masks(model)) == ["0.weight", "1.weight"]
     with pytest.raises(OptionError, match="pattern='2:5': use"):

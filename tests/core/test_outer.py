@@ -73,9 +73,7 @@ SGD = Recipe(30, lr=0.04, optimizer="sgd", momentum=0.0, schedule="constant")
 def test_after_every_step_of_plain_sgd_it_scales_the_rate() -> None:
     stepped, scaled = network(), network()
     outer = OuterStep(stepped, every=1, update=keep(0.25))
-    first = train(
-        stepped, batches(*data(), batch_size=8), squared_error, SGD, after_step=[outer], progress=False
-    )
+    first = train(stepped, batches(*data(), batch_size=8), squared_error, SGD, after_step=[outer], progress=False)
     recipe = Recipe(30, lr=0.01, optimizer="sgd", momentum=0.0, schedule="constant")
     second = train(scaled, batches(*data(), batch_size=8), squared_error, recipe, progress=False)
     assert first.losses == pytest.approx(second.losses, rel=1e-5)
@@ -95,8 +93,14 @@ def test_its_steps_are_those_of_a_loop_written_out() -> None:
 
     rows = list(batches(*data(), batch_size=8))
     outer = OuterStep(model, every, counted)
-    train(model, batches(*data(), batch_size=8), squared_error, Recipe(10, lr=0.01, schedule="constant"),
-          after_step=[outer], progress=False)  # fmt: skip
+    train(
+        model,
+        batches(*data(), batch_size=8),
+        squared_error,
+        Recipe(10, lr=0.01, schedule="constant"),
+        after_step=[outer],
+        progress=False,
+    )
     optimizer = torch.optim.AdamW(ours.parameters(), lr=0.01, weight_decay=0.0)
     slow = weights(ours)
     parameters = dict(ours.named_parameters())
@@ -123,9 +127,8 @@ def test_to_keep_everything_changes_no_bit() -> None:
     train(plain, batches(*data(), batch_size=8), squared_error, recipe, progress=False)
     train(stepped, batches(*data(), batch_size=8), squared_error, recipe, after_step=[outer], progress=False)
     assert same(plain, stepped)
-    assert all(
-        torch.equal(value, p) for value, p in zip(outer.slow, plain.parameters(), strict=True)
-    )  # 12 is an outer step
+    # 12 is an outer step
+    assert all(torch.equal(value, p) for value, p in zip(outer.slow, plain.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])

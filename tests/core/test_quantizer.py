@@ -26,9 +26,7 @@ seeds = st.integers(0, 2**31)
 widths = st.sampled_from([2, 3, 4, 8])
 
 
-def problem(
-    seed: int, dtype: torch.dtype = torch.float32, rows: int = 5, n: int = 33
-) -> tuple[Tensor, Tensor, Tensor]:
+def problem(seed: int, dtype: torch.dtype = torch.float32, rows: int = 5, n: int = 33) -> tuple[Tensor, Tensor, Tensor]:
     """x [rows, n] of which some lies outside the range, R and Z [rows, 1] with zero inside."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, n, generator=generator, dtype=dtype)

@@ -17,15 +17,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from refimpl.core import sampling
 from refimpl.core.errors import CheckpointError, OptionError
 from refimpl.core.loop import Recipe, train
-from refimpl.core.sampling import (
-    EpochSampler,
-    Mixture,
-    Shuffled,
-    Weighted,
-    interleave,
-    loader,
-    mixture_loader,
-)
+from refimpl.core.sampling import EpochSampler, Mixture, Shuffled, Weighted, interleave, loader, mixture_loader
 
 SAMPLERS: dict[str, Callable[[int], EpochSampler]] = {
     "shuffled": lambda seed: Shuffled(50, seed),
@@ -64,9 +56,7 @@ def test_an_epoch_depends_on_seed_and_epoch_only(name: str) -> None:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("world", [2, 3])
-def test_the_processes_share_the_batches_of_one(
-    name: str, world: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_processes_share_the_batches_of_one(name: str, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
     data = torch.arange(50)
     whole = values(loader(data, SAMPLERS[name](0), batch_size=4 * world))
     shares = []
@@ -88,9 +78,7 @@ def test_weighted_draws_in_proportion() -> None:
     assert set(drawn) == {1, 2, 3}
     for row in (1, 2, 3):
         expected = float(weights[row]) / 8
-        assert drawn[row] / 40_000 == pytest.approx(
-            expected, abs=4 * math.sqrt(expected * (1 - expected) / 40_000)
-        )
+        assert drawn[row] / 40_000 == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / 40_000))
 
 
 def test_without_replacement_each_next_row_is_drawn_among_those_left() -> None:
@@ -175,9 +163,7 @@ def test_an_epoch_of_another_kind_is_refused() -> None:
     sampler = Drawn(lambda epoch: torch.arange(4 + epoch))
     assert list(sampler) == [0, 1, 2, 3]
     sampler.set_epoch(1)
-    with pytest.raises(
-        OptionError, match=r"draw\(1\) returned 5 rows, draw\(0\) 4; give every epoch as many"
-    ):
+    with pytest.raises(OptionError, match=r"draw\(1\) returned 5 rows, draw\(0\) 4; give every epoch as many"):
         list(sampler)
 
 
@@ -289,9 +275,7 @@ def test_train_resumes_in_the_middle_of_an_epoch(kind: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("batch_size", [1, 7, 32])
 def test_shares_are_exact_at_every_step(share: float, batch_size: int) -> None:
     """The counts of the definition, without its rounding: the share as a fraction of whole numbers."""
-    numerator, denominator = {0.01: (1, 100), 0.05: (1, 20), 0.25: (1, 4), 1 / 3: (1, 3)}.get(
-        share, (share, 1)
-    )
+    numerator, denominator = {0.01: (1, 100), 0.05: (1, 20), 0.25: (1, 4), 1 / 3: (1, 3)}.get(share, (share, 1))
     mixture = Mixture([1000, 77], [share, 1 - share], batch_size, steps=400)
     total = 0
     for step in [*range(400), 10**12]:
@@ -423,12 +407,14 @@ def test_interleaved_datasets(streaming: bool) -> None:
         (lambda: Mixture([5], [1], 4, 4, start=-1), "start=-1"),
         (lambda: mixture_loader([], [], 4, 4), "sources is empty"),
         (lambda: mixture_loader([torch.zeros(4), Stream()], [1, 0], 4, 4), r"sources\[1\] is a Stream"),
-        (lambda: mixture_loader([torch.zeros(4, 3), TensorDataset(torch.zeros(4, 2))], [1, 0], 4, 4),
-         r"tensors 1 have rows of \[\(\[2\], torch.float32\)\]"),
+        (
+            lambda: mixture_loader([torch.zeros(4, 3), TensorDataset(torch.zeros(4, 2))], [1, 0], 4, 4),
+            r"tensors 1 have rows of \[\(\[2\], torch.float32\)\]",
+        ),
         (lambda: interleave([Rows()], [1.0]), r"datasets\[0\] is a Rows; pass only Dataset or only Iterable"),
         (lambda: interleave([Rows()], [0.5]), "add up to 0.5"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_names_the_remedy(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         make()

@@ -41,8 +41,14 @@ def run(
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of about 250 MB in bf16, one shard per block, written without ever being whole in memory."""
     folder = tmp_path_factory.mktemp("large") / "checkpoint"
-    config = LlamaConfig(vocab_size=500, hidden_size=512, intermediate_size=1408, num_hidden_layers=BLOCKS,
-                         num_attention_heads=8, num_key_value_heads=8)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=500,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     torch.manual_seed(0)
@@ -50,8 +56,13 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def weight(*shape: int) -> torch.Tensor:
         return (torch.randn(*shape) * 0.02).bfloat16()
 
-    shards = {"rest": {"model.embed_tokens.weight": weight(500, 512), "lm_head.weight": weight(500, 512),
-                       "model.norm.weight": torch.ones(512).bfloat16()}}  # fmt: skip
+    shards = {
+        "rest": {
+            "model.embed_tokens.weight": weight(500, 512),
+            "lm_head.weight": weight(500, 512),
+            "model.norm.weight": torch.ones(512).bfloat16(),
+        }
+    }
     shapes = {"mlp.gate_proj": (1408, 512), "mlp.up_proj": (1408, 512), "mlp.down_proj": (512, 1408)}
     shapes |= {f"self_attn.{name}_proj": (512, 512) for name in "qkvo"}
     block = {f"{name}.weight": weight(*shape) for name, shape in shapes.items()}
@@ -63,9 +74,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file = f"model-{name}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map})
-    )
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
 
@@ -109,9 +118,7 @@ def test_checkpoint_larger_than_memory(large: Path) -> None:
     assert "FINISHED" in streamed.stdout, streamed.stderr[-2000:]
     sites = find_sites(load(out))
     assert len(sites) == 7 * BLOCKS and all(type(site.module).__name__ == "PackedLinear" for site in sites)
-    free = run(
-        LIMITED, large, large.parent / "again", "free", 0
-    )  # memory really in use, allocator as it comes
+    free = run(LIMITED, large, large.parent / "again", "free", 0)  # memory really in use, allocator as it comes
     assert int(free.stdout.split()[-1]) < limit * 2**20, free.stdout + free.stderr[-2000:]
 
 

@@ -17,15 +17,7 @@ HIGH, MIDDLE, LOW = 3e-4, 1.65e-4, 3e-5
 
 
 def infinite(**changes) -> Infinite:
-    options = {
-        "warmup": 10,
-        "cooldown": 50,
-        "hold": 30,
-        "anneal": 20,
-        "peak": HIGH,
-        "constant": MIDDLE,
-        "low": LOW,
-    }
+    options = {"warmup": 10, "cooldown": 50, "hold": 30, "anneal": 20, "peak": HIGH, "constant": MIDDLE, "low": LOW}
     return Infinite(**options | changes)
 
 
@@ -124,15 +116,13 @@ def test_phases_follow_each_other():
         (lambda: Scheduled.of(Cosine(10, HIGH), warmup=2), "warmup=2: give it to the schedule"),
         (lambda: Scheduled(10), "rates=None"),
     ],
-)  # fmt: skip
+)
 def test_errors(make, message):
     with pytest.raises(OptionError, match=message.replace("(", r"\(")):
         make()
 
 
-def _regression(
-    schedule, folder: Path | None = None, stop: int | None = None
-) -> tuple[nn.Module, list[float]]:
+def _regression(schedule, folder: Path | None = None, stop: int | None = None) -> tuple[nn.Module, list[float]]:
     torch.manual_seed(0)
     model, x = nn.Linear(3, 1), torch.randn(32, 3, generator=torch.Generator().manual_seed(1))
     rates = []
@@ -143,8 +133,9 @@ def _regression(
         rates.append(0.0)
         return (model(batch[0]) - batch[0].sum(1, keepdim=True)).square().mean()
 
-    history = train(model, batches(x, batch_size=8), loss, Scheduled.of(schedule), folder=folder,
-                    checkpoint_every=4, progress=False)  # fmt: skip
+    history = train(
+        model, batches(x, batch_size=8), loss, Scheduled.of(schedule), folder=folder, checkpoint_every=4, progress=False
+    )
     return model, [entry["lr"] for entry in history.steps]
 
 
@@ -198,9 +189,15 @@ def _trainer(folder: Path, schedule: Schedule, **options):
     rows = [{"x": torch.tensor([float(k % 5), 1.0]), "labels": 0} for k in range(40)]
     arguments = {"max_steps": 12, "learning_rate": schedule.highest, "lr_scheduler_type": "constant"}
     settings = TrainingArguments(
-        str(folder), per_device_train_batch_size=4, logging_steps=1, save_steps=5, report_to=[], use_cpu=True,
-        disable_tqdm=True, **arguments | options,
-    )  # fmt: skip
+        str(folder),
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        save_steps=5,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        **arguments | options,
+    )
     return Trainer(Squares(), settings, train_dataset=rows, callbacks=[trainer_callback(schedule)])
 
 
@@ -221,10 +218,7 @@ def test_the_trainer_of_hugging_face(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [
-        ({"max_steps": 13}, "max_steps=13 go past the schedule"),
-        ({"learning_rate": 0.5}, "use learning_rate=0.01"),
-    ],
+    [({"max_steps": 13}, "max_steps=13 go past the schedule"), ({"learning_rate": 0.5}, "use learning_rate=0.01")],
 )
 def test_the_trainer_is_told_before_it_starts(tmp_path, options, message):
     with pytest.raises(OptionError, match=message):

@@ -37,15 +37,26 @@ LAYOUTS = ["llama", "gpt2", "mixtral", "qwen3"]
 
 
 def packed(
-    bits: int = 4, n_in: int = 64, n_out: int = 24, group: int = 32, symmetric: bool = False, bias: bool = True,
+    bits: int = 4,
+    n_in: int = 64,
+    n_out: int = 24,
+    group: int = 32,
+    symmetric: bool = False,
+    bias: bool = True,
     dtype: torch.dtype = torch.float32,
-) -> PackedLinear:  # fmt: skip
+) -> PackedLinear:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 2**bits, (n_out, n_in), dtype=torch.uint8, generator=generator)
     scale = torch.rand(n_out, n_in // group, generator=generator) / 2**bits
     zero = torch.randint(0, 2**bits, (n_out, n_in // group), dtype=torch.uint8, generator=generator)
-    return PackedLinear(codes=codes, scale=scale, zero=None if symmetric else zero, bits=bits, dtype=dtype,
-                        bias=torch.randn(n_out, generator=generator).to(dtype) if bias else None)  # fmt: skip
+    return PackedLinear(
+        codes=codes,
+        scale=scale,
+        zero=None if symmetric else zero,
+        bits=bits,
+        dtype=dtype,
+        bias=torch.randn(n_out, generator=generator).to(dtype) if bias else None,
+    )
 
 
 def sparse(pattern: str = "2:4", n_in: int = 64, n_out: int = 24, bias: bool = True) -> PackedLinear:
@@ -93,9 +104,7 @@ def test_every_layer(name: str) -> None:
     assert new.parts().keys() == layer.parts().keys() and sum(new.parts().values()) == new.nbytes
     assert new.parts()["values"] == layer.parts()["values"]
     zeros = sum(m.zero.nbytes for m in new.modules() if isinstance(m, ServedLinear) and m.zero is not None)
-    assert (
-        new.nbytes - zeros <= layer.nbytes <= new.nbytes
-    )  # zero points take a byte each; nothing else grows
+    assert new.nbytes - zeros <= layer.nbytes <= new.nbytes  # zero points take a byte each; nothing else grows
     again = empty_layer(new.config(), torch.float32, "cpu")
     again.load_state_dict(new.state_dict())
     assert torch.equal(again(x), new(x)) and again.config() == new.config()
@@ -115,13 +124,18 @@ def test_every_layer(name: str) -> None:
         (sparse(n_in=48), "the layer has 48 inputs, no multiple of 32"),
         (PackedLinear(values=torch.ones(24, 64)), "its values are neither quantised nor sparse"),
         (
-            PackedLinear(codes=torch.ones(24, 64, dtype=torch.uint8), scale=torch.ones(24, 2), bits=4,
-                         mask=sparse().nonzero_mask(), pattern="2:4"),
+            PackedLinear(
+                codes=torch.ones(24, 64, dtype=torch.uint8),
+                scale=torch.ones(24, 2),
+                bits=4,
+                mask=sparse().nonzero_mask(),
+                pattern="2:4",
+            ),
             "quantised and 2:4 sparse: no kernel reads both",
         ),
         (path(), "factor A: an ordinary matrix, which an ordinary product serves"),
     ],
-)  # fmt: skip
+)
 def test_what_has_no_kernel_stays_and_says_why(layer: CompressedLayer, reason: str) -> None:
     assert served(layer) == (layer, reason)
     model = nn.Sequential(packed(), layer)
@@ -172,9 +186,7 @@ def test_the_packed_layers_are_gone_one_by_one(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_model_that_is_not_compressed_is_refused(tiny_llama: Factory) -> None:
-    with pytest.raises(
-        OptionError, match="LlamaForCausalLM: it has no compressed layer; call compress first"
-    ):
+    with pytest.raises(OptionError, match="LlamaForCausalLM: it has no compressed layer; call compress first"):
         serve(tiny_llama())
 
 
@@ -257,8 +269,9 @@ class _Calls(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("name, op", [("4 bits", "quant_matmul"), ("2:4", "sparse_matvec"),
-                                      ("repaired", "quant_lowrank_matmul")])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, op", [("4 bits", "quant_matmul"), ("2:4", "sparse_matvec"), ("repaired", "quant_lowrank_matmul")]
+)
 def test_layers_on_a_gpu_call_their_operator(name: str, op: str, fake_cuda) -> None:
     layer = served(LAYERS[name][0]())[0]
     with fake_cuda() as place:
@@ -284,9 +297,7 @@ def test_a_whole_model_on_a_gpu(dtype: torch.dtype, tiny_llama: Factory, tokens,
         with _Calls() as calls:
             out = model(ids, use_cache=False).logits
         assert out.device.type == "cuda" and out.dtype == dtype
-    assert calls.ours == [
-        *(2 * ["quant_lowrank_matmul"]), *(2 * ["quant_matmul"]), *(3 * ["sparse_matvec"])
-    ]  # fmt: skip
+    assert calls.ours == [*(2 * ["quant_lowrank_matmul"]), *(2 * ["quant_matmul"]), *(3 * ["sparse_matvec"])]
 
 
 # ---- a real model

@@ -19,17 +19,34 @@ from refimpl.core.stats import Collector, InputStats
 Factory = Callable[..., PreTrainedModel]
 SMALL = {"vocab_size": 256, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
 MORE = {
-    "Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {"head_dim": 16, "num_key_value_heads": 2,
-        "intermediate_size": 96, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention",
-        "sliding_attention"]}),
+    "Gemma3": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {
+            "head_dim": 16,
+            "num_key_value_heads": 2,
+            "intermediate_size": 96,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
     "Phi3": ("Phi3Config", "Phi3ForCausalLM", {"intermediate_size": 96, "pad_token_id": 0}),
     "OPT": ("OPTConfig", "OPTForCausalLM", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
     "NeoX": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {"intermediate_size": 96}),
     "GPTJ": ("GPTJConfig", "GPTJForCausalLM", {"n_embd": 64, "n_head": 4, "n_layer": 3, "rotary_dim": 8}),
     "Bloom": ("BloomConfig", "BloomForCausalLM", {}),
-    "Qwen3Moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {"num_experts": 4, "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32, "num_key_value_heads": 2, "head_dim": 16}),
-}  # fmt: skip
+    "Qwen3Moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+        },
+    ),
+}
 
 
 def make(name: str, request: pytest.FixtureRequest) -> PreTrainedModel:
@@ -46,18 +63,14 @@ ALL = ["Llama", "GPT2", "Mixtral", "Qwen3", *MORE]
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ALL)
-def test_walking_the_blocks_reproduces_the_model(
-    name: str, attention: str, request: pytest.FixtureRequest
-) -> None:
+def test_walking_the_blocks_reproduces_the_model(name: str, attention: str, request: pytest.FixtureRequest) -> None:
     model = make(name, request)
     model.set_attn_implementation(attention)
     tokens = torch.randint(3, 256, (5, 12), generator=torch.Generator().manual_seed(1))
     _, blocks = find_blocks(model)
     seen: list[list[Tensor]] = []
     handles = [
-        block.register_forward_hook(
-            lambda _, args, out: seen[-1].append(out[0] if isinstance(out, tuple) else out)
-        )
+        block.register_forward_hook(lambda _, args, out: seen[-1].append(out[0] if isinstance(out, tuple) else out))
         for block in blocks
     ]
     with torch.no_grad():
@@ -102,16 +115,19 @@ def test_model_that_works_between_its_blocks_is_refused() -> None:
         block_inputs(Between(), [torch.zeros(1, 4, dtype=torch.long)])
 
 
-@pytest.mark.parametrize(("name", "count", "example"), [
-    ("Llama", 14, "model.layers.0.self_attn.q_proj"),
-    ("GPT2", 8, "transformer.h.0.attn.c_attn"),
-    ("Mixtral", 24, "model.layers.1.mlp.experts.3.down_proj"),
-    ("Qwen3", 21, "model.layers.2.mlp.gate_proj"),
-    ("Gemma3", 21, "model.layers.0.self_attn.o_proj"),
-    ("Phi3", 12, "model.layers.0.self_attn.qkv_proj"),
-    ("OPT", 18, "model.decoder.layers.0.fc1"),
-    ("NeoX", 12, "gpt_neox.layers.0.attention.query_key_value"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "count", "example"),
+    [
+        ("Llama", 14, "model.layers.0.self_attn.q_proj"),
+        ("GPT2", 8, "transformer.h.0.attn.c_attn"),
+        ("Mixtral", 24, "model.layers.1.mlp.experts.3.down_proj"),
+        ("Qwen3", 21, "model.layers.2.mlp.gate_proj"),
+        ("Gemma3", 21, "model.layers.0.self_attn.o_proj"),
+        ("Phi3", 12, "model.layers.0.self_attn.qkv_proj"),
+        ("OPT", 18, "model.decoder.layers.0.fc1"),
+        ("NeoX", 12, "gpt_neox.layers.0.attention.query_key_value"),
+    ],
+)
 def test_sites(name: str, count: int, example: str, request: pytest.FixtureRequest) -> None:
     model = make(name, request)
     sites = find_sites(model)
@@ -126,9 +142,7 @@ def test_sites(name: str, count: int, example: str, request: pytest.FixtureReque
         assert torch.allclose(site.module(x), x @ site.weight.T + bias, atol=1e-5)
     skipped = skipped_modules(model, sites)
     assert not set(skipped) & set(names)
-    held = sum(
-        p.numel() for name in {*skipped, *names} for p in model.get_submodule(name).parameters(recurse=False)
-    )
+    held = sum(p.numel() for name in {*skipped, *names} for p in model.get_submodule(name).parameters(recurse=False))
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     shared = model.get_input_embeddings().weight.numel() if tied and "lm_head" in skipped else 0
     assert held - shared == sum(p.numel() for p in model.parameters())  # nothing is forgotten
@@ -144,9 +158,7 @@ def test_routers_and_embeddings_are_no_sites(tiny_mixtral: Factory) -> None:
 def test_targets(tiny_llama: Factory) -> None:
     model = tiny_llama()
     assert [site.name for site in find_sites(model, r"1\.mlp\.up")] == ["model.layers.1.mlp.up_proj"]
-    with pytest.raises(
-        OptionError, match=r"targets='nothing' matches no site; names look like 'model\.layers\.0"
-    ):
+    with pytest.raises(OptionError, match=r"targets='nothing' matches no site; names look like 'model\.layers\.0"):
         find_sites(model, "nothing")
     with pytest.raises(OptionError, match=r"targets='\(' is not a regular expression"):
         find_sites(model, "(")
@@ -161,17 +173,13 @@ def test_unfused_experts_compute_the_same(name: str, request: pytest.FixtureRequ
     for module in fused.values():
         width, experts = module.down_proj.shape[1], module.down_proj.shape[0]
         hidden = torch.randn(7, width, generator=generator)
-        index = torch.tensor(
-            [[0, 1], [1, 2], [0, 2], [2, 1], [0, 1], [1, 0], [2, 0]]
-        )  # the last one stays idle
+        index = torch.tensor([[0, 1], [1, 2], [0, 2], [2, 1], [0, 1], [1, 0], [2, 0]])  # the last one stays idle
         weights = torch.rand(7, 2, generator=generator)
         ours = UnfusedExperts(module)
         assert experts == ours.num_experts == 4
         with torch.no_grad():
             assert torch.allclose(ours(hidden, index, weights), module(hidden, index, weights), atol=1e-6)
-        assert (
-            ours.get_submodule("2.down_proj").weight.data_ptr() == module.down_proj[2].data_ptr()
-        )  # no copy
+        assert ours.get_submodule("2.down_proj").weight.data_ptr() == module.down_proj[2].data_ptr()  # no copy
     tokens = torch.randint(3, 256, (2, 9), generator=generator)
     with torch.no_grad():
         before = model(tokens).logits
@@ -180,8 +188,9 @@ def test_unfused_experts_compute_the_same(name: str, request: pytest.FixtureRequ
 
 
 def test_experts_of_another_layout_are_refused_by_name() -> None:
-    config = transformers.GptOssConfig(**SMALL, num_local_experts=4, intermediate_size=32, num_key_value_heads=2,
-                                       head_dim=16)  # fmt: skip
+    config = transformers.GptOssConfig(
+        **SMALL, num_local_experts=4, intermediate_size=32, num_key_value_heads=2, head_dim=16
+    )
     with torch.device("meta"):
         model = transformers.GptOssForCausalLM(config)
     with pytest.raises(OptionError, match=r"'model\.layers\.0\.mlp\.experts' \(GptOssExperts\).*convert"):
@@ -190,7 +199,12 @@ def test_experts_of_another_layout_are_refused_by_name() -> None:
 
 def test_experts_held_as_matrices_are_refused_by_name() -> None:
     config = transformers.DbrxConfig(
-        d_model=32, n_heads=2, n_layers=1, vocab_size=20, max_seq_len=16, attn_config={"rope_theta": 1e4},
+        d_model=32,
+        n_heads=2,
+        n_layers=1,
+        vocab_size=20,
+        max_seq_len=16,
+        attn_config={"rope_theta": 1e4},
         ffn_config={"ffn_hidden_size": 16, "moe_num_experts": 4},
     )
     with torch.device("meta"):
@@ -217,8 +231,9 @@ def test_wide_router_is_no_site() -> None:
 
 
 def test_encoder_decoder_and_modules_without_blocks_are_refused() -> None:
-    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2,
-                                                                       d_kv=8, vocab_size=20))  # fmt: skip
+    t5 = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8, vocab_size=20)
+    )
     with pytest.raises(OptionError, match="T5ForConditionalGeneration: encoder-decoder"):
         find_sites(t5)
     with pytest.raises(OptionError, match="no nn.ModuleList"):

@@ -53,9 +53,7 @@ def test_saved_models_come_back_exactly(kind, folded, dtype, images, request, st
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", list(METHODS))
-def test_result_of_every_method_comes_back(
-    name, kind, whole_pipeline, images, request, state, same, tmp_path
-) -> None:
+def test_result_of_every_method_comes_back(name, kind, whole_pipeline, images, request, state, same, tmp_path) -> None:
     model = request.getfixturevalue(kind)()
     reference = copy.deepcopy(model)
     for method in whole_pipeline(name):
@@ -69,9 +67,7 @@ def test_norms_that_were_put_back_come_back(tiny_resnet: Factory, images, state,
     compress(model, GPTQ(4, None), images(8), targets="stages.1", progress=False)
     folded.reinsert(model)
     again = load(save(model, tmp_path))
-    assert same(state(again), state(model)) and torch.equal(
-        logits(again, images(4)), logits(model, images(4))
-    )
+    assert same(state(again), state(model)) and torch.equal(logits(again, images(4)), logits(model, images(4)))
     folded.refold(again), folded.refold(model)
     assert torch.equal(logits(again, images(4)), logits(model, images(4)))
 
@@ -136,9 +132,7 @@ def test_the_remedy_for_plain_modules_works(inverted_residuals: Factory, images,
 
 
 def test_a_configuration_that_names_no_class(tiny_resnet: Factory, tmp_path) -> None:
-    with pytest.raises(
-        CheckpointError, match="ResNetConfig: no causal language model, and config.architectures"
-    ):
+    with pytest.raises(CheckpointError, match="ResNetConfig: no causal language model, and config.architectures"):
         plan(ResNetConfig(), RTN(4, None))
     save(tiny_resnet(), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -52,13 +52,7 @@ def test_every_method_on_every_model(name, kind, dtype, whole_pipeline, images, 
         order = "sequential" if step % 2 == 0 else "parallel"
         planned = plan(model, method, sequences=60, shape=SHAPE, order=order)
         report = compress(
-            model,
-            method,
-            images(60, seed=step),
-            reference=reference,
-            batch_size=25,
-            order=order,
-            progress=False,
+            model, method, images(60, seed=step), reference=reference, batch_size=25, order=order, progress=False
         )
         assert report.model is model
         assert {site.name for site in report.sites} == {row["site"] for row in planned.sites}
@@ -78,8 +72,12 @@ def test_every_method_on_every_model(name, kind, dtype, whole_pipeline, images, 
 
 
 # without the depthwise convolutions, and for 2:4 without those of one channel
-MAPS = {"tiny_resnet": "encoder|classifier", "tiny_vit": ".", "tiny_convnext": "embeddings|pwconv|classifier",
-        "inverted_residuals": "expand|project|head"}  # fmt: skip
+MAPS = {
+    "tiny_resnet": "encoder|classifier",
+    "tiny_vit": ".",
+    "tiny_convnext": "embeddings|pwconv|classifier",
+    "inverted_residuals": "expand|project|head",
+}
 # every kind of layer once: a fake operation takes as long as a large one, and some methods go column by column
 NARROW: dict[str, dict[str, Any]] = {
     "tiny_resnet": {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1]},
@@ -91,14 +89,10 @@ NARROW: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", list(MAPS))
 @pytest.mark.parametrize("name", list(METHODS))
-def test_every_method_stays_on_its_device(
-    name, kind, whole_pipeline, untrained, images, fake_cuda, request
-) -> None:
+def test_every_method_stays_on_its_device(name, kind, whole_pipeline, untrained, images, fake_cuda, request) -> None:
     model, reference = (request.getfixturevalue(kind)(**NARROW[kind]) for _ in range(2))
     last = untrained(whole_pipeline(name)[-1])
-    if isinstance(
-        last, Pruner
-    ):  # how many weights an unstructured mask keeps is a value, which a fake tensor lacks
+    if isinstance(last, Pruner):  # how many weights an unstructured mask keeps is a value, which a fake tensor lacks
         last = type(last)("2:4")
     pixels = images(60)
     with fake_cuda() as place:
@@ -188,9 +182,7 @@ def test_what_a_site_sees(kind: str, order: str, images, request) -> None:
         for site in stage.sites:
             X = rows_by_hand(mirror if order == "sequential" else dense, site.name, pixels)
             expected = X.T @ X
-            close = torch.allclose(
-                grams[site.name], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())
-            )
+            close = torch.allclose(grams[site.name], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
             assert close, site.name
         for site in stage.sites:  # the mirror keeps torch modules, with the weights that were rounded
             rounded = {s.name: s for s in find_sites(model)}[site.name].weight
@@ -200,14 +192,14 @@ def test_what_a_site_sees(kind: str, order: str, images, request) -> None:
 
 def test_stages_follow_the_calls_and_share_inputs(tiny_resnet: Factory, tiny_vit: Factory, images) -> None:
     model = tiny_vit()
-    stages = [
-        [s.attribute for s in stage.sites] for stage in find_stages(model, images(1), find_sites(model))
-    ]
+    stages = [[s.attribute for s in stage.sites] for stage in find_stages(model, images(1), find_sites(model))]
     assert ["q_proj", "k_proj", "v_proj"] in stages and len(stages) == len(find_sites(model)) - 2 * 2
     assert stages[-1] == ["classifier"]
     model = tiny_resnet()
-    names = [[s.name.replace("resnet.encoder.", "") for s in stage.sites]
-             for stage in find_stages(model, images(1), find_sites(model))]  # fmt: skip
+    names = [
+        [s.name.replace("resnet.encoder.", "") for s in stage.sites]
+        for stage in find_stages(model, images(1), find_sites(model))
+    ]
     # the shortcut comes first among the modules, runs last, and has the input of the first convolution
     assert ["stages.1.layers.0.layer.0.convolution", "stages.1.layers.0.shortcut.convolution"] in names
 
@@ -231,11 +223,7 @@ def test_a_layer_that_runs_twice_counts_twice(images) -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.again, self.last = (
-                nn.Conv2d(1, 4, 3),
-                nn.Conv2d(4, 4, 3, padding=1),
-                nn.Conv2d(4, 2, 1),
-            )
+            self.first, self.again, self.last = (nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 2, 1))
 
         def forward(self, x: Tensor) -> Tensor:
             return self.last(self.again(self.again(self.first(x)).relu()))
@@ -258,9 +246,7 @@ def test_batch_size_does_not_matter(tiny_resnet: Factory, images) -> None:
         model = tiny_resnet()
         compress(model, GPTQ(8, None), images(6), batch_size=batch_size, progress=False)
         weights.append(find_sites(model)[-1].weight)
-    assert torch.allclose(weights[0], weights[1], atol=2e-2) and torch.allclose(
-        weights[0], weights[2], atol=2e-2
-    )
+    assert torch.allclose(weights[0], weights[1], atol=2e-2) and torch.allclose(weights[0], weights[2], atol=2e-2)
 
 
 def test_training_mode_is_kept_and_batch_norms_learn_nothing(tiny_resnet: Factory, images, same) -> None:
@@ -324,9 +310,7 @@ def test_modules_that_cannot_be_replaced_are_left_with_the_reason(images) -> Non
 
 
 def test_models_with_nothing_to_compress_are_refused() -> None:
-    with pytest.raises(
-        OptionError, match=r"Sequential: found no nn\.ModuleList of blocks, and no .*nn\.Conv2d"
-    ):
+    with pytest.raises(OptionError, match=r"Sequential: found no nn\.ModuleList of blocks, and no .*nn\.Conv2d"):
         find_sites(nn.Sequential(nn.ReLU()))
 
 
@@ -354,8 +338,7 @@ def test_depthwise_convolutions(kind: str, images, request, state, same) -> None
             compress(model, RTN(4, None), progress=False)
         before = state(model)
         with pytest.raises(
-            OptionError,
-            match=rf"'{grouped[0]}' is a convolution in \d+ groups.*{type(method).__name__}.*targets=",
+            OptionError, match=rf"'{grouped[0]}' is a convolution in \d+ groups.*{type(method).__name__}.*targets="
         ):
             compress(model, method, images(8), reference=dense, progress=False)
         assert same(state(model), before)
@@ -426,8 +409,11 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "tokens": (CalibrationError, r"got torch\.int64 of shape \(4, 7\)", {"calibration": torch.ones(4, 7).long()}),
     "a list": (CalibrationError, "got list", {"calibration": [1.0]}),
     "NaN": (CalibrationError, "the samples contain NaN", {"calibration": pixels / pixels.clamp_min(0)}),
-    "three channels": (CalibrationError, r"does not take samples of shape \(3, 16, 16\): its images have 1 channels",
-                       {"calibration": pixels.repeat(1, 3, 1, 1)}),
+    "three channels": (
+        CalibrationError,
+        r"does not take samples of shape \(3, 16, 16\): its images have 1 channels",
+        {"calibration": pixels.repeat(1, 3, 1, 1)},
+    ),
     "no channels": (CalibrationError, r"does not take samples of shape \(16, 16\)", {"calibration": pixels[:, 0]}),
     "batch size": (OptionError, "batch_size=0", {"batch_size": 0}),
     "order": (OptionError, "order='sequental': use one of", {"order": "sequental"}),
@@ -437,7 +423,7 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "not compressed": (OptionError, "is not compressed", {"method": EoRA(1), "reference": "other"}),
     "itself": (OptionError, "reference is the model that is being", {"method": EoRA(1), "reference": "itself"}),
     "pattern": (OptionError, "needs inputs in groups of 4", {"method": SparseGPT("2:4")}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -470,9 +456,7 @@ def test_fewer_samples_than_a_method_draws(
 
     for model, samples in ((tiny_resnet(), images(8)), (tiny_llama(), tokens(8))):
         before = state(model)
-        with pytest.raises(
-            CalibrationError, match="8 samples are fewer than the 50 that Draws draws at once"
-        ):
+        with pytest.raises(CalibrationError, match="8 samples are fewer than the 50 that Draws draws at once"):
             compress(model, Draws(4, None), samples, progress=False)
         assert same(state(model), before)
 
@@ -481,9 +465,7 @@ def test_statistics_that_are_not_gathered_together(tiny_vit: Factory, images) ->
     class Greedy(GPTQ):
         statistics = frozenset({"gram", "inputs"})
 
-    with pytest.raises(
-        OptionError, match=r"asks for the statistics \['gram', 'inputs'\].*\['abs', 'gram'\] or"
-    ):
+    with pytest.raises(OptionError, match=r"asks for the statistics \['gram', 'inputs'\].*\['abs', 'gram'\] or"):
         compress(tiny_vit(), Greedy(4, None), images(4), progress=False)
 
 
@@ -535,9 +517,7 @@ def test_reference_with_other_batch_norms(tiny_resnet: Factory, images, tmp_path
     model = copy.deepcopy(folded)
     compress(model, RTN(3, None), progress=False)
     for reference in (unfolded, tmp_path):
-        with pytest.raises(
-            CheckpointError, match="no bias there.*batch norms are folded in one of them only"
-        ):
+        with pytest.raises(CheckpointError, match="no bias there.*batch norms are folded in one of them only"):
             compress(model, EoRA(2), images(4), reference=reference, targets="convolution", progress=False)
     report = compress(model, EoRA(2), images(4), reference=folded, progress=False)
     assert all(site.error < site.error_before for site in report.sites)
@@ -558,8 +538,6 @@ def test_reference_may_be_a_folder(tiny_resnet: Factory, tiny_vit: Factory, imag
 
 def test_a_folder_of_such_a_model_is_refused(tiny_resnet: Factory, tmp_path) -> None:
     tiny_resnet().save_pretrained(tmp_path / "model")
-    with pytest.raises(
-        OptionError, match="no decoder blocks to read one by one; load it with from_pretrained"
-    ):
+    with pytest.raises(OptionError, match="no decoder blocks to read one by one; load it with from_pretrained"):
         compress(tmp_path / "model", RTN(4, None), out=tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()

@@ -170,9 +170,7 @@ def test_limits_of_the_temperature() -> None:
     losses = draws(1, 64)[0]
     for strategy in SHAPES:
         assert (64 * weights(strategy, losses, 1e6) - 1).abs().max() < 1e-5
-        assert (
-            64 * weights(strategy, losses, 100.0) - 1
-        ).abs().max() < 0.01  # the other form of burn-in is close only
+        assert (64 * weights(strategy, losses, 100.0) - 1).abs().max() < 0.01  # the other form of burn-in is close only
     cold = weights("linupper", losses, 1e-4)
     above = normalise(losses) >= 0
     torch.testing.assert_close(cold, above / above.sum())
@@ -192,9 +190,7 @@ ROWS = torch.randint(9, (64, 6), generator=torch.Generator().manual_seed(2))
 def run(rule: Rule, steps: int) -> Tensor:
     net = model()
     loss = Weighted(net, sequence_losses, rule)
-    train(
-        net, batches(ROWS, batch_size=16), loss, Recipe(20, lr=0.05), progress=False, after_step=[stop(steps)]
-    )
+    train(net, batches(ROWS, batch_size=16), loss, Recipe(20, lr=0.05), progress=False, after_step=[stop(steps)])
     return net.weight.detach()
 
 
@@ -235,9 +231,7 @@ def test_two_ranks_share_one_batch(strategy: str) -> None:
     halves = []
     for q in range(2):  # what Weighted returns on each of two processes
         own = slice(32 * q, 32 * q + 32)
-        halves.append(
-            torch.autograd.grad(2 * (w[own] * sequence_losses(net, ROWS[own])).sum(), net.weight)[0]
-        )
+        halves.append(torch.autograd.grad(2 * (w[own] * sequence_losses(net, ROWS[own])).sum(), net.weight)[0])
     torch.testing.assert_close((halves[0] + halves[1]) / 2, whole, rtol=1e-6, atol=1e-7)
     # normalised on each rank by itself it is another algorithm
     alone = []
@@ -288,9 +282,7 @@ def test_controls() -> None:
 
 def test_wrong_options() -> None:
     make: dict[str, Callable[[], Any]] = {
-        r"strategy='linuper': use one of 'linupper'.*did you mean 'linupper'": lambda: LossReweighting(
-            "linuper"
-        ),
+        r"strategy='linuper': use one of 'linupper'.*did you mean 'linupper'": lambda: LossReweighting("linuper"),
         "strategy='mid'": lambda: LossReweighting("mid"),
         "r=0": lambda: LossReweighting(r=0),
         "r=nan": lambda: LossReweighting(r=math.nan),

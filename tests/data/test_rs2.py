@@ -96,10 +96,7 @@ def test_rounds_with_replacement(n, k):
 def test_distinct_examples_with_replacement():
     n, k, rounds, runs = 60, 9, 7, 400
     seen = torch.tensor(
-        [
-            torch.cat([draw_with(n, k, seed, j) for j in range(rounds)]).unique().numel()
-            for seed in range(runs)
-        ],
+        [torch.cat([draw_with(n, k, seed, j) for j in range(rounds)]).unique().numel() for seed in range(runs)],
         dtype=torch.float64,
     )
     error = seen.std() / runs**0.5
@@ -222,8 +219,16 @@ def test_interrupted_training_goes_on_bit_for_bit(tmp_path):
                 raise KeyboardInterrupt
 
         hooks = [] if stop_at is None else [stop]
-        train(model, loader(data, RS2(90, 0.2, seed=1), 5), nll, recipe, folder=folder, checkpoint_every=5,
-              after_step=hooks, progress=False)  # fmt: skip
+        train(
+            model,
+            loader(data, RS2(90, 0.2, seed=1), 5),
+            nll,
+            recipe,
+            folder=folder,
+            checkpoint_every=5,
+            after_step=hooks,
+            progress=False,
+        )
         return model
 
     whole = run(tmp_path / "whole")
@@ -248,9 +253,7 @@ def test_horizon_is_what_is_trained_and_the_rate_ends_at_its_least(n, r, rounds,
 def test_the_gradient_of_a_draw_is_unbiased_with_the_variance_of_the_formula():
     n, k, draws = 30, 6, 20_000
     generator = torch.Generator().manual_seed(0)
-    x, y, w = (
-        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((n, 3), (n,), (3,))
-    )
+    x, y, w = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((n, 3), (n,), (3,)))
     gradients = (x @ w - y)[:, None] * x  # of each example's squared error, halved
     full = gradients.mean(0)
     variance = (gradients - full).square().sum(1).mean().item()

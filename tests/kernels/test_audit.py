@@ -63,15 +63,11 @@ def test_instructions_of_the_innermost_loop_with_wide_loads() -> None:
 
 
 def test_unknown_kernel_is_named() -> None:
-    with pytest.raises(
-        RuntimeError, match="'sparse_matmul': there is none of this name; choose among .*sparse_matvec"
-    ):
+    with pytest.raises(RuntimeError, match="'sparse_matmul': there is none of this name; choose among .*sparse_matvec"):
         audit.run(["sparse_matmul"])
 
 
-def test_fingerprint_is_of_jitted_functions_and_launches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fingerprint_is_of_jitted_functions_and_launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launches = audit.launches("sparse_matvec")
     monkeypatch.setattr(audit, "launches", lambda kernel: launches)
     monkeypatch.setattr(audit.refimpl.kernels, "__path__", [str(tmp_path)])
@@ -114,9 +110,7 @@ def test_rows_of_other_kernels_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_committed_audit_belongs_to_these_kernels() -> None:
-    assert audit.stale(COMMITTED) == [], (
-        "refimpl kernels audit <kernels> --out data/kernels/audit.json redoes them"
-    )
+    assert audit.stale(COMMITTED) == [], "refimpl kernels audit <kernels> --out data/kernels/audit.json redoes them"
     rows = audit.load(COMMITTED)["rows"]
     launches = {(kernel, name) for kernel in audit.all_kernels() for name in audit.launches(kernel)}
     for target in ("sm_80", "sm_90", "gfx942"):
@@ -132,10 +126,13 @@ def test_no_kernel_spills() -> None:
 
 def test_weights_are_loaded_128_bits_at_a_time() -> None:
     rows = [
-        row for row in audit.load(COMMITTED)["rows"]
-        if row.target != "gfx942" and not row.tensor_core and "pass" not in row.variant  # those merge results
+        row
+        for row in audit.load(COMMITTED)["rows"]
+        if row.target != "gfx942"
+        and not row.tensor_core
+        and "pass" not in row.variant  # those merge results
         and row.kernel != "cross_entropy"  # has no weights, and looks up one logit: a test of its own
-    ]  # fmt: skip
+    ]
     assert rows and not [(row.kernel, row.variant, row.target) for row in rows if row.main_width != 128]
 
 
@@ -154,9 +151,7 @@ def test_one_launch_is_compiled_again() -> None:
         assert row.loads["values"] == {128: 8} and row.loads["positions"] == {128: 2} and row.registers <= 96
     committed = audit.load(COMMITTED)
     if committed["versions"] == audit.versions():
-        assert rows == [
-            r for r in committed["rows"] if (r.kernel, r.variant) == (rows[0].kernel, rows[0].variant)
-        ]
+        assert rows == [r for r in committed["rows"] if (r.kernel, r.variant) == (rows[0].kernel, rows[0].variant)]
 
 
 def test_sums_are_written_before_they_are_announced_and_read_after() -> None:

@@ -136,9 +136,7 @@ def test_kernel_runs_whole_each_time() -> None:
 def test_wrong_kernel_is_not_timed(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     expand, clock = bench.expand, Clock()
     monkeypatch.setattr(bench, "expand", lambda launch: expand(launch) * factor)
-    with pytest.raises(
-        RuntimeError, match="sparse_matvec, fp16 576->192: the kernel is off by .* on a calculator"
-    ):
+    with pytest.raises(RuntimeError, match="sparse_matvec, fp16 576->192: the kernel is off by .* on a calculator"):
         bench.measure("sparse_matvec", "fp16 576->192", launch(), DEVICE, clock, lambda f: f)
     assert not clock.calls
 
@@ -146,12 +144,8 @@ def test_wrong_kernel_is_not_timed(factor: float, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("bits", [16, 4])
 def test_attention_is_checked_then_timed(bits: int) -> None:
     compiled: list[Any] = []
-    inputs = bench.materialise_inputs(
-        lowrank_decode.meta_inputs(64, 2, 2, 32, 20, bits, torch.float16), "cpu"
-    )
-    row = bench.measure_attention(
-        "lowrank_decode", "v", inputs, DEVICE, Clock(), lambda f: compiled.append(f) or f
-    )
+    inputs = bench.materialise_inputs(lowrank_decode.meta_inputs(64, 2, 2, 32, 20, bits, torch.float16), "cpu")
+    row = bench.measure_attention("lowrank_decode", "v", inputs, DEVICE, Clock(), lambda f: compiled.append(f) or f)
     assert row.times == {"kernel": 1.0, "torch": 2.0, "torch.compile": 3.0, "dense": 4.0}
     assert len(compiled) == 1 and row.error < 0.01
     moved, operations = lowrank_decode.least(inputs)
@@ -209,9 +203,7 @@ def test_run_writes_after_each_launch(tmp_path: Path, monkeypatch: pytest.Monkey
         seen.append(len(bench.load(out)[1]) if out.exists() else 0)
         if variant == "c":
             raise KeyboardInterrupt
-        return bench.Row(
-            kernel, variant, 0.5, dict.fromkeys(("kernel", "torch", "torch.compile", "dense"), 2.0), 0.0
-        )
+        return bench.Row(kernel, variant, 0.5, dict.fromkeys(("kernel", "torch", "torch.compile", "dense"), 2.0), 0.0)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bench, "launches", lambda kernel: fake)

@@ -40,24 +40,23 @@ def problem(
     return logits, targets, torch.randn(batch, generator=generator)
 
 
-def kernels(
-    logits: Tensor, targets: Tensor, gradient: Tensor, ignore_index: int = IGNORED
-) -> tuple[Tensor, Tensor]:
+def kernels(logits: Tensor, targets: Tensor, gradient: Tensor, ignore_index: int = IGNORED) -> tuple[Tensor, Tensor]:
     """Losses and the gradient by the functions that are registered for CUDA, interpreted on a CPU."""
     losses, lse = ce._forward_cuda(logits, targets, ignore_index)
     return losses, ce._backward_cuda(gradient, logits, targets, lse, ignore_index)
 
 
-def exact(
-    logits: Tensor, targets: Tensor, gradient: Tensor, ignore_index: int = IGNORED
-) -> tuple[Tensor, Tensor]:
+def exact(logits: Tensor, targets: Tensor, gradient: Tensor, ignore_index: int = IGNORED) -> tuple[Tensor, Tensor]:
     """The same in float64, by PyTorch's own loss, sequence by sequence."""
     x = logits.double().requires_grad_()
-    losses = torch.stack([
-        F.cross_entropy(row, target, ignore_index=ignore_index)
-        if (target != ignore_index).any() else row.sum() * 0.0
-        for row, target in zip(x, targets, strict=True)
-    ])  # fmt: skip
+    losses = torch.stack(
+        [
+            F.cross_entropy(row, target, ignore_index=ignore_index)
+            if (target != ignore_index).any()
+            else row.sum() * 0.0
+            for row, target in zip(x, targets, strict=True)
+        ]
+    )
     return losses.detach(), torch.autograd.grad(losses, x, gradient.double())[0]
 
 
@@ -87,9 +86,7 @@ def test_kernels_are_the_formula(vocabulary: int, dtype: torch.dtype) -> None:
     check(kernels(*given), *given)
 
 
-@pytest.mark.parametrize(
-    "vocabulary, dtype", [(50257, torch.float16), (50257, torch.bfloat16), (8211, torch.float32)]
-)
+@pytest.mark.parametrize("vocabulary, dtype", [(50257, torch.float16), (50257, torch.bfloat16), (8211, torch.float32)])
 def test_odd_vocabularies_of_several_runs(vocabulary: int, dtype: torch.dtype) -> None:
     given = problem(2, 3, vocabulary, dtype)
     assert vocabulary // (16 // dtype.itemsize) > 2 * ce._GROUPS
@@ -107,17 +104,13 @@ def test_vocabularies_of_smollm2_and_llama(vocabulary: int, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("vocabulary", [16, 27])
-@pytest.mark.parametrize(
-    "at", [(slice(None), slice(None, -1)), (slice(None), slice(1, None)), (slice(1), slice(1, 3))]
-)
+@pytest.mark.parametrize("at", [(slice(None), slice(None, -1)), (slice(None), slice(1, None)), (slice(1), slice(1, 3))])
 def test_slices_are_read_where_they_lie(
     at: tuple[slice, slice], vocabulary: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logits, targets, gradient = problem(3, 5, vocabulary, torch.float16)
     given = logits[at], targets[at], gradient[at[0]]
-    monkeypatch.setattr(
-        Tensor, "contiguous", lambda self: pytest.fail("copied") if self.ndim == 3 else self.clone()
-    )
+    monkeypatch.setattr(Tensor, "contiguous", lambda self: pytest.fail("copied") if self.ndim == 3 else self.clone())
     found = kernels(*given)
     monkeypatch.undo()
     check(found, *given)
@@ -139,9 +132,7 @@ def test_rows_may_begin_anywhere(dtype: torch.dtype) -> None:
 def test_compilers_are_told_no_more_than_is_so() -> None:
     """What is said of alignment decides how wide a GPU loads and stores; the interpreter would not notice."""
 
-    def told(
-        start: int, size: int, strides: tuple[int, int], result_strides: tuple[int, int]
-    ) -> tuple[int, ...]:
+    def told(start: int, size: int, strides: tuple[int, int], result_strides: tuple[int, int]) -> tuple[int, ...]:
         x, y = (
             torch.empty(4096, dtype=torch.float16)[at:].as_strided((2, 3, size), (*s, 1), at)
             for at, s in ((start, strides), (0, result_strides))
@@ -151,18 +142,10 @@ def test_compilers_are_told_no_more_than_is_so() -> None:
         return constants["LEAD"], constants["EDGES"], constants["IN_STEP"]
 
     assert told(0, 40, (120, 40), (120, 40)) == (0, False, True)
-    assert told(8, 40, (160, 40), (120, 40)) == (
-        0,
-        False,
-        True,
-    )  # a slice, of rows that begin where they should
+    assert told(8, 40, (160, 40), (120, 40)) == (0, False, True)  # a slice, of rows that begin where they should
     assert told(3, 40, (120, 40), (120, 40)) == (3, True, False)
     assert told(0, 41, (123, 41), (123, 41)) == (0, True, True)  # any length, both alike
-    assert told(0, 41, (164, 41), (123, 41)) == (
-        0,
-        True,
-        False,
-    )  # a slice: the second sequences are not alike
+    assert told(0, 41, (164, 41), (123, 41)) == (0, True, False)  # a slice: the second sequences are not alike
     assert told(0, 40, (164, 41), (120, 40)) == (0, True, False)
 
 
@@ -219,11 +202,7 @@ def test_extreme_logits(path: Any) -> None:
     assert not result[0, :, 4:20].any()
     logits[1, 2, 13] = math.nan
     losses, result = path(logits, targets, gradient)
-    assert (
-        losses.isnan().tolist() == [False, True]
-        and result[1, 2].isnan().all()
-        and not result[:, :2].isnan().any()
-    )
+    assert losses.isnan().tolist() == [False, True] and result[1, 2].isnan().all() and not result[:, :2].isnan().any()
 
 
 def test_a_target_outside_the_vocabulary() -> None:
@@ -233,9 +212,7 @@ def test_a_target_outside_the_vocabulary() -> None:
         losses, result = kernels(logits, targets, gradient)
         assert losses.isnan().tolist() == [False, True]
         assert result.isnan().any(-1).tolist() == [[False] * 3, [False, True, False]]
-        with pytest.raises(
-            ValueError, match=f"targets holds {wrong}, outside the vocabulary of 11; .* here -100"
-        ):
+        with pytest.raises(ValueError, match=f"targets holds {wrong}, outside the vocabulary of 11; .* here -100"):
             sequence_cross_entropy(logits, targets)
 
 
@@ -280,16 +257,12 @@ def test_nothing_to_do() -> None:
 
 def test_other_shapes_and_dtypes_are_refused() -> None:
     logits, targets = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
-    with pytest.raises(
-        ValueError, match=r"logits is torch.float32 \[2, 3\]; it must be floating, \[B, T, V\]"
-    ):
+    with pytest.raises(ValueError, match=r"logits is torch.float32 \[2, 3\]; it must be floating, \[B, T, V\]"):
         sequence_cross_entropy(logits[..., 0], targets)
     for empty in (logits[..., :0], logits.long()):
         with pytest.raises(ValueError, match="logits is"):
             sequence_cross_entropy(empty, targets)
-    with pytest.raises(
-        ValueError, match=r"targets is torch.int64 \[2, 2\]; logits .* need torch.int64 \[2, 3\]"
-    ):
+    with pytest.raises(ValueError, match=r"targets is torch.int64 \[2, 2\]; logits .* need torch.int64 \[2, 3\]"):
         sequence_cross_entropy(logits, targets[:, 1:])
     with pytest.raises(ValueError, match="targets is torch.int32"):
         sequence_cross_entropy(logits, targets.int())
@@ -325,11 +298,7 @@ def test_cost_is_every_argument_once() -> None:
 
 
 def test_logits_are_read_once_and_the_gradient_is_written_once() -> None:
-    rows = [
-        row
-        for row in traffic.load(data_path("kernels", "traffic.json"))["rows"]
-        if row.kernel == "cross_entropy"
-    ]
+    rows = [row for row in traffic.load(data_path("kernels", "traffic.json"))["rows"] if row.kernel == "cross_entropy"]
     assert {row.variant for row in rows} == set(ce.variants())
     for row in rows:
         assert row.traffic.ratio <= 1.05, row.variant
@@ -345,9 +314,7 @@ def test_logits_are_read_once_and_the_gradient_is_written_once() -> None:
 
 def test_logits_are_loaded_128_bits_at_a_time() -> None:
     """All but one for the target, and one for the edges of rows that begin anywhere."""
-    rows = [
-        row for row in audit.load(data_path("kernels", "audit.json"))["rows"] if row.kernel == "cross_entropy"
-    ]
+    rows = [row for row in audit.load(data_path("kernels", "audit.json"))["rows"] if row.kernel == "cross_entropy"]
     assert rows
     for row in rows:
         launch = audit.launches("cross_entropy")[row.variant]

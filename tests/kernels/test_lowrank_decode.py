@@ -31,9 +31,22 @@ def codes_of(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def problem(
-    batch: int, heads: int, shared: int, d: int, n: int, rank_k: int, rank_v: int, dtype: torch.dtype, bits: int = 16,
-    near: int = 9, sinks: int = 4, padded: bool = False, bias: bool = False, group: int = 32, value_group: int = 18,
-) -> Inputs:  # fmt: skip
+    batch: int,
+    heads: int,
+    shared: int,
+    d: int,
+    n: int,
+    rank_k: int,
+    rank_v: int,
+    dtype: torch.dtype,
+    bits: int = 16,
+    near: int = 9,
+    sinks: int = 4,
+    padded: bool = False,
+    bias: bool = False,
+    group: int = 32,
+    value_group: int = 18,
+) -> Inputs:
     generator = torch.Generator().manual_seed(n + rank_k)
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
@@ -57,9 +70,16 @@ def problem(
         more["seen"] = torch.rand(batch, sinks + near, generator=generator) < 0.7
     window = [random(batch, heads, near, d).to(dtype) for _ in range(2)]
     return Inputs(
-        random(batch, heads * shared, 1, d).to(dtype), keys, values, *factors, FREQUENCIES[d], *window, d**-0.5,
-        hidden=sinks, **more,
-    )  # fmt: skip
+        random(batch, heads * shared, 1, d).to(dtype),
+        keys,
+        values,
+        *factors,
+        FREQUENCIES[d],
+        *window,
+        d**-0.5,
+        hidden=sinks,
+        **more,
+    )
 
 
 def exact(i: Inputs) -> Tensor:
@@ -129,9 +149,7 @@ def test_kernel_on_a_shape_of_smollm2(dtype: torch.dtype, bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [16, 4])
 def test_kernel_with_padding_biases_and_an_odd_rank(bits: int) -> None:
-    inputs = problem(
-        2, 2, 3, 32, 131 if bits == 16 else 96, 63, 54, torch.float16, bits, padded=True, bias=True
-    )
+    inputs = problem(2, 2, 3, 32, 131 if bits == 16 else 96, 63, 54, torch.float16, bits, padded=True, bias=True)
     assert error(interpreted(inputs), inputs) < TOLERANCE[torch.float16]
 
 
@@ -152,9 +170,7 @@ def test_heads_share_a_program_where_there_are_enough_programs(monkeypatch: pyte
 @pytest.mark.parametrize(("n", "near", "sinks"), [(0, 5, 0), (0, 40, 4), (1, 0, 4), (40, 0, 0), (3, 1, 4)])
 def test_nothing_stored_or_nothing_whole(n: int, near: int, sinks: int) -> None:
     """With three stored tokens and four sinks every stored token is hidden: its program sees nothing at all."""
-    inputs = problem(
-        1, n=n, rank_k=20, rank_v=16, dtype=torch.float16, near=near, sinks=sinks, heads=1, shared=2, d=32
-    )
+    inputs = problem(1, n=n, rank_k=20, rank_v=16, dtype=torch.float16, near=near, sinks=sinks, heads=1, shared=2, d=32)
     inputs = inputs if n > 1 else inputs._replace(hidden=0)
     assert error(interpreted(inputs), inputs) < TOLERANCE[torch.float16]
 
@@ -168,9 +184,7 @@ def test_store_that_begins_later_and_a_factor_on_the_rotation() -> None:
 
 def test_far_positions_turn_as_exactly_as_near_ones() -> None:
     """At 100 000 tokens an angle in fp32 is off by 0.004; whole turns are counted in integers instead."""
-    inputs = problem(
-        1, n=20, rank_k=20, rank_v=16, dtype=torch.float16, heads=1, shared=2, d=32, near=1, sinks=0
-    )
+    inputs = problem(1, n=20, rank_k=20, rank_v=16, dtype=torch.float16, heads=1, shared=2, d=32, near=1, sinks=0)
     inputs = inputs._replace(start=100_003)
     assert error(interpreted(inputs), inputs) < TOLERANCE[torch.float16]
 
@@ -184,9 +198,7 @@ def test_result_does_not_depend_on_who_comes_first(monkeypatch: pytest.MonkeyPat
     assert first.grid == (1, 5)
     forward, original, order = interpreted(inputs), InterpreterBuilder.set_grid_idx, [3, 0, 4, 1, 2]
     with monkeypatch.context() as patch:
-        patch.setattr(
-            InterpreterBuilder, "set_grid_idx", lambda self, x, y, z: original(self, x, order[y], z)
-        )
+        patch.setattr(InterpreterBuilder, "set_grid_idx", lambda self, x, y, z: original(self, x, order[y], z))
         first()
     second()
     assert torch.equal(y, forward)
@@ -204,12 +216,8 @@ def test_reference_and_operator_are_plain_attention(dtype: torch.dtype, bits: in
 
 
 def test_operator_obeys_the_rules_of_torch() -> None:
-    inputs = problem(
-        2, n=32, rank_k=8, rank_v=18, dtype=torch.float16, bits=4, padded=True, heads=1, shared=2, d=32
-    )
-    torch.library.opcheck(
-        lowrank.lowrank_decode, tuple(inputs), test_utils=("test_schema", "test_faketensor")
-    )
+    inputs = problem(2, n=32, rank_k=8, rank_v=18, dtype=torch.float16, bits=4, padded=True, heads=1, shared=2, d=32)
+    torch.library.opcheck(lowrank.lowrank_decode, tuple(inputs), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_fake_cuda_tensors() -> None:
@@ -217,9 +225,7 @@ def test_fake_cuda_tensors() -> None:
 
     inputs = problem(2, n=32, rank_k=8, rank_v=8, dtype=torch.float16, heads=1, shared=2, d=32)
     with FakeTensorMode():
-        given = [
-            torch.empty(x.shape, dtype=x.dtype, device="cuda") if isinstance(x, Tensor) else x for x in inputs
-        ]
+        given = [torch.empty(x.shape, dtype=x.dtype, device="cuda") if isinstance(x, Tensor) else x for x in inputs]
         y = lowrank.lowrank_decode(*given)
     assert y.shape == (2, 2, 1, 32) and y.device.type == "cuda" and y.dtype == torch.float16
 
@@ -232,9 +238,7 @@ def test_cuda_path_takes_the_kernel_or_says_why_not(monkeypatch: pytest.MonkeyPa
     strided = inputs._replace(keys=torch.cat([inputs.keys, inputs.keys], -1)[..., :8])
     assert not strided.keys.is_contiguous()
     assert error(lowrank._cuda(*strided), inputs) < TOLERANCE[torch.float16]
-    whole = inputs._replace(
-        **{name: x.float() for name, x in inputs._asdict().items() if isinstance(x, Tensor)}
-    )
+    whole = inputs._replace(**{name: x.float() for name, x in inputs._asdict().items() if isinstance(x, Tensor)})
     with pytest.warns(UserWarning, match="lowrank_decode: the query is float32") as caught:
         assert error(lowrank._cuda(*whole), whole) < 1e-5
         lowrank._cuda(*whole)
@@ -270,9 +274,7 @@ def test_cost_is_every_argument_once() -> None:
     for name, inputs in lowrank.problems().items():
         moved, operations = lowrank.least(inputs)
         tensors = [x for x in inputs if isinstance(x, Tensor)]
-        assert moved == sum(x.nbytes for x in tensors) + inputs.query.nbytes, (
-            name
-        )  # the result is like the query
+        assert moved == sum(x.nbytes for x in tensors) + inputs.query.nbytes, name  # the result is like the query
         rebuilt = 2 * inputs.stored * inputs.key_factor.numel()
         assert rebuilt < operations < 1.7 * rebuilt, name  # rebuilding is most of it
 
@@ -281,8 +283,11 @@ def test_values_and_what_is_kept_whole_are_read_once() -> None:
     """Counted; once for all key heads of a program. Keys are tiles of a product: again for each head and band."""
     for name, row in committed(1).items():
         launch = audit.launches("lowrank_decode")[name]
-        streamed = [x for x in ("values", "value_step", "value_least", "near_keys", "near_values", "sink_keys",
-                                "sink_values") if launch.arguments[x] is not None]  # fmt: skip
+        streamed = [
+            x
+            for x in ("values", "value_step", "value_least", "near_keys", "near_values", "sink_keys", "sink_values")
+            if launch.arguments[x] is not None
+        ]
         sizes = sum(launch.arguments[x].nbytes for x in streamed)  # type: ignore[union-attr]
         programs = launch.constants["H"] // launch.constants["HEADS"]
         read = sum(row.traffic.loads[x] for x in streamed)
@@ -306,7 +311,5 @@ def committed(number: int) -> dict[str, traffic.Row]:
     """Counted traffic of the first or the second pass, by launch."""
     found = traffic.load(data_path("kernels", "traffic.json"))["rows"]
     return {
-        row.variant: row
-        for row in found
-        if row.kernel == "lowrank_decode" and row.variant.endswith(f"pass {number}")
+        row.variant: row for row in found if row.kernel == "lowrank_decode" and row.variant.endswith(f"pass {number}")
     }

@@ -22,7 +22,7 @@ EPSILON = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7, torch.float32: 2.0*
 
 def problem(
     n_in: int, n_out: int, rank: int, bits: int, group: int, symmetric: bool, dtype: torch.dtype, rows: int = 1
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Random arguments of `quant_lowrank_matmul`; the path is as large as the quantised part."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 2**bits, (n_out, n_in), dtype=torch.uint8, generator=generator)
@@ -115,9 +115,7 @@ def test_torch_path(rows: int, dtype: torch.dtype) -> None:
     assert y.shape == (rows, 1, 24) and y.dtype == dtype
     exact = lowrank.reference(**{**arguments, "x": x.float(), "u": u.float()})
     # two roundings: of the product and of the sum
-    assert torch.allclose(
-        y.view(rows, 24).float(), exact, rtol=0, atol=max(1e-4, 60 * torch.finfo(dtype).eps)
-    )
+    assert torch.allclose(y.view(rows, 24).float(), exact, rtol=0, atol=max(1e-4, 60 * torch.finfo(dtype).eps))
 
 
 def test_operator_keeps_its_promises_and_gradients() -> None:

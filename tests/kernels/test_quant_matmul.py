@@ -27,7 +27,7 @@ EPSILON = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7, torch.float32: 2.0*
 
 def problem(
     n_in: int, n_out: int, bits: int, group: int, symmetric: bool, dtype: torch.dtype, rows: int = 1
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Random arguments of `quant_matmul`. Inputs have a mean, as activations do."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 2**bits, (n_out, n_in), dtype=torch.uint8, generator=generator)
@@ -237,9 +237,7 @@ def test_reasons_not_to_use_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_cuda_implementation_launches_or_warns_once(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cuda_implementation_launches_or_warns_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """What runs for CUDA tensors, with CPU tensors in the interpreter."""
     monkeypatch.setattr(quant, "capability", lambda x: (9, 0))
     launched = []

@@ -23,9 +23,16 @@ TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 1e-5}
 
 
 def problem(
-    batch: int, shared: int, d: int, n: int, key_ranks: tuple[int, ...], value_ranks: tuple[int, ...],
-    dtype: torch.dtype, basis: bool = True, padded: bool = False,
-) -> Inputs:  # fmt: skip
+    batch: int,
+    shared: int,
+    d: int,
+    n: int,
+    key_ranks: tuple[int, ...],
+    value_ranks: tuple[int, ...],
+    dtype: torch.dtype,
+    basis: bool = True,
+    padded: bool = False,
+) -> Inputs:
     generator = torch.Generator().manual_seed(n)
 
     def random(*shape: int) -> Tensor:
@@ -33,11 +40,16 @@ def problem(
 
     heads = len(key_ranks)
     return Inputs(
-        random(batch, heads * shared, 1, d).to(dtype), random(batch, 1, n, sum(key_ranks)).to(dtype),
-        (random(batch, 1, n, sum(value_ranks)) + 0.5).to(dtype), key_ranks, value_ranks, d**-0.5,
+        random(batch, heads * shared, 1, d).to(dtype),
+        random(batch, 1, n, sum(key_ranks)).to(dtype),
+        (random(batch, 1, n, sum(value_ranks)) + 0.5).to(dtype),
+        key_ranks,
+        value_ranks,
+        d**-0.5,
         basis=torch.linalg.qr(random(heads, d, d)).Q.contiguous() if basis else None,
-        mean=random(heads, d) if basis else None, first=torch.tensor([0, 70, 5][:batch]) if padded else None,
-    )  # fmt: skip
+        mean=random(heads, d) if basis else None,
+        first=torch.tensor([0, 70, 5][:batch]) if padded else None,
+    )
 
 
 def exact(i: Inputs) -> Tensor:
@@ -137,15 +149,11 @@ def test_cuda_path_takes_the_kernel_or_says_why_not(monkeypatch: pytest.MonkeyPa
     warn_once.cache_clear()
     monkeypatch.setattr(ragged, "capability", lambda x: (8, 0))
     inputs = problem(1, 2, 32, 20, (8, 24), (16, 5), torch.float16)
-    given: list[Any] = [
-        list(x) if isinstance(x, tuple) else x for x in inputs
-    ]  # as the dispatcher hands them on
+    given: list[Any] = [list(x) if isinstance(x, tuple) else x for x in inputs]  # as the dispatcher hands them on
     assert error(ragged._cuda(*given), inputs) < TOLERANCE[torch.float16]
     strided = inputs._replace(values=torch.cat([inputs.values, inputs.values], -1)[..., :21])
     assert not strided.values.is_contiguous() and torch.equal(ragged._cuda(*strided), ragged._cuda(*inputs))
-    whole = inputs._replace(
-        query=inputs.query.float(), keys=inputs.keys.float(), values=inputs.values.float()
-    )
+    whole = inputs._replace(query=inputs.query.float(), keys=inputs.keys.float(), values=inputs.values.float())
     with pytest.warns(UserWarning, match="ragged_decode: the query is float32"):
         assert error(ragged._cuda(*whole), whole) < 1e-5
 
@@ -154,9 +162,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = problem(1, 2, 32, 20, (8, 24), (16, 5), torch.float16)
     assert "dtype of the query" in str(ragged.unsupported(inputs._replace(values=inputs.values.bfloat16())))
     assert "48 channels" in str(ragged.unsupported(inputs._replace(query=torch.empty(1, 4, 1, 48).half())))
-    assert "65 query heads" in str(
-        ragged.unsupported(inputs._replace(query=torch.empty(1, 130, 1, 32).half()))
-    )
+    assert "65 query heads" in str(ragged.unsupported(inputs._replace(query=torch.empty(1, 130, 1, 32).half())))
     assert "nothing is stored" in str(ragged.unsupported(inputs._replace(keys=inputs.keys[:, :, :0])))
     assert "7.5" in str(ragged.unsupported(inputs, (7, 5)))
     monkeypatch.setattr(ragged, "triton", None)
@@ -176,11 +182,7 @@ def test_cost_is_every_argument_once() -> None:
 
 
 def test_cache_is_read_once_and_little_else_moves() -> None:
-    rows = [
-        row
-        for row in traffic.load(data_path("kernels", "traffic.json"))["rows"]
-        if row.kernel == "ragged_decode"
-    ]
+    rows = [row for row in traffic.load(data_path("kernels", "traffic.json"))["rows"] if row.kernel == "ragged_decode"]
     first = [row for row in rows if row.variant.endswith("pass 1")]
     assert len(first) * 2 == len(rows) == len(ragged.variants())
     for row in first:
@@ -191,8 +193,6 @@ def test_cache_is_read_once_and_little_else_moves() -> None:
 
 
 def test_cache_is_loaded_128_bits_at_a_time() -> None:
-    rows = [
-        row for row in audit.load(data_path("kernels", "audit.json"))["rows"] if row.kernel == "ragged_decode"
-    ]
+    rows = [row for row in audit.load(data_path("kernels", "audit.json"))["rows"] if row.kernel == "ragged_decode"]
     first = [row for row in rows if row.variant.endswith("pass 1") and row.target != "gfx942"]
     assert first and all(row.loads["keys"].keys() == row.loads["values"].keys() == {128} for row in first)

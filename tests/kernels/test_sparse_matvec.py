@@ -97,11 +97,7 @@ def test_repack_names_what_is_wrong() -> None:
 
 @pytest.mark.parametrize(
     ("rows", "dtype"),
-    [
-        *((rows, torch.float16) for rows in range(1, sparse.MAX_ROWS + 1)),
-        (1, torch.bfloat16),
-        (5, torch.bfloat16),
-    ],
+    [*((rows, torch.float16) for rows in range(1, sparse.MAX_ROWS + 1)), (1, torch.bfloat16), (5, torch.bfloat16)],
 )
 def test_kernel_equals_the_formula(rows: int, dtype: torch.dtype) -> None:
     """288 inputs are nine chunks (a run and one more), 130 outputs a block and two more."""
@@ -149,9 +145,7 @@ def test_result_does_not_depend_on_who_arrives_last(monkeypatch: pytest.MonkeyPa
     forward = interpreted(arguments, 4)
     original = InterpreterBuilder.set_grid_idx
     order = [2, 0, 3, 1]
-    monkeypatch.setattr(
-        InterpreterBuilder, "set_grid_idx", lambda self, x, y, z: original(self, x, order[y], z)
-    )
+    monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", lambda self, x, y, z: original(self, x, order[y], z))
     assert torch.equal(interpreted(arguments, 4), forward)
 
 
@@ -187,9 +181,10 @@ def test_gradient_is_that_of_the_dense_layer() -> None:
 def test_op_obeys_the_rules_of_torch() -> None:
     x, values, positions, bias = problem(2, 64, 20, torch.float32, bias=True)
     torch.library.opcheck(
-        sparse.sparse_matvec, (x.requires_grad_(), values, positions, bias),
+        sparse.sparse_matvec,
+        (x.requires_grad_(), values, positions, bias),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
-    )  # fmt: skip
+    )
 
 
 def test_fake_cuda_tensors() -> None:
@@ -204,9 +199,7 @@ def test_fake_cuda_tensors() -> None:
 
 
 @pytest.mark.parametrize(("rows", "launched"), [(1, True), (8, True), (9, False), (0, False)])
-def test_cuda_path_takes_the_kernel_for_few_rows(
-    rows: int, launched: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cuda_path_takes_the_kernel_for_few_rows(rows: int, launched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     plan = sparse.plan
     monkeypatch.setattr(sparse, "plan", lambda *arguments: calls.append(1) or plan(*arguments))
@@ -233,9 +226,7 @@ def test_other_dtypes_are_computed_with_one_warning() -> None:
         sparse._cuda(*arguments)
     assert len(caught) == 1
     x, values, positions, _ = problem(1, 64, 20, torch.float16)
-    assert "float16 and activations torch.bfloat16" in str(
-        sparse.unsupported(x.bfloat16(), values, positions)
-    )
+    assert "float16 and activations torch.bfloat16" in str(sparse.unsupported(x.bfloat16(), values, positions))
     assert sparse.unsupported(x, values, positions) is None
     large = torch.empty(2**16, 2**15, dtype=torch.float16, device="meta")
     assert "counts to 2**31" in str(sparse.unsupported(x, large, positions))

@@ -120,11 +120,10 @@ def test_committed_counts_belong_to_these_kernels() -> None:
 
 
 def test_matrix_vector_kernels_move_little_more_than_they_must() -> None:
+    # the two passes of attention have bars of their own, beside their tests
     one_row = [
-        row
-        for row in traffic.load(COMMITTED)["rows"]
-        if "rows" not in row.variant and "pass" not in row.variant
-    ]  # the two passes of attention have bars of their own, beside their tests
+        row for row in traffic.load(COMMITTED)["rows"] if "rows" not in row.variant and "pass" not in row.variant
+    ]
     assert {row.kernel for row in one_row} == set(audit.all_kernels()) - {"lowrank_decode", "ragged_decode"}
     over = {(row.kernel, row.variant): row.traffic.ratio for row in one_row if row.traffic.ratio > 1.05}
     assert not over
@@ -133,8 +132,6 @@ def test_matrix_vector_kernels_move_little_more_than_they_must() -> None:
 @pytest.mark.parametrize("variant", ["bf16 576->192", "fp16 1536->576"])
 def test_committed_counts_are_counted_again(variant: str) -> None:
     (row,) = (
-        row
-        for row in traffic.load(COMMITTED)["rows"]
-        if row.kernel == "sparse_matvec" and row.variant == variant
+        row for row in traffic.load(COMMITTED)["rows"] if row.kernel == "sparse_matvec" and row.variant == variant
     )
     assert traffic.count(audit.launches("sparse_matvec")[variant]) == row.traffic

@@ -57,17 +57,35 @@ NAMES = ["llama", "qwen3", "gemma3", "qwen2"]
 
 def gemma3() -> PreTrainedModel:
     config = Gemma3TextConfig(
-        vocab_size=256, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        intermediate_size=96, num_hidden_layers=3, sliding_window=12, max_position_embeddings=256,
-        layer_types=["sliding_attention", "full_attention", "full_attention"], bos_token_id=1, eos_token_id=2,
-        pad_token_id=0)  # fmt: skip
+        vocab_size=256,
+        hidden_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        sliding_window=12,
+        max_position_embeddings=256,
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     return Gemma3ForCausalLM(config)
 
 
 def qwen2() -> PreTrainedModel:
-    config = Qwen2Config(vocab_size=256, hidden_size=64, num_attention_heads=4, num_key_value_heads=2,
-                         intermediate_size=96, num_hidden_layers=2, bos_token_id=1, eos_token_id=2,
-                         pad_token_id=0)  # fmt: skip
+    config = Qwen2Config(
+        vocab_size=256,
+        hidden_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     return Qwen2ForCausalLM(config)
 
 
@@ -114,15 +132,19 @@ def steps(model: PreTrainedModel, cache: Any, pieces: list[int], pads: tuple[int
     with torch.no_grad():
         for size in pieces:
             last = first + size
-            logits.append(model(inputs["input_ids"][:, first:last], attention_mask=inputs["attention_mask"][:, :last],
-                                position_ids=positions[:, first:last], **cache_argument(cache)).logits)  # fmt: skip
+            logits.append(
+                model(
+                    inputs["input_ids"][:, first:last],
+                    attention_mask=inputs["attention_mask"][:, :last],
+                    position_ids=positions[:, first:last],
+                    **cache_argument(cache),
+                ).logits
+            )
             first = last
     return torch.cat(logits, 1)
 
 
-def answer(
-    model: PreTrainedModel, cache: Any = None, pads: tuple[int, ...] = (6, 0), **how: Any
-) -> list[list[int]]:
+def answer(model: PreTrainedModel, cache: Any = None, pads: tuple[int, ...] = (6, 0), **how: Any) -> list[list[int]]:
     return model.generate(
         **batch(pads), **cache_argument(cache), max_new_tokens=8, eos_token_id=None, do_sample=False, **how
     ).tolist()
@@ -141,8 +163,9 @@ class Always(CSKV):
 def layer_data(seed: int = 0, rows: int = 200) -> tuple[Tensor, Tensor]:
     """Inputs X [n, 24] with unequal channels that hang together, and W [24, 12]; fp64."""
     generator = torch.Generator().manual_seed(seed)
-    X, mix, W = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in
-                 ((rows, 24), (24, 24), (24, 12)))  # fmt: skip
+    X, mix, W = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((rows, 24), (24, 24), (24, 12))
+    )
     return X @ (mix * 0.8 ** torch.arange(24)), W
 
 
@@ -202,9 +225,7 @@ def test_the_closed_form_is_the_least_loss() -> None:
 def test_more_rank_loses_less(init: str) -> None:
     X, W = layer_data()
     gram = X.T @ X
-    A, B = (
-        closed_form(W, gram) if init == "closed_form" else svd(W, X.abs().mean(0) if init == "asvd" else None)
-    )
+    A, B = closed_form(W, gram) if init == "closed_form" else svd(W, X.abs().mean(0) if init == "asvd" else None)
     losses = [reconstruction_loss(W, A[:, :r], B[:r], gram, len(X)).item() for r in range(13)]
     # with a scale the dropped terms have orthonormal right vectors too, so their errors add
     assert all(a >= b - 1e-12 for a, b in zip(losses, losses[1:], strict=False)) and losses[12] < 1e-12
@@ -223,9 +244,7 @@ def test_rotation_does_not_change_the_loss() -> None:
 def test_moments_are_those_of_the_inputs(make: Callable[[str], PreTrainedModel]) -> None:
     model = make("gemma3")
     seen: list[Tensor] = []
-    handle = model.model.layers[1].self_attn.v_proj.register_forward_pre_hook(
-        lambda _, args: seen.append(args[0])
-    )
+    handle = model.model.layers[1].self_attn.v_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     found = moments(model, TEXT, batch_size=4)
     handle.remove()
     X = torch.cat(seen).flatten(0, 1)
@@ -283,9 +302,7 @@ def test_training_for_codes_helps_the_codes(make: Callable[[str], PreTrainedMode
     handle.remove()
     W_K, W_V = layer.k_proj.weight.T, layer.v_proj.weight.T
     with torch.no_grad():
-        losses = [
-            fit_loss(Fit(p.factors[1], (16, 16), 8), seen[0], W_K, W_V).item() for p in (plain, trained)
-        ]
+        losses = [fit_loss(Fit(p.factors[1], (16, 16), 8), seen[0], W_K, W_V).item() for p in (plain, trained)]
         smooth = fit_loss(Fit(trained.factors[1], (16, 16), None), seen[0], W_K, W_V).item()
     assert smooth < losses[1] < losses[0]
 
@@ -373,9 +390,9 @@ def written_out(policy: CSKV, module: Any, s: dict[str, Any], prompt: int, quant
     C_K, C_V = X @ f.A_K[:, :r_K].double(), X @ f.A_V[:, :r_V].double()
     if quantised:
         whole = T // policy.together * policy.together
-        C_K[:, :whole] = key_features(
-            *key_codes(C_K[:, None, :whole].float(), policy.together, s["real"][:, :whole])
-        )[:, 0]
+        C_K[:, :whole] = key_features(*key_codes(C_K[:, None, :whole].float(), policy.together, s["real"][:, :whole]))[
+            :, 0
+        ]
         C_V = value_features(*value_codes(C_V[:, None].float()))[:, 0].double()
     k_proj, v_proj = copy.deepcopy(module.k_proj).double(), copy.deepcopy(module.v_proj).double()
     keys = [k_proj(X), C_K @ f.B_K[:r_K].double() + (0 if k_proj.bias is None else k_proj.bias)]
@@ -428,9 +445,7 @@ def test_each_pair_is_exact_or_rebuilt(
     hidden = torch.randn(B, T, WIDTH, generator=generator)
     module = Attention(norm, bias)
     gram = hidden.flatten(0, 1).T @ hidden.flatten(0, 1)
-    layer_moments = Moments(
-        gram, hidden.abs().mean((0, 1)), B * T, module.k_proj.weight.T, module.v_proj.weight.T
-    )
+    layer_moments = Moments(gram, hidden.abs().mean((0, 1)), B * T, module.k_proj.weight.T, module.v_proj.weight.T)
     policy = CSKV(factorise([layer_moments]), density=0.5, **options)
     shape = LayerShape(0, module, H, G, D, torch.float32, ROTARY)
     real = torch.arange(T) >= torch.tensor(pads).unsqueeze(1)
@@ -524,9 +539,7 @@ def test_streamed_tokens_may_come_in_any_pieces(
         found = steps(model, cache, pieces, pads)
         for row, pad in enumerate(pads):
             # between two sums in another order a value may fall into the next code
-            assert torch.allclose(
-                found[row, pad:], whole[row, pad:], atol=1e-4 if policy.bits == 16 else 2e-2
-            )
+            assert torch.allclose(found[row, pad:], whole[row, pad:], atol=1e-4 if policy.bits == 16 else 2e-2)
         assert [layer.parts.keys() for layer in cache._compressed] == [
             layer.parts.keys() for layer in caches[0]._compressed
         ]
@@ -539,10 +552,7 @@ def test_a_prompt_in_chunks_is_the_prompt_in_one_piece(
     model = make("qwen3")
     for mode in ("exact", "streamed"):
         caches = [policy_for(model, **options).cache(model, prefill=mode) for _ in range(2)]
-        logits = [
-            prefill(model, cache, chunk=chunk, **batch())
-            for cache, chunk in zip(caches, (41, 13), strict=True)
-        ]
+        logits = [prefill(model, cache, chunk=chunk, **batch()) for cache, chunk in zip(caches, (41, 13), strict=True)]
         assert torch.allclose(*logits, atol=1e-4 if "bits" not in options else 2e-2)
         for one, other in zip(caches[0]._compressed, caches[1]._compressed, strict=True):
             assert one.state()[1] == other.state()[1]
@@ -550,19 +560,23 @@ def test_a_prompt_in_chunks_is_the_prompt_in_one_piece(
 
 
 @pytest.mark.parametrize("options", LOSSY.values(), ids=LOSSY)
-def test_padding_on_the_left_changes_nothing(
-    options: dict[str, Any], make: Callable[[str], PreTrainedModel]
-) -> None:
+def test_padding_on_the_left_changes_nothing(options: dict[str, Any], make: Callable[[str], PreTrainedModel]) -> None:
     model = make("llama")
     policy = policy_for(model, **options)
     padded = batch((6, 0))
     if "bits" in options:  # groups begin at slots: a row alone has other groups, so pad it by whole ones
         padded = batch((8, 0))
     pad = 8 if "bits" in options else 6
-    together = model.generate(**padded, **cache_argument(policy.cache(model)), max_new_tokens=9, do_sample=False,
-                              eos_token_id=None)  # fmt: skip
-    alone = model.generate(padded["input_ids"][:1, pad:], **cache_argument(policy.cache(model)), max_new_tokens=9,
-                           do_sample=False, eos_token_id=None)  # fmt: skip
+    together = model.generate(
+        **padded, **cache_argument(policy.cache(model)), max_new_tokens=9, do_sample=False, eos_token_id=None
+    )
+    alone = model.generate(
+        padded["input_ids"][:1, pad:],
+        **cache_argument(policy.cache(model)),
+        max_new_tokens=9,
+        do_sample=False,
+        eos_token_id=None,
+    )
     if options.get("group", 1) in (1, pad):
         assert torch.equal(together[0, pad:], alone[0])
     logits = []
@@ -571,8 +585,12 @@ def test_padding_on_the_left_changes_nothing(
         logits.append(prefill(model, cache, **{k: v[rows] for k, v in padded.items()}))
         mask = torch.cat([padded["attention_mask"][rows], torch.ones(len(rows), 1, dtype=torch.long)], 1)
         with torch.no_grad():
-            logits[-1] = model(torch.full((len(rows), 1), 5), attention_mask=mask, **cache_argument(cache),
-                               position_ids=mask.sum(1, keepdim=True) - 1).logits[-1]  # fmt: skip
+            logits[-1] = model(
+                torch.full((len(rows), 1), 5),
+                attention_mask=mask,
+                **cache_argument(cache),
+                position_ids=mask.sum(1, keepdim=True) - 1,
+            ).logits[-1]
     assert torch.allclose(*logits, atol=1e-4)
 
 
@@ -603,9 +621,7 @@ def test_what_a_forward_pass_brought_can_be_taken_back(
 
 @pytest.mark.parametrize("options", LOSSY.values(), ids=LOSSY)
 @pytest.mark.parametrize("keep", [36, 29, 21, 2])
-def test_cropping_further_back(
-    options: dict[str, Any], keep: int, make: Callable[[str], PreTrainedModel]
-) -> None:
+def test_cropping_further_back(options: dict[str, Any], keep: int, make: Callable[[str], PreTrainedModel]) -> None:
     model = make("llama")
     policy = policy_for(model, **options)
     cache = policy.cache(model)
@@ -616,8 +632,10 @@ def test_cropping_further_back(
     cache.crop(keep - 39)
     assert cache.get_seq_length() == keep and layer.start <= min(start, keep)
     if keep < start:  # what was stored is what is left of it, or came back as the store knows it
-        now = [torch.cat([x, layer.parts[name]], 2) for x, name in
-               zip(layer._stored(), ("key_pending", "value_pending"), strict=True)]  # fmt: skip
+        now = [
+            torch.cat([x, layer.parts[name]], 2)
+            for x, name in zip(layer._stored(), ("key_pending", "value_pending"), strict=True)
+        ]
         for a, b in zip(now, whole, strict=True):
             assert torch.allclose(a, b[:, :, :keep], atol=1e-5)
     more = batch((0, 0), 30, seed=4)["input_ids"]
@@ -639,9 +657,7 @@ def test_codes_of_padded_rows_are_not_broken_up(make: Callable[[str], PreTrained
 
 
 @pytest.mark.parametrize("options", LOSSY.values(), ids=LOSSY)
-def test_rows_files_and_copies(
-    options: dict[str, Any], tmp_path: Path, make: Callable[[str], PreTrainedModel]
-) -> None:
+def test_rows_files_and_copies(options: dict[str, Any], tmp_path: Path, make: Callable[[str], PreTrainedModel]) -> None:
     model = make("gemma3")
     policy = policy_for(model, **options)
     cache = policy.cache(model)
@@ -650,8 +666,12 @@ def test_rows_files_and_copies(
     def more(of: CompressedCache, rows: list[int], owner: PreTrainedModel = model) -> Tensor:
         mask = torch.cat([batch()["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)[rows]
         with torch.no_grad():
-            return owner(torch.tensor([[5], [9]])[rows], attention_mask=mask, **cache_argument(of),
-                         position_ids=mask.sum(1, keepdim=True) - 1).logits  # fmt: skip
+            return owner(
+                torch.tensor([[5], [9]])[rows],
+                attention_mask=mask,
+                **cache_argument(of),
+                position_ids=mask.sum(1, keepdim=True) - 1,
+            ).logits
 
     expected = more(cache.copy(), [0, 1])
     for change, rows in (
@@ -701,11 +721,7 @@ def test_what_has_left_the_window_is_never_rewritten(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("density", [0.25, 1.0])
 def test_bytes_are_counted_before_and_after(
-    options: dict[str, Any],
-    length: int,
-    dtype: torch.dtype,
-    density: float,
-    make: Callable[[str], PreTrainedModel],
+    options: dict[str, Any], length: int, dtype: torch.dtype, density: float, make: Callable[[str], PreTrainedModel]
 ) -> None:
     model = make("llama")
     policy = policy_for(model, density=density, **options)
@@ -744,9 +760,7 @@ def test_budgets_are_met(make: Callable[[str], PreTrainedModel]) -> None:
             prefill(model, cache, batch((0,), 200)["input_ids"])
             most = cache.policy.density == 1.0
             assert budget * full - full / 8 < cache.nbytes <= budget * full or (most and policy.bits == 4)
-    with pytest.raises(
-        OptionError, match=r"the least it can do is \d+ bytes \(1\d\.\d%\) \(density=0\.0625\)"
-    ):
+    with pytest.raises(OptionError, match=r"the least it can do is \d+ bytes \(1\d\.\d%\) \(density=0\.0625\)"):
         policy_for(model, window=8, sinks=2).cache(model, budget=0.1, length=200)
 
 
@@ -756,9 +770,7 @@ def test_trained_factors_keep_to_their_rank(make: Callable[[str], PreTrainedMode
     with pytest.raises(OptionError, match=r"density=0\.5 needs rank 16, but the factors of layer 0 have 8"):
         replace(trained, density=0.5).cache(model)
     assert trained.cache(model, budget=0.9, length=200).policy.density == 0.25
-    assert (
-        trained.cache(model, budget=1.0, length=200).policy.density == 1.0
-    )  # keeps everything, needs no factor
+    assert trained.cache(model, budget=1.0, length=200).policy.density == 1.0  # keeps everything, needs no factor
 
 
 def test_how_ranks_are_shared() -> None:
@@ -789,9 +801,7 @@ def test_five_percent_of_smollm2(smollm2_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("pads", [(0, 0), (6, 0)])
-@pytest.mark.parametrize(
-    "options", [{}, {"sinks": 0}, {"bits": 4, "group": 8}, {"window": 0}, {"window": 30}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"sinks": 0}, {"bits": 4, "group": 8}, {"window": 0}, {"window": 30}], ids=str)
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_the_kernel_gets_what_the_layer_attends_to(
     name: str,
@@ -817,15 +827,17 @@ def test_the_kernel_gets_what_the_layer_attends_to(
     mask = batch(pads, 32)["attention_mask"]
     for token in range(4):
         mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
-        model(torch.full((2, 1), 3 + token), attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
-              **cache_argument(cache))  # fmt: skip
+        model(
+            torch.full((2, 1), 3 + token),
+            attention_mask=mask,
+            position_ids=mask.sum(1, keepdim=True) - 1,
+            **cache_argument(cache),
+        )
     assert len(compared) == 8
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in compared)
 
 
-def test_what_the_kernel_is_not_asked(
-    make: Callable[[str], PreTrainedModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_kernel_is_not_asked(make: Callable[[str], PreTrainedModel], monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     inputs = CSKVLayer.kernel_inputs
     plain = CSKVLayer._attend
@@ -838,8 +850,12 @@ def test_what_the_kernel_is_not_asked(
     model = make("llama")
     mask = torch.ones(2, 25, dtype=torch.long)
     mask[0, 10:13] = 0  # padding in the middle
-    for of, pieces, attention_mask in ((make("qwen3"), [24, 1], None), (model, [24, 2], None), (model, [5, 1], None),
-                                       (model, [24, 1], mask)):  # fmt: skip
+    for of, pieces, attention_mask in (
+        (make("qwen3"), [24, 1], None),
+        (model, [24, 2], None),
+        (model, [5, 1], None),
+        (model, [24, 1], mask),
+    ):
         asked.clear()
         cache = policy_for(of).cache(of)
         asked.clear()
@@ -881,9 +897,7 @@ def test_a_gpu_runs_the_kernel(
 
 @pytest.mark.parametrize("options", LOSSY.values(), ids=LOSSY)
 @pytest.mark.parametrize("name", NAMES)
-def test_sixteen_bit_models(
-    name: str, options: dict[str, Any], make: Callable[[str], PreTrainedModel]
-) -> None:
+def test_sixteen_bit_models(name: str, options: dict[str, Any], make: Callable[[str], PreTrainedModel]) -> None:
     model = make(name)
     policy = policy_for(model, **options)
     expected = steps(model, policy.cache(model), [30, 1, 1, 1])
@@ -900,11 +914,7 @@ def test_sliding_windows_are_left_to_the_library(make: Callable[[str], PreTraine
     model = make("gemma3")
     cache = policy_for(model).cache(model)
     prefill(model, cache, batch((0,), 60)["input_ids"], chunk=17)
-    assert [type(layer).__name__ for layer in cache.layers] == [
-        "DynamicSlidingWindowLayer",
-        "CSKVLayer",
-        "CSKVLayer",
-    ]
+    assert [type(layer).__name__ for layer in cache.layers] == ["DynamicSlidingWindowLayer", "CSKVLayer", "CSKVLayer"]
 
 
 def test_models_that_cannot_work_are_refused_by_name(
@@ -916,14 +926,21 @@ def test_models_that_cannot_work_are_refused_by_name(
         moments(gpt2, TEXT)
     with pytest.raises(OptionError, match="GPT2Attention has none"):
         policy.cache(gpt2)
-    olmo = Olmo2ForCausalLM(Olmo2Config(vocab_size=256, hidden_size=64, num_attention_heads=4, num_key_value_heads=2,
-                                        intermediate_size=96, num_hidden_layers=2, pad_token_id=0))  # fmt: skip
+    olmo = Olmo2ForCausalLM(
+        Olmo2Config(
+            vocab_size=256,
+            hidden_size=64,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            pad_token_id=0,
+        )
+    )
     with pytest.raises(OptionError, match="k_norm of Olmo2Attention"):
         moments(olmo, TEXT)
     odd = make("llama")
-    odd.model.layers[0].self_attn.v_proj.register_forward_hook(
-        lambda m, a, out: out if a[0].shape[1] == 1 else 2 * out
-    )
+    odd.model.layers[0].self_attn.v_proj.register_forward_hook(lambda m, a, out: out if a[0].shape[1] == 1 else 2 * out)
     with pytest.raises(OptionError, match="the values of LlamaAttention are not what its projection gives"):
         odd(batch((0,))["input_ids"], **cache_argument(policy.cache(odd)))
 
@@ -972,13 +989,9 @@ def test_devices(
             cache = policy.cache(model, prefill=mode)
             logits = prefill(model, cache, torch.ones(2, 40, dtype=torch.long, device="cuda"), chunk=16)
             for _ in range(3):
-                logits = model(
-                    torch.ones(2, 1, dtype=torch.long, device="cuda"), **cache_argument(cache)
-                ).logits
+                logits = model(torch.ones(2, 1, dtype=torch.long, device="cuda"), **cache_argument(cache)).logits
             assert logits.device.type == "cuda"
-            assert all(
-                tensor.device.type == "cuda" for layer in cache._compressed for tensor in layer.parts.values()
-            )
+            assert all(tensor.device.type == "cuda" for layer in cache._compressed for tensor in layer.parts.values())
 
 
 def test_factors_on_a_device(make: Callable[[str], PreTrainedModel], fake_cuda: Callable[[], Any]) -> None:

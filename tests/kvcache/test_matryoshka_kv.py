@@ -50,11 +50,20 @@ def gemma3(seed: int = 0) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = Gemma3TextConfig(
-            vocab_size=256, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-            intermediate_size=96, num_hidden_layers=3, sliding_window=12, max_position_embeddings=256,
-            layer_types=["sliding_attention", "full_attention", "full_attention"], bos_token_id=1, eos_token_id=2,
+            vocab_size=256,
+            hidden_size=64,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            sliding_window=12,
+            max_position_embeddings=256,
+            layer_types=["sliding_attention", "full_attention", "full_attention"],
+            bos_token_id=1,
+            eos_token_id=2,
             pad_token_id=0,
-        )  # fmt: skip
+        )
         return Gemma3ForCausalLM(config).eval()
 
 
@@ -154,9 +163,7 @@ def test_full_rank_changes_nothing(name: str, make: Make) -> None:
 def wide(bases: tuple[Bases | None, ...], **changes: Any) -> tuple[Bases | None, ...]:
     """The same in fp64, with some tensors replaced by ``change(tensor)``."""
     names = ("Q_K", "Q_V", "mu_K", "mu_V")
-    return tuple(
-        b and Bases(**{n: changes.get(n, lambda x: x)(getattr(b, n).double()) for n in names}) for b in bases
-    )
+    return tuple(b and Bases(**{n: changes.get(n, lambda x: x)(getattr(b, n).double()) for n in names}) for b in bases)
 
 
 def test_the_mean_of_the_keys_has_no_effect_but_that_of_the_values_has(make: Make) -> None:
@@ -209,9 +216,7 @@ def test_masked_columns_are_a_truncated_cache(name: str, make: Make) -> None:
         assert not torch.allclose(masked, exact, atol=1e-3)
         for layer, row in zip(cache.layers, rank_table(bases, ranks), strict=True):
             if row is not None:
-                assert [layer.parts[n].shape for n in ("keys", "values")] == [
-                    (4, 1, 30, sum(side)) for side in row
-                ]
+                assert [layer.parts[n].shape for n in ("keys", "values")] == [(4, 1, 30, sum(side)) for side in row]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -332,21 +337,9 @@ def test_greedy_stops_at_the_floor_and_lowers_shares() -> None:
 
     assert greedy(even, [8, 8], 4, budget=0.1)[-1] == (4, 4)  # nothing is left to lower
     halves = greedy(even, [8, 8, 8, 8], 2, budget=0.75, share=0.5)
-    assert halves == [
-        (8, 8, 8, 8),
-        (6, 6, 8, 8),
-        (4, 4, 8, 8),
-        (2, 4, 8, 8),
-    ]
-    assert [sum(r) for r in greedy(even, [8] * 4, 2, budget=0.9, share=1.0)] == [
-        32,
-        28,
-    ]  # not further than asked
-    for options, message in (
-        ({"budget": 0.0}, "budget=0"),
-        ({"step": 8}, "step=8"),
-        ({"share": 2.0}, r"share=2\.0"),
-    ):
+    assert halves == [(8, 8, 8, 8), (6, 6, 8, 8), (4, 4, 8, 8), (2, 4, 8, 8)]
+    assert [sum(r) for r in greedy(even, [8] * 4, 2, budget=0.9, share=1.0)] == [32, 28]  # not further than asked
+    for options, message in (({"budget": 0.0}, "budget=0"), ({"step": 8}, "step=8"), ({"share": 2.0}, r"share=2\.0")):
         with pytest.raises(OptionError, match=message):
             greedy(even, [8, 8], **{"step": 2, "budget": 0.5} | options)
 
@@ -447,9 +440,7 @@ def test_one_rank_is_trained_alone(trained_model: PreTrainedModel, texts: tuple[
         Projections(model, start, rank=d + 1)
 
 
-def test_ranks_are_drawn_anew_for_every_step_head_and_side(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_are_drawn_anew_for_every_step_head_and_side(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     from refimpl.kvcache import matryoshka_kv
 
     model, ids = make("llama"), ids_of(4, 10)
@@ -481,9 +472,7 @@ def test_the_teacher_is_the_model_itself(make: Make) -> None:
     cross = torch.nn.functional.cross_entropy(found[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     torch.manual_seed(1)
     share = float(distillation(0.25)(student, [ids]).detach())
-    assert share == pytest.approx(
-        float((0.25 * divergence(teacher, found) + 0.75 * cross).detach()), rel=1e-5
-    )
+    assert share == pytest.approx(float((0.25 * divergence(teacher, found) + 0.75 * cross).detach()), rel=1e-5)
     with pytest.raises(OptionError, match=r"share=1\.5"):
         distillation(1.5)
 
@@ -512,8 +501,16 @@ def test_training_goes_on_after_an_interruption(make: Make, tmp_path: Path) -> N
 
     student = Projections(model, start)
     with pytest.raises(KeyboardInterrupt):
-        train(student, batches(ids, batch_size=2, seed=5), distillation(), recipe, after_step=[stop],
-              folder=tmp_path, checkpoint_every=1, progress=False)  # fmt: skip
+        train(
+            student,
+            batches(ids, batch_size=2, seed=5),
+            distillation(),
+            recipe,
+            after_step=[stop],
+            folder=tmp_path,
+            checkpoint_every=1,
+            progress=False,
+        )
     found, history = fit_bases(model, start, ids, recipe, folder=tmp_path, progress=False)
     assert len(history.losses) == 6
     assert torch.equal(found[1].Q_V, whole[1].Q_V)  # type: ignore[union-attr]
@@ -551,8 +548,14 @@ def steps(model: PreTrainedModel, cache: Any, pieces: list[int], pads: tuple[int
     with torch.no_grad():
         for size in pieces:
             last = first + size
-            found.append(model(inputs["input_ids"][:, first:last], attention_mask=inputs["attention_mask"][:, :last],
-                               position_ids=positions[:, first:last], **cache_argument(cache)).logits)  # fmt: skip
+            found.append(
+                model(
+                    inputs["input_ids"][:, first:last],
+                    attention_mask=inputs["attention_mask"][:, :last],
+                    position_ids=positions[:, first:last],
+                    **cache_argument(cache),
+                ).logits
+            )
             first = last
     return torch.cat(found, 1)
 
@@ -584,9 +587,7 @@ def test_tokens_may_come_in_any_pieces(name: str, pads: tuple[int, int], even: b
             # and padding is nothing: the same as the row alone
         if pads[0]:
             alone = batch(pads, 50)["input_ids"][:1, pads[0] :]
-            assert torch.allclose(
-                logits(model, alone, policy.cache(model))[0], whole[0, pads[0] :], atol=1e-4
-            )
+            assert torch.allclose(logits(model, alone, policy.cache(model))[0], whole[0, pads[0] :], atol=1e-4)
 
 
 def test_it_can_be_cropped_copied_reordered_and_saved(make: Make, tmp_path: Path) -> None:

@@ -51,9 +51,7 @@ def record(results, arm, accuracy, seed=0, units=400, condition="mnist resnet", 
     correct[hard[: round((1 - accuracy) * units)]] = False
     correct ^= rng.random(units) < 0.002
     loss = np.where(correct, 0.01, 2.0)
-    scores = Scores(
-        torch.tensor(loss), torch.tensor(correct), torch.zeros(units, 10), [f"i{k}" for k in range(units)]
-    )
+    scores = Scores(torch.tensor(loss), torch.tensor(correct), torch.zeros(units, 10), [f"i{k}" for k in range(units)])
     add_scores(results, arm, condition, seed, scores, **{"nbytes": 1000, "flops": 2000.0, **costs})
     return correct.mean(), loss.mean()
 
@@ -66,9 +64,7 @@ def results(tmp_path):
 
 def test_points_average_seeds_and_pair_images_with_the_dense_model(results):
     dense, dense_loss = record(results, "dense", 0.9, nbytes=8000)
-    found = [
-        record(results, "cubic 94% sparse", 0.87, seed, nbytes=900 + seed, flops=10.0) for seed in (0, 1, 2)
-    ]
+    found = [record(results, "cubic 94% sparse", 0.87, seed, nbytes=900 + seed, flops=10.0) for seed in (0, 1, 2)]
     first, second = classifier_points(results, "mnist resnet")
     assert (first.method, first.label, first.bytes, first.bit_operations) == ("dense", "", 8000, None)
     assert first.accuracy == pytest.approx(dense) and first.loss == pytest.approx(dense_loss)
@@ -84,25 +80,18 @@ def test_points_average_seeds_and_pair_images_with_the_dense_model(results):
 
 
 def test_what_is_missing_is_named(results):
-    with pytest.raises(
-        OptionError, match="no classifier 'dense' under condition 'mnist resnet'; it has none"
-    ):
+    with pytest.raises(OptionError, match="no classifier 'dense' under condition 'mnist resnet'; it has none"):
         classifier_points(results, "mnist resnet")
     record(results, "dense", 0.9)
-    results.add(
-        Record("demo", "sweep", "mnist resnet", 0, "", "kl", 0.1)
-    )  # no classifier of the bench: left out
+    results.add(Record("demo", "sweep", "mnist resnet", 0, "", "kl", 0.1))  # no classifier of the bench: left out
     assert len(classifier_points(results, "mnist resnet")) == 1
     record(results, "other 1", 0.8, units=300)
     with pytest.raises(OptionError, match="'other 1' was measured on other images"):
         classifier_points(results, "mnist resnet")
-    bare = Results.start(
-        results.path.with_name("b.json"), paper="demo", study="refimpl.lab.plots", provisional=True
-    )
+    bare = Results.start(results.path.with_name("b.json"), paper="demo", study="refimpl.lab.plots", provisional=True)
     for unit in ("a", "b"):
         bare.add(
-            Record("demo", "dense", "x", 0, unit, "correct", 1),
-            Record("demo", "dense", "x", 0, unit, "loss", 0.1),
+            Record("demo", "dense", "x", 0, unit, "correct", 1), Record("demo", "dense", "x", 0, unit, "loss", 0.1)
         )
     with pytest.raises(OptionError, match="recorded without 'bytes'"):
         classifier_points(bare, "x")
@@ -137,9 +126,7 @@ def test_figure_has_a_panel_for_each_cost_and_the_same_points():
     figure = classifier_figure(POINTS, title="MNIST")
     for axes, x in zip(figure.axes, ("bytes", "flops"), strict=True):
         drawn = [
-            tuple(map(float, xy))
-            for container in axes.containers
-            for xy in zip(*container[0].get_data(), strict=True)
+            tuple(map(float, xy)) for container in axes.containers for xy in zip(*container[0].get_data(), strict=True)
         ]
         assert sorted(drawn) == sorted((getattr(p, x), 100 * p.accuracy) for p in POINTS)
         assert axes.get_xscale() == "log" and x.removesuffix("s").lower() in axes.get_xlabel().lower()
@@ -184,9 +171,7 @@ def test_page_brings_studies_together(script, monkeypatch, tmp_path):
         "gradual_magnitude": {"cubic 94%": {"flops": 100.0}, "small 0.25": {"flops": 120.0}},
         "layerwise_calibration": {"AdaQuant W4A4": {"bit_operations": 9.0}},
     }.items():
-        study = Results.start(
-            tmp_path / f"{slug}.json", paper=slug, study="refimpl.lab.plots", provisional=True
-        )
+        study = Results.start(tmp_path / f"{slug}.json", paper=slug, study="refimpl.lab.plots", provisional=True)
         trained_anew = slug == "gradual_magnitude"
         quantises = {} if trained_anew else {"bit_operations": 80.0}
         record(study, "dense", 0.9 if trained_anew else 0.92, **quantises)
@@ -211,23 +196,14 @@ def test_training_script_writes_a_model_and_goes_on_with_it(script, tmp_path, ca
     module = script("train_classifiers")
     plan = module.Plan(module.resnet, "digits", epochs=2, lr=3e-3, shift=1)
     folder = module.run("resnet-digits", plan, tmp_path / "models", tmp_path / "runs")
-    assert {file.name for file in folder.iterdir()} == {
-        "config.json",
-        "model.safetensors",
-        "README.md",
-        "curve.json",
-    }
+    assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors", "README.md", "curve.json"}
     weights = (folder / "model.safetensors").read_bytes()
     curve = json.loads((folder / "curve.json").read_text())
     assert [entry["step"] for entry in curve] == [0, 22, 44] and curve[-1]["validation_accuracy"] > 0.5
     card = (folder / "README.md").read_text()
     assert "CC BY 4.0" in card and "up to 1 pixels" in card and "78,394" in card
-    again = module.run(
-        "resnet-digits", plan, tmp_path / "models", tmp_path / "runs"
-    )  # finished: only written
-    assert (again / "model.safetensors").read_bytes() == weights and [again] == list(
-        (tmp_path / "models").iterdir()
-    )
+    again = module.run("resnet-digits", plan, tmp_path / "models", tmp_path / "runs")  # finished: only written
+    assert (again / "model.safetensors").read_bytes() == weights and [again] == list((tmp_path / "models").iterdir())
     with pytest.raises(SystemExit):
         module.main(["resnet-minst"])
     assert "resnet-mnist" in capsys.readouterr().err

@@ -19,14 +19,7 @@ from refimpl.core.layers import CompensatedLinear, Factor, LowRankLinear, Packed
 from refimpl.core.sites import find_sites
 from refimpl.lab import small
 from refimpl.lab.classifiers import resnet, vit
-from refimpl.lab.classify import (
-    add_scores,
-    bit_operations,
-    classify,
-    cross_entropy_loss,
-    flops,
-    kl,
-)
+from refimpl.lab.classify import add_scores, bit_operations, classify, cross_entropy_loss, flops, kl
 from refimpl.lab.images import from_arrays, images
 from refimpl.lab.metrics import footprint
 from refimpl.lab.records import Results
@@ -66,9 +59,7 @@ def test_any_module_and_dtype_is_scored_and_left_as_found(some):
 
 
 def test_what_does_not_fit_is_refused_by_name(model, some):
-    with pytest.raises(
-        CalibrationError, match=r"labels\[1\] is 10, but the model has 10 classes.*num_labels=11"
-    ):
+    with pytest.raises(CalibrationError, match=r"labels\[1\] is 10, but the model has 10 classes.*num_labels=11"):
         classify(model, from_arrays(some.pixels[:2], [0, 10]))
     with pytest.raises(CalibrationError, match="28x28 pixels, but the model was made for 32x32"):
         classify(model, images("mnist", "validation").take(2))

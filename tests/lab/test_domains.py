@@ -41,9 +41,7 @@ def test_a_count_is_spread_over_the_documents() -> None:
     assert names == [units[i] for i in at]
 
 
-def test_tokens_and_headers_are_the_same_when_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tokens_and_headers_are_the_same_when_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids, units = domains.windows("cpp", "validation", 64)
     digest = domains.domain_hash("cpp")
     monkeypatch.setenv("REFIMPL_CACHE", str(tmp_path))

@@ -30,9 +30,7 @@ def wheel(tmp_path: Path) -> fetch.Wheel:
     path = folder / "refimpl_test_wheel-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("inside/weights.bin", b"weights")
-        archive.writestr(
-            "refimpl_test_wheel-1.0.dist-info/METADATA", "Name: refimpl-test-wheel\nVersion: 1.0\n"
-        )
+        archive.writestr("refimpl_test_wheel-1.0.dist-info/METADATA", "Name: refimpl-test-wheel\nVersion: 1.0\n")
         archive.writestr("refimpl_test_wheel-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr("refimpl_test_wheel-1.0.dist-info/RECORD", "")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()

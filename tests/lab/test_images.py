@@ -14,16 +14,7 @@ from safetensors.torch import load_file
 
 from refimpl.core.errors import CalibrationError, OptionError
 from refimpl.lab import fetch
-from refimpl.lab.images import (
-    IMAGE_SIZE,
-    MEAN_STD,
-    SIZES,
-    SPLITS,
-    dataset_hash,
-    from_arrays,
-    images,
-    prepare_mnist,
-)
+from refimpl.lab.images import IMAGE_SIZE, MEAN_STD, SIZES, SPLITS, dataset_hash, from_arrays, images, prepare_mnist
 
 DATASETS = tuple(SIZES)
 

@@ -23,9 +23,7 @@ def git(folder, *arguments, when=None):
     environment = {"GIT_AUTHOR_DATE": when, "GIT_COMMITTER_DATE": when} if when else {}
     command = ["git", "-C", str(folder), "-c", "user.name=A", "-c", "user.email=a@example.org", *arguments]
     path = {"PATH": os.environ["PATH"]}
-    return subprocess.run(
-        command, check=True, capture_output=True, text=True, env={**path, **environment}
-    ).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True, env={**path, **environment}).stdout
 
 
 @pytest.fixture
@@ -42,9 +40,7 @@ def checkout(tmp_path, monkeypatch):
 
 @pytest.fixture
 def results(checkout, tmp_path):
-    results = Results.start(
-        tmp_path / "out" / "demo.json", paper="demo", study="ledgerstudy", data={"text": "12"}
-    )
+    results = Results.start(tmp_path / "out" / "demo.json", paper="demo", study="ledgerstudy", data={"text": "12"})
     for arm, shift in (("ours", 0.1), ("control", 0.0)):
         values = {f"item {k}": 0.5 + shift + 0.01 * (k % 7) * (1 + shift) for k in range(30)}
         results.add(*(Record("demo", arm, "", 0, unit, "accuracy", value) for unit, value in values.items()))
@@ -97,20 +93,13 @@ def test_a_rule_that_is_not_met_does_not_hold(results):
     def worse(results):
         outcome = better(results)
         return Outcome(
-            Verdict.DOES_NOT_HOLD,
-            *(getattr(outcome, n) for n in ("estimate", "low", "high", "mde")),
-            "",
-            "",
-            "",
+            Verdict.DOES_NOT_HOLD, *(getattr(outcome, n) for n in ("estimate", "low", "high", "mde")), "", "", ""
         )
 
     assert judge(results, [claim(outcome=worse)])[0]["verdict"] == "does not hold here"
     assert judge(results, [claim(outcome=worse, paper_effect=-0.12)])[0]["verdict"] == "does not hold here"
     # too small an effect for this study: finding nothing says nothing, finding something does
-    assert (
-        judge(results, [claim(outcome=worse, paper_effect=1e-4)])[0]["verdict"]
-        == "cannot be tested at this scale"
-    )
+    assert judge(results, [claim(outcome=worse, paper_effect=1e-4)])[0]["verdict"] == "cannot be tested at this scale"
     assert judge(results, [claim(paper_effect=1e-4)])[0]["verdict"] == "holds"
 
 
@@ -147,9 +136,7 @@ def test_data_and_models_are_compared_where_the_cache_has_them(results, tmp_path
     assert list(cache.iterdir()) == []  # nothing was fetched or parsed to find that out
 
     text.prepare("news")
-    fetch.build_folder(
-        models.SMOLLM2_FOLDER, lambda folder: (folder / "source.json").write_text('{"sha256": "1"}')
-    )
+    fetch.build_folder(models.SMOLLM2_FOLDER, lambda folder: (folder / "source.json").write_text('{"sha256": "1"}'))
     assert table(results.path.parent)[0]["stale"] == ["news", "smollm2"]
     results.header["data"] = {**recorded, "news": text.corpus_hash("news"), "smollm2": "1"}
     record(results)
@@ -209,11 +196,7 @@ def test_provisional_and_small_runs_are_marked(checkout, tmp_path):
         tmp_path / "demo.json", paper="demo", study="ledgerstudy", profile="quick", provisional=True
     )
     results.add(
-        *(
-            Record("demo", arm, "", 0, str(k), "accuracy", k / 7)
-            for arm in ("ours", "control")
-            for k in range(5)
-        )
+        *(Record("demo", arm, "", 0, str(k), "accuracy", k / 7) for arm in ("ours", "control") for k in range(5))
     )
     record(results)
     problems = table(tmp_path)[0]["problems"]

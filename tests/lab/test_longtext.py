@@ -58,9 +58,7 @@ def test_passkeys_stand_where_they_are_said_to_stand(documents, tokenizer) -> No
             assert question.depth == pytest.approx(at, abs=0.02)
             places.setdefault(k, set()).add(int(6 * question.depth))
             assert set(question.answer) <= set(question.rivals)
-    assert all(
-        len(found) >= 5 for found in places.values()
-    )  # each fact comes to (nearly) each sixth of the context
+    assert all(len(found) >= 5 for found in places.values())  # each fact comes to (nearly) each sixth of the context
 
 
 def test_lines_tell_their_numbers_once(documents, tokenizer) -> None:
@@ -150,9 +148,7 @@ def name(policy: Policy) -> str:
 
 
 def stepwise(model, cache: CompressedCache, ids: torch.Tensor) -> torch.Tensor:
-    return torch.cat(
-        [model(ids[:, k : k + 1], **cache_argument(cache)).logits for k in range(ids.shape[1])], 1
-    )
+    return torch.cat([model(ids[:, k : k + 1], **cache_argument(cache)).logits for k in range(ids.shape[1])], 1)
 
 
 @pytest.fixture(scope="module")
@@ -175,9 +171,7 @@ def test_one_reading_serves_every_cache(model, policy: Policy, asked: bool) -> N
     for mine, theirs in zip(cache.layers, own.layers, strict=True):
         assert mine.parts.keys() == theirs.parts.keys()
     # the library's attention sums in another order for a longer prompt
-    torch.testing.assert_close(
-        longtext.decode(model, cache, rest), stepwise(model, own, rest), atol=2e-4, rtol=1e-3
-    )
+    torch.testing.assert_close(longtext.decode(model, cache, rest), stepwise(model, own, rest), atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=name)
@@ -198,10 +192,11 @@ def test_free_is_what_greedy_decoding_writes(model, policy: Policy) -> None:
 
     def contexts(answers: list[tuple[int, ...]]) -> list[Context]:
         return [
-            Context(str(k), tuple(IDS[k].tolist()),
-                    (Question(f"{k}#0", head[:3], head[3:], answer, (*answer, 1, 2), 0.5),))
+            Context(
+                str(k), tuple(IDS[k].tolist()), (Question(f"{k}#0", head[:3], head[3:], answer, (*answer, 1, 2), 0.5),)
+            )
             for k, (head, answer) in enumerate(zip(heads, answers, strict=True))
-        ]  # fmt: skip
+        ]
 
     right = contexts(written)
     reading = longtext.read(model, right)
@@ -234,9 +229,7 @@ def test_restricted_compares_with_rivals_only(model) -> None:
 
 @torch.no_grad()
 def test_a_question_in_the_prompt_decides_what_snapkv_keeps(model) -> None:
-    context = Context(
-        "a", tuple(IDS[0].tolist()), (Question("a#0", tuple(range(20, 32)), (6,), (7,), (7, 8), 0.5),)
-    )
+    context = Context("a", tuple(IDS[0].tolist()), (Question("a#0", tuple(range(20, 32)), (6,), (7,), (7, 8), 0.5),))
     reading = longtext.read(model, [context])
     factory = lambda model: SnapKV(capacity=20, window=8).cache(model)  # noqa: E731
     inside = longtext.answer(reading, [context], factory=factory)
@@ -254,10 +247,14 @@ def test_a_question_in_the_prompt_decides_what_snapkv_keeps(model) -> None:
 def test_reading_on_is_the_perplexity_of_what_follows(model) -> None:
     whole = torch.randint(3, 256, (2, 80), generator=torch.Generator().manual_seed(2))
     articles = [
-        Article(str(k), tuple(row[:60].tolist()), tuple(row[60:].tolist()),
-                (Target(f"{k}#5", 5, tuple(row[65:67].tolist()), (int(row[65]), 1, 2, 3)),))
+        Article(
+            str(k),
+            tuple(row[:60].tolist()),
+            tuple(row[60:].tolist()),
+            (Target(f"{k}#5", 5, tuple(row[65:67].tolist()), (int(row[65]), 1, 2, 3)),),
+        )
         for k, row in enumerate(whole)
-    ]  # fmt: skip
+    ]
     cache = longtext.read(model, articles).cache(lambda model: Full().cache(model))
     found = longtext.read_on(model, articles, cache)
     logs = model(whole).logits.log_softmax(-1)
@@ -271,18 +268,14 @@ def test_reading_on_is_the_perplexity_of_what_follows(model) -> None:
 @torch.no_grad()
 def test_positions_add_up_and_feel_the_compression(model) -> None:
     tokens = text.TokenSet(IDS, ["a", "b", "b"], "given", "given")
-    bins = longtext.by_position(
-        model, lambda model: Full().cache(model, prefill="streamed"), tokens, [1, 20, 60], 2
-    )
+    bins = longtext.by_position(model, lambda model: Full().cache(model, prefill="streamed"), tokens, [1, 20, 60], 2)
     assert list(bins) == ["1-19", "20-59"]
     whole = perplexity(model, IDS, progress=False)
     np.testing.assert_allclose(sum(part.nll for part in bins.values()), whole.nll, rtol=1e-4)
     policy = StreamingLLM(sinks=2, window=6)
     (late,) = longtext.by_position(model, lambda model: policy.cache(model), tokens, [20, 60]).values()
     assert late.units == ["a", "b", "b"] and late.counts.tolist() == [40, 40, 40]
-    logs = (
-        stepwise(model, policy.cache(model), IDS).log_softmax(-1)[:, :-1].gather(2, IDS[:, 1:, None])[..., 0]
-    )
+    logs = stepwise(model, policy.cache(model), IDS).log_softmax(-1)[:, :-1].gather(2, IDS[:, 1:, None])[..., 0]
     np.testing.assert_allclose(late.nll, -logs[:, 19:].sum(1).numpy(), rtol=1e-3)
     assert not np.allclose(late.nll, bins["20-59"].nll, rtol=1e-3)
     with pytest.raises(OptionError, match="before it compresses"):

@@ -15,13 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from refimpl.core.errors import CalibrationError, OptionError
 from refimpl.core.loop import Recipe, batches, train
 from refimpl.lab import small, text
-from refimpl.lab.lstm import (
-    LSTMLanguageModel,
-    bits_per_byte,
-    language_model_loss,
-    token_bytes,
-    windows,
-)
+from refimpl.lab.lstm import LSTMLanguageModel, bits_per_byte, language_model_loss, token_bytes, windows
 from refimpl.lab.statistics import difference, paired_bootstrap
 
 
@@ -141,11 +135,7 @@ def test_windows_of_tokens_decode_to_the_text():
     [
         (("wikipedia", "test", 0), OptionError, "length=0"),
         (("wikipedia", "tset", 8), OptionError, "did you mean 'test'"),
-        (
-            ("wikipedia", "test", 10**7),
-            CalibrationError,
-            r"length=10000000: no document .* more than \d+ bytes",
-        ),
+        (("wikipedia", "test", 10**7), CalibrationError, r"length=10000000: no document .* more than \d+ bytes"),
         (("news", "calibration", 8), CalibrationError, "evaluation only"),
         (("wikipedia", "test", 8, None, 0), OptionError, "stride=0"),
     ],
@@ -179,8 +169,7 @@ def test_loss_through_a_wrapper(test_bytes):
 
 
 @pytest.mark.parametrize(
-    "batch",
-    [torch.zeros(3, dtype=torch.long), torch.zeros(2, 4), torch.zeros(2, 1, dtype=torch.long), [[1, 2]]],
+    "batch", [torch.zeros(3, dtype=torch.long), torch.zeros(2, 4), torch.zeros(2, 1, dtype=torch.long), [[1, 2]]]
 )
 def test_batches_that_are_none(batch):
     with pytest.raises(CalibrationError, match="batch"):
@@ -250,9 +239,7 @@ def test_paired_interval_over_documents(test_bytes):
     model = small.load("lstm")
     dense = bits_per_byte(model, ids, units)
     with torch.no_grad():
-        model.head.weight += 0.1 * torch.randn(
-            model.head.weight.shape, generator=torch.Generator().manual_seed(0)
-        )
+        model.head.weight += 0.1 * torch.randn(model.head.weight.shape, generator=torch.Generator().manual_seed(0))
     noisy = bits_per_byte(model, ids, units)
     interval = paired_bootstrap(noisy.bits, dense.bits, dense.counts, n=1000, statistic=difference)
     assert interval.n == len(dense.units) > 20

@@ -86,9 +86,7 @@ def test_bf16_is_close_to_fp32(model):
     """The loss is fp32 in both; what is left is the bf16 forward pass (8 bits of mantissa): 1 % here."""
     half = tiny().to(torch.bfloat16).eval()
     half.load_state_dict(model.state_dict())
-    assert perplexity(half, rows(16, 33)).value == pytest.approx(
-        perplexity(model, rows(16, 33)).value, rel=1e-2
-    )
+    assert perplexity(half, rows(16, 33)).value == pytest.approx(perplexity(model, rows(16, 33)).value, rel=1e-2)
 
 
 def test_training_flags_are_restored_and_dropout_is_off():

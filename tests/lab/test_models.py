@@ -23,9 +23,7 @@ def logits(model):
 
 @pytest.mark.parametrize("heads, kv_heads, tied", [(4, 2, False), (4, 4, True), (8, 2, False), (4, 1, True)])
 def test_permuted_channels_are_the_same_function(tiny_llama, heads, kv_heads, tied):
-    model = tiny_llama(
-        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=16, tie_word_embeddings=tied
-    )
+    model = tiny_llama(num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=16, tie_word_embeddings=tied)
     before, state = logits(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
     permuted = models.permute_channels(state, model.config)
     for name, tensor in permuted.items():
@@ -93,9 +91,7 @@ def test_interrupted_conversion_leaves_nothing_and_is_repeated(tmp_path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         models.smollm2_path()
     assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
-    monkeypatch.setattr(
-        models, "convert_gguf", lambda gguf, folder: (folder / "config.json").write_text("{}")
-    )
+    monkeypatch.setattr(models, "convert_gguf", lambda gguf, folder: (folder / "config.json").write_text("{}"))
     assert [path.name for path in models.smollm2_path().iterdir()] == ["config.json"]
 
 
@@ -132,9 +128,7 @@ def test_impossible_layers(smollm2_folder, layers):
 def test_source_bits(smollm2_folder):
     bits = models.source_bits()
     assert bits["linear"]["bits"] == 5.0 and bits["embeddings"]["bits"] == 8.5
-    assert bits["total"]["weights"] == sum(
-        bits[part]["weights"] for part in ("linear", "embeddings", "norms")
-    )
+    assert bits["total"]["weights"] == sum(bits[part]["weights"] for part in ("linear", "embeddings", "norms"))
     assert bits["total"]["bytes"] < bits["file"]["bytes"] < 1.03 * bits["total"]["bytes"]
 
 
@@ -144,9 +138,7 @@ def test_tokenizer_keeps_digits_apart_and_text_whole(smollm2_folder):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
     # "two spaces, digit" separates the right rule from the reader's: with it the two spaces are one token
     assert len(tokenizer("  2").input_ids) == 2
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False).endswith(
-        "<|im_end|>\n"
-    )
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False).endswith("<|im_end|>\n")
 
 
 @pytest.mark.parametrize("factory", ["tiny_llama", "tiny_gpt2", "tiny_mixtral", "tiny_qwen3"])
@@ -230,9 +222,7 @@ def test_neither_folder_nor_hub_id():
         models.load("/no/such/folder")
 
 
-@pytest.mark.parametrize(
-    ("slowdown", "dtype"), [(0.05, torch.float32), (1.0, torch.float32), (20.0, torch.bfloat16)]
-)
+@pytest.mark.parametrize(("slowdown", "dtype"), [(0.05, torch.float32), (1.0, torch.float32), (20.0, torch.bfloat16)])
 def test_compute_dtype_is_bf16_only_where_that_clearly_wins(monkeypatch, slowdown, dtype):
     """`slowdown`: of fp32 against bf16, on a clock that products of matrices move."""
     now = 0.0

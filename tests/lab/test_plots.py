@@ -87,9 +87,7 @@ def test_figure_has_the_same_points_units_and_legend():
     assert axes.get_yscale() == "log" and "bits per weight" in axes.get_xlabel()
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["rtn", "gptq", "source"]
     drawn = [
-        tuple(map(float, xy))
-        for container in axes.containers
-        for xy in zip(*container[0].get_data(), strict=True)
+        tuple(map(float, xy)) for container in axes.containers for xy in zip(*container[0].get_data(), strict=True)
     ]
     assert sorted(drawn) == sorted((p.bits, p.perplexity) for p in POINTS)
 

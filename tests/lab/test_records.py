@@ -44,17 +44,12 @@ def start(path, **options):
 
 def row(arm="dense", unit="a", value=1.0, **options):
     return Record(
-        **{"paper": "demo", "condition": "", "seed": 0, "metric": "nll", **options},
-        arm=arm,
-        unit=unit,
-        value=value,
+        **{"paper": "demo", "condition": "", "seed": 0, "metric": "nll", **options}, arm=arm, unit=unit, value=value
     )
 
 
 def test_round_trip(study, tmp_path):
-    results = start(
-        tmp_path / "r.json", data={"text": "12ab"}, dtype="bfloat16", depends=["refimpl.lab.sources"]
-    )
+    results = start(tmp_path / "r.json", data={"text": "12ab"}, dtype="bfloat16", depends=["refimpl.lab.sources"])
     rows = [row(unit=u, value=v, cost=4.25) for u, v in (("a", 1.5), ("b", 1234567.0), ("ü|\n", -1e-9))]
     rows += [row("eora", u, condition="rank=4", seed=3, metric="seconds") for u in ("", "b")]
     results.add(*rows)
@@ -63,10 +58,7 @@ def test_round_trip(study, tmp_path):
     again = Results.load(results.path)
     assert list(again.records()) == [*rows[:1], row(unit="b", value=1234570, cost=4.25), *rows[2:]]
     assert again.header == results.header and again.claims == [{"id": "x"}]
-    assert (
-        again.cost("dense", metric="nll") == 4.25
-        and again.cost("eora", "rank=4", 3, metric="seconds") is None
-    )
+    assert again.cost("dense", metric="nll") == 4.25 and again.cost("eora", "rank=4", 3, metric="seconds") is None
     frame = again.frame()
     assert list(frame.columns) == ["paper", "arm", "condition", "seed", "unit", "metric", "value", "cost"]
     assert len(frame) == 5 and frame.value[1] == 1234570

@@ -184,9 +184,7 @@ def test_large_llama_writes_words_of_the_language():
         out = model.generate(**prompt, max_new_tokens=60, do_sample=False)
     words = re.findall(r"[a-z]+", tokenizer.decode(out[0]))[:-1]
     known = {
-        word
-        for document in text.documents("wikipedia", "calibration")
-        for word in re.findall(r"[a-z]+", document.text)
+        word for document in text.documents("wikipedia", "calibration") for word in re.findall(r"[a-z]+", document.text)
     }
     assert len(words) > 10 and sum(word in known for word in words) > 0.8 * len(words)
 
@@ -322,10 +320,7 @@ def test_script_trains_and_resumes(name, tmp_path, monkeypatch):
     train = script()
     plan = train.PLANS[name]
     plan = dataclasses.replace(
-        plan,
-        recipe=dataclasses.replace(plan.recipe, steps=6, warmup=1),
-        validation_windows=8,
-        evaluate_every=3,
+        plan, recipe=dataclasses.replace(plan.recipe, steps=6, warmup=1), validation_windows=8, evaluate_every=3
     )
 
     def few(*arguments, **options):

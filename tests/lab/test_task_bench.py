@@ -15,10 +15,7 @@ from refimpl.lab.records import Record, Results
 
 def scores(results: Results, arm: str, task: str, right: list[int]) -> None:
     results.add(
-        *(
-            Record("demo", arm, f"task {task}", 0, f"{task} {k}", "restricted", float(r))
-            for k, r in enumerate(right)
-        )
+        *(Record("demo", arm, f"task {task}", 0, f"{task} {k}", "restricted", float(r)) for k, r in enumerate(right))
     )
 
 
@@ -27,9 +24,7 @@ def results() -> Results:
     results = Results("demo.json", {"paper": "demo"})
     for arm, level, cost in (("dense", 3.0, 16.0), ("GPTQ 3-bit", 3.5, 3.3)):
         nll = np.full(4, level * 100)
-        results.add_perplexity(
-            arm, "wikipedia", 0, Perplexity(0.0, nll, np.full(4, 100), list("abcd")), cost=cost
-        )
+        results.add_perplexity(arm, "wikipedia", 0, Perplexity(0.0, nll, np.full(4, 100), list("abcd")), cost=cost)
     scores(results, "dense", "facts", [1] * 30 + [0] * 10)
     scores(results, "dense", "copying", [1] * 10)
     scores(results, "GPTQ 3-bit", "facts", [1] * 20 + [0] * 20)
@@ -56,9 +51,7 @@ def test_items_about_one_text_are_resampled_together(results: Results) -> None:
     for arm, right in (("dense", 1.0), ("GPTQ 3-bit", 0.0)):
         for text in range(4):  # ten questions on each of four texts; the model loses one text as a whole
             value = right if text == 0 else 1.0
-            results.add(
-                *(Record("demo", arm, "task texts", 0, f"{text}#{k}", "restricted", value) for k in range(10))
-            )
+            results.add(*(Record("demo", arm, "task texts", 0, f"{text}#{k}", "restricted", value) for k in range(10)))
     _, gptq = task_points(results, ["texts"])
     assert gptq.score == 0.75
     assert gptq.low is not None and gptq.low < 0.45  # four witnesses, not forty

@@ -32,9 +32,7 @@ def llama():
 def test_items_are_well_formed(task):
     found = tasks.items(task)
     assert len(found) >= COUNTS[task]
-    assert (
-        len({item.id for item in found}) == len({(item.prompt, item.answer) for item in found}) == len(found)
-    )
+    assert len({item.id for item in found}) == len({(item.prompt, item.answer) for item in found}) == len(found)
     for item in found:
         candidates = (item.answer, *item.distractors)
         assert len(set(candidates)) == len(candidates) > 1
@@ -76,9 +74,7 @@ def test_summary_names_all_candidates_in_the_text():
 
 
 def test_last_word_is_far_back_in_a_test_article():
-    articles = {
-        document.title: " ".join(document.text.split()) for document in text.documents("wikipedia", "test")
-    }
+    articles = {document.title: " ".join(document.text.split()) for document in text.documents("wikipedia", "test")}
     other = {d.title for split in ("calibration", "validation") for d in text.documents("wikipedia", split)}
     for item in tasks.items("last_word"):
         length = int(item.topic.split()[0])
@@ -115,9 +111,7 @@ def test_retrieval_asks_at_all_depths_and_offers_all_values():
         assert len(shown) == made.ANSWERED and asked not in shown and shown.items() <= table.items()
     for pairs in made.PAIRS:
         mine = [item for item in tasks.items("retrieval") if item.topic == f"{pairs} pairs"]
-        lines = {
-            item.prompt.splitlines().index(f"{item.prompt.splitlines()[-1]} {item.answer}") for item in mine
-        }
+        lines = {item.prompt.splitlines().index(f"{item.prompt.splitlines()[-1]} {item.answer}") for item in mine}
         assert lines == set(range(pairs))
 
 
@@ -150,13 +144,7 @@ def test_unknown_size():
 
 # --- files ---
 
-GOOD = {
-    "id": "gold",
-    "prompt": "The symbol for gold is",
-    "answer": "Au",
-    "distractors": ["Ag"],
-    "topic": "chemistry",
-}
+GOOD = {"id": "gold", "prompt": "The symbol for gold is", "answer": "Au", "distractors": ["Ag"], "topic": "chemistry"}
 
 
 @pytest.mark.parametrize(
@@ -218,18 +206,13 @@ def naive(model, tokenizer, item):
 
 def mixed(count=6):
     """Items of several tasks: prompts of unlike length, candidates of one token and of many."""
-    return [
-        item for task in ("cloze", "summary", "copying", "code") for item in tasks.items(task, "card")[:count]
-    ]
+    return [item for task in ("cloze", "summary", "copying", "code") for item in tasks.items(task, "card")[:count]]
 
 
 @pytest.mark.parametrize("family", ["tiny_llama", "tiny_gpt2", "tiny_qwen3", "tiny_mixtral", "shipped"])
 def test_scores_equal_those_of_one_row_at_a_time(family, request, llama):
     # A vocabulary of 1024 cuts most candidates into several tokens.
-    changes = {
-        "vocab_size": 1024,
-        "n_positions" if family == "tiny_gpt2" else "max_position_embeddings": 1024,
-    }
+    changes = {"vocab_size": 1024, "n_positions" if family == "tiny_gpt2" else "max_position_embeddings": 1024}
     model = llama[0] if family == "shipped" else request.getfixturevalue(family)(**changes)
     found = [item for item in mixed() if len(llama[1].encode(item.prompt)) < 240]
     assert len(found) > 12
@@ -247,13 +230,9 @@ def test_batches_and_order_do_not_change_scores(monkeypatch, llama):
     monkeypatch.setattr(scoring, "_TOKENS", 1)
     single = scoring.score_items(*llama, found, progress=False)
     np.testing.assert_allclose(single.loglik, plain.loglik, atol=2e-4)
-    assert (
-        single.restricted.tolist() == plain.restricted.tolist()
-        and single.free.tolist() == plain.free.tolist()
-    )
+    assert single.restricted.tolist() == plain.restricted.tolist() and single.free.tolist() == plain.free.tolist()
     turned = [
-        tasks.Item(item.id, item.prompt, item.answer, tuple(reversed(item.distractors)))
-        for item in reversed(found)
+        tasks.Item(item.id, item.prompt, item.answer, tuple(reversed(item.distractors))) for item in reversed(found)
     ]
     back = scoring.score_items(*llama, turned, progress=False)
     np.testing.assert_allclose(back.loglik[::-1], plain.loglik, atol=2e-4)
@@ -266,9 +245,7 @@ def test_a_cache_that_cannot_be_continued_is_not_used(monkeypatch, llama):
     monkeypatch.setattr(scoring, "_reusable", lambda cache: False)
     again = scoring.score_items(*llama, found, progress=False)
     np.testing.assert_allclose(again.loglik, plain.loglik, atol=2e-4)
-    assert (
-        again.restricted.tolist() == plain.restricted.tolist() and again.free.tolist() == plain.free.tolist()
-    )
+    assert again.restricted.tolist() == plain.restricted.tolist() and again.free.tolist() == plain.free.tolist()
 
 
 def test_training_flags_stay(llama):
@@ -322,10 +299,7 @@ def test_a_random_model_scores_about_chance():
     tokenizer = small.tokenizer()
     # Candidates of one token each, so that none is favoured by being short.
     letters = [chr(ord("a") + k) for k in range(8)]
-    found = [
-        tasks.Item(str(k), f"{k}:", letters[k % 8], tuple(set(letters) - {letters[k % 8]}))
-        for k in range(400)
-    ]
+    found = [tasks.Item(str(k), f"{k}:", letters[k % 8], tuple(set(letters) - {letters[k % 8]})) for k in range(400)]
     scores = scoring.score_items(Oracle(tokenizer, found, knows=False), tokenizer, found, progress=False)
     assert scores.restricted.mean() == pytest.approx(1 / 8, abs=0.06)
     assert scores.free.mean() < 0.02 and set(scores.chance) == {1 / 8}

@@ -80,9 +80,7 @@ def test_unknown_task_and_metric():
 def test_table_alone_and_beside_the_ceiling():
     plain = make([1, 0, 1, 0]).table().splitlines()
     assert plain[0] == "| task | items | free | 95 % | restricted | 95 % | chance |"
-    assert plain[2].startswith("| mine | 4 | 50.0 | ") and plain[2].endswith(
-        " | 75.0 | 50.0 to 100.0 | 25.0 |"
-    )
+    assert plain[2].startswith("| mine | 4 | 50.0 | ") and plain[2].endswith(" | 75.0 | 50.0 to 100.0 | 25.0 |")
     beside = make([0, 0, 1, 0]).table(make([1, 0, 1, 0])).splitlines()
     assert beside[0].count("dense") == 2 and {line.count("|") for line in beside} == {10}
     cells = [cell.strip() for cell in beside[2].split("|")]
@@ -123,9 +121,7 @@ def test_ceiling_is_scored_once(monkeypatch):
     monkeypatch.setattr(card, "score_items", lambda *_: pytest.fail("scored again"))
     again = tasks.ceiling("llama-small", ["copying"], dtype=torch.float32, progress=False)
     for name in (*card.METRICS, "chance", "ids"):
-        np.testing.assert_array_equal(
-            getattr(first.scores["copying"], name), getattr(again.scores["copying"], name)
-        )
+        np.testing.assert_array_equal(getattr(first.scores["copying"], name), getattr(again.scores["copying"], name))
 
 
 @pytest.mark.parametrize("change", ["weights", "code", "items", "dtype"])

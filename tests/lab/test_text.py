@@ -20,9 +20,7 @@ WORDS = [f"w{i}" for i in range(60)]
 @pytest.fixture(scope="module")
 def words():
     """A tokenizer of one token a word, without special tokens."""
-    backend = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(["?", "<s>", *WORDS])}, unk_token="?")
-    )
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["?", "<s>", *WORDS])}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?", bos_token="<s>")
 
@@ -41,9 +39,7 @@ def words_with_bos(words):
 def test_splits_share_no_phrases(corpus):
     """No document of one split has more than the allowed share of its phrases in a document of another."""
     splits = [split for split in text.SPLITS if (corpus, split) != ("news", "calibration")]
-    sets = {
-        split: [text.phrases(document.text) for document in text.documents(corpus, split)] for split in splits
-    }
+    sets = {split: [text.phrases(document.text) for document in text.documents(corpus, split)] for split in splits}
     for one, other in itertools.combinations(splits, 2):
         owners: dict[tuple[str, ...], list[int]] = {}
         for i, found in enumerate(sets[other]):
@@ -72,10 +68,7 @@ def test_ids_are_unique():
 def test_documentation_lies_in_the_split_of_its_module():
     place = {d.title: split for split in text.SPLITS for d in text.documents("python", split)}
     both = [
-        (place[d.title], split)
-        for split in text.SPLITS
-        for d in text.documents("prose", split)
-        if d.title in place
+        (place[d.title], split) for split in text.SPLITS for d in text.documents("prose", split) if d.title in place
     ]
     assert len(both) > 100
     assert all(source == prose for source, prose in both)
@@ -193,8 +186,7 @@ def test_prose_has_no_code():
 
 def given(*sizes):
     return [
-        text.Document(f"d{i}", "", " ".join(itertools.islice(itertools.cycle(WORDS), n)))
-        for i, n in enumerate(sizes)
+        text.Document(f"d{i}", "", " ".join(itertools.islice(itertools.cycle(WORDS), n))) for i, n in enumerate(sizes)
     ]
 
 
@@ -221,9 +213,7 @@ def test_short_documents_are_passed_over(words):
 
 
 def test_too_few_windows_says_how_many(words):
-    with pytest.raises(
-        CalibrationError, match=r"'c'.*sequences=9 .*length=10.* 5 available.*fewer sequences"
-    ):
+    with pytest.raises(CalibrationError, match=r"'c'.*sequences=9 .*length=10.* 5 available.*fewer sequences"):
         text._windows(given(25, 30), words, 9, 10, "c", "test", key="k")
     with pytest.raises(CalibrationError, match=r"'news'.*length=5000.* 0 available.*shorter length"):
         text.evaluation("news", words, sequences=4, length=5000)
@@ -243,9 +233,7 @@ def test_bos_starts_every_window_where_the_tokenizer_has_one(words, words_with_b
 
 
 def test_special_tokens_in_a_text_are_plain_text(smollm2_folder):
-    tokens = text.from_texts(
-        ["the mark <|im_start|> opens a turn and <|endoftext|> closes a text " * 4], length=32
-    )
+    tokens = text.from_texts(["the mark <|im_start|> opens a turn and <|endoftext|> closes a text " * 4], length=32)
     assert (tokens.ids > 16).all()  # 0 to 16 are the special tokens
 
 

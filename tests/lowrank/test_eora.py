@@ -79,9 +79,7 @@ def test_no_other_repair_of_this_rank_is_better(seed, size, data) -> None:
     generator = torch.Generator().manual_seed(seed)
     for _ in range(5):
         A = torch.randn(rank, size[1], generator=generator, dtype=torch.float64)
-        rivals.append(
-            torch.linalg.lstsq(A @ X.T @ X @ A.T, A @ X.T @ X @ dW.T).solution.T @ A
-        )  # best B for a random A
+        rivals.append(torch.linalg.lstsq(A @ X.T @ X @ A.T, A @ X.T @ X @ dW.T).solution.T @ A)  # best B for a random A
     for rival in rivals:
         assert ours <= error(dW, rival, X) + slack
 
@@ -356,11 +354,7 @@ def test_uncompressed_site_has_nothing_to_repair(tiny_llama: Factory) -> None:
     dense = tiny_llama()
     with pytest.raises(OptionError, match=r"layers\.0\.self_attn\.q_proj.*not compressed"):
         compress(
-            copy.deepcopy(dense),
-            EoRA(rank=4),
-            torch.zeros(1, 8, dtype=torch.long),
-            reference=dense,
-            progress=False,
+            copy.deepcopy(dense), EoRA(rank=4), torch.zeros(1, 8, dtype=torch.long), reference=dense, progress=False
         )
 
 
@@ -368,9 +362,7 @@ def test_uncompressed_site_has_nothing_to_repair(tiny_llama: Factory) -> None:
 
 
 @pytest.mark.parametrize("order", ["sequential", "parallel"])
-def test_statistics_come_from_original_blocks_behind_the_compensated_prefix(
-    tiny_llama: Factory, order: str
-) -> None:
+def test_statistics_come_from_original_blocks_behind_the_compensated_prefix(tiny_llama: Factory, order: str) -> None:
     """The five steps of the method, written out for two blocks with nothing of the driver but its mask-free forward."""
     dense = tiny_llama(seed=1, initializer_range=0.2)
     model = copy.deepcopy(dense)

@@ -126,23 +126,12 @@ def test_blocks_of_one_are_no_structure(seed, rows, columns, s) -> None:
 
 
 @few
-@given(
-    seeds,
-    st.integers(1, 13),
-    st.integers(1, 13),
-    st.integers(1, 5),
-    st.integers(1, 5),
-    fractions,
-    st.booleans(),
-)
-def test_blocks_live_and_die_together_by_their_pooled_magnitude(
-    seed, rows, columns, h, w, s, largest
-) -> None:
+@given(seeds, st.integers(1, 13), st.integers(1, 13), st.integers(1, 5), st.integers(1, 5), fractions, st.booleans())
+def test_blocks_live_and_die_together_by_their_pooled_magnitude(seed, rows, columns, h, w, s, largest) -> None:
     W = random(rows, columns, seed=seed)
     mask = magnitude_mask(W, s, f"{h}x{w}", "max" if largest else "avg")
-    blocks = [
-        (slice(i, i + h), slice(j, j + w)) for i in range(0, rows, h) for j in range(0, columns, w)
-    ]  # those at the edges are smaller
+    # those at the edges are smaller
+    blocks = [(slice(i, i + h), slice(j, j + w)) for i in range(0, rows, h) for j in range(0, columns, w)]
     score = [float(W[block].abs().max() if largest else W[block].abs().mean()) for block in blocks]
     lives = [bool(mask[block].any()) for block in blocks]
     assert all(bool(mask[block].all()) == live for block, live in zip(blocks, lives, strict=True))
@@ -161,9 +150,7 @@ def test_n_of_every_m_inputs_stay_the_largest(structure: str) -> None:
     runs, kept = W.abs().unflatten(1, (-1, m)), mask.unflatten(1, (-1, m))
     assert (kept.sum(-1) == n).all()
     assert (runs.masked_fill(~kept, 9).amin(-1) >= runs.masked_fill(kept, 0).amax(-1)).all()
-    assert (
-        int(magnitude_mask(W, 0.25, structure).sum()) == 6 * 24 * 3 // 4
-    )  # on the way: the same share of each run
+    assert int(magnitude_mask(W, 0.25, structure).sum()) == 6 * 24 * 3 // 4  # on the way: the same share of each run
 
 
 def test_bad_masks_are_refused() -> None:
@@ -458,10 +445,7 @@ def test_pruning_in_bf16_autocast_and_bf16_weights() -> None:
     [
         ({"final_sparsity": 1.0}, "final_sparsity=1.0: use a fraction of zeros from 0 to below 1"),
         ({"final_sparsity": 90}, "final_sparsity=90"),
-        (
-            {"final_sparsity": 0.5, "initial_sparsity": 0.6},
-            "initial_sparsity=0.6: use 0 to final_sparsity=0.5",
-        ),
+        ({"final_sparsity": 0.5, "initial_sparsity": 0.6}, "initial_sparsity=0.6: use 0 to final_sparsity=0.5"),
         ({"start": -1}, "start=-1: use a whole number of steps, 0 or more"),
         ({"frequency": 0}, "frequency=0"),
         ({"updates": 2.5}, "updates=2.5"),
@@ -471,10 +455,7 @@ def test_pruning_in_bf16_autocast_and_bf16_weights() -> None:
         ({"pooling": "AVG"}, "did you mean 'avg'"),
         ({"structure": "2:4"}, "final_sparsity=0.9: structure='2:4' means 0.5"),
         ({"structure": "2:4", "final_sparsity": 0.5, "scope": "global"}, "every group keeps 2 of 4"),
-        (
-            {"structure": "2:4", "final_sparsity": 0.5, "overrides": {"a": 0.25}},
-            "only 0.0 .dense. is possible",
-        ),
+        ({"structure": "2:4", "final_sparsity": 0.5, "overrides": {"a": 0.25}}, "only 0.0 .dense. is possible"),
         ({"overrides": {"(": 0.5}}, r"overrides\['\('\]: the key is not a regular expression"),
         ({"overrides": {"a": 1.5}}, r"overrides\['a'\]=1.5"),
     ],
@@ -496,9 +477,7 @@ def test_what_cannot_work_is_refused_before_training() -> None:
     hook = GradualMagnitude(0.5, structure="2:4", overrides={"a.weight": 0.0}).attach(model)
     with pytest.raises(OptionError, match="attached to another one"):
         hook(1, copy.deepcopy(model))
-    with pytest.raises(
-        OptionError, match="the last mask update, of step 1000, has not come yet .last: step 0"
-    ):
+    with pytest.raises(OptionError, match="the last mask update, of step 1000, has not come yet .last: step 0"):
         hook.export()
 
 
@@ -554,9 +533,8 @@ def test_storage_formulas_by_hand() -> None:
     mask = torch.zeros(8, 64, dtype=torch.bool)
     mask[:, ::4] = True  # s = 0.75
     found = storage(mask, bits=16, index_bits=4)
-    assert found == Storage(
-        nonzeros=128, dense=1024, bitmask=64 + 256, csr=128 * 20 // 8 + 2 * 9
-    )  # N + N(1-s)b, N(1-s)(b+c)
+    # N + N(1-s)b, N(1-s)(b+c)
+    assert found == Storage(nonzeros=128, dense=1024, bitmask=64 + 256, csr=128 * 20 // 8 + 2 * 9)
     many = torch.ones(2, 2**15, dtype=torch.bool)  # 65536 entries, one more than 16 bits can count
     assert storage(many, bits=16, index_bits=8).csr == 2**16 * 3 + 4 * 3
     # the bit mask wins below s = 1 - 1/c, the indices above (row pointers apart)
@@ -570,9 +548,9 @@ def test_storage_formulas_by_hand() -> None:
 @pytest.mark.parametrize("s", [0.0, 0.3, 0.75, 0.97])
 def test_a_packed_model_has_the_bytes_of_the_formula(s: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 21)
-    ).to(dtype)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 21)).to(
+        dtype
+    )
     hook = GradualMagnitude(s, updates=1, frequency=1).attach(model)
     hook(1, model)
     expected = model_storage(model)
@@ -626,8 +604,14 @@ def test_language_models_prune_export_save_and_load(layout, structure, tmp_path,
     ids = torch.randint(3, 256, (16, 12), generator=torch.Generator().manual_seed(0))
     recipe = Recipe(steps=4, lr=1e-3)
     hook = GradualMagnitude(0.5, frequency=1, updates=3, structure=structure).attach(model, recipe)
-    train(model, batches(ids, batch_size=4), lambda model, batch: model(batch[0], labels=batch[0]).loss, recipe,
-          after_step=[hook], progress=False)  # fmt: skip
+    train(
+        model,
+        batches(ids, batch_size=4),
+        lambda model, batch: model(batch[0], labels=batch[0]).loss,
+        recipe,
+        after_step=[hook],
+        progress=False,
+    )
     for masked in find_masks(model).values():
         matrix = masked.to_matrix(masked.mask)
         assert int(matrix.sum()) == matrix.numel() // 2
@@ -654,12 +638,7 @@ def test_an_lstm_is_pruned_in_all_four_gate_matrices() -> None:
     ids = torch.randint(0, 256, (32, 9))
     recipe = Recipe(steps=6, lr=0.01)
     hook = GradualMagnitude(0.75, frequency=1, updates=4).attach(model, recipe)
-    assert list(find_masks(model)) == [
-        "embedding.weight",
-        "lstm.weight_ih_l0",
-        "lstm.weight_hh_l0",
-        "head.weight",
-    ]
+    assert list(find_masks(model)) == ["embedding.weight", "lstm.weight_ih_l0", "lstm.weight_hh_l0", "head.weight"]
     train(model, batches(ids, batch_size=8), language_model_loss, recipe, after_step=[hook], progress=False)
     expected = model(ids)
     assert hook.export() == ["head"]  # the others have no packed form: they keep their zeros
@@ -667,9 +646,7 @@ def test_an_lstm_is_pruned_in_all_four_gate_matrices() -> None:
     assert int((model.lstm.weight_hh_l0 != 0).sum()) == 12 * 48 // 4
 
 
-def test_the_trainer_of_transformers_takes_the_hook_in_a_callback(
-    tiny_llama: Factory, tmp_path: Path
-) -> None:
+def test_the_trainer_of_transformers_takes_the_hook_in_a_callback(tiny_llama: Factory, tmp_path: Path) -> None:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     model = tiny_llama()
@@ -681,9 +658,15 @@ def test_the_trainer_of_transformers_takes_the_hook_in_a_callback(
             hook(state.global_step, model)
 
     arguments = TrainingArguments(
-        tmp_path, max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2, save_strategy="no",
-        report_to=[], disable_tqdm=True, use_cpu=True
-    )  # fmt: skip
+        tmp_path,
+        max_steps=6,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
     rows = [{"input_ids": row, "labels": row} for row in ids]
     Trainer(model, arguments, train_dataset=rows, callbacks=[Prune()]).train()
     assert [update.step for update in hook.updates] == [2, 3, 4, 5]
@@ -732,11 +715,7 @@ def test_two_processes_keep_the_same_masks_and_shards_are_refused(tmp_path: Path
     script, done = tmp_path / "script.py", tmp_path / "done"
     script.write_text(PROCESSES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path]),
-    }
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
     result = subprocess.run(
         [*command, str(script), str(done)], capture_output=True, text=True, timeout=300, env=environment
     )

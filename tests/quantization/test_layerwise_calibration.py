@@ -87,9 +87,15 @@ def cnn() -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(3)
         model = nn.Sequential(
-            nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
-            nn.Conv2d(16, 24, 3, stride=2), nn.BatchNorm2d(24), nn.ReLU(), nn.Flatten(), nn.Linear(24 * 9, 10),
-        )  # fmt: skip
+            nn.Conv2d(1, 16, 3, padding=1, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 24, 3, stride=2),
+            nn.BatchNorm2d(24),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(24 * 9, 10),
+        )
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.uniform_(module.weight, 0.5, 2.0)
@@ -100,13 +106,29 @@ def cnn() -> nn.Sequential:
 
 
 VISION: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "resnet": (ResNetForImageClassification, ResNetConfig, {"embedding_size": 8, "hidden_sizes": [8, 12],
-        "depths": [1, 2], "layer_type": "basic"}),
-    "vit": (ViTForImageClassification, ViTConfig, {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64,
-        "num_attention_heads": 2, "image_size": 16, "patch_size": 4}),
-    "convnext": (ConvNextForImageClassification, ConvNextConfig, {"hidden_sizes": [8, 16], "depths": [1, 1],
-        "num_stages": 2, "patch_size": 2, "image_size": 16}),
-}  # fmt: skip
+    "resnet": (
+        ResNetForImageClassification,
+        ResNetConfig,
+        {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 2], "layer_type": "basic"},
+    ),
+    "vit": (
+        ViTForImageClassification,
+        ViTConfig,
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "intermediate_size": 64,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 4,
+        },
+    ),
+    "convnext": (
+        ConvNextForImageClassification,
+        ConvNextConfig,
+        {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "patch_size": 2, "image_size": 16},
+    ),
+}
 
 
 def vision(kind: str) -> Any:
@@ -198,9 +220,7 @@ def test_one_output_channel_against_every_neighbour(seed: int, bits: int) -> Non
     layer = AdaQuant(bits, iterations=150).compress_site(site, stats, None)
     found = relative(target, layer.to_dense(), gram)
     step = float(layer.scale)
-    around = [
-        layer.to_dense() + step * torch.tensor(move) for move in itertools.product((-1.0, 0.0, 1.0), repeat=d)
-    ]
+    around = [layer.to_dense() + step * torch.tensor(move) for move in itertools.product((-1.0, 0.0, 1.0), repeat=d)]
     lowest, highest = -float(layer._grid()[1]) * step, (2**bits - 1 - float(layer._grid()[1])) * step
     best = min(relative(target, w.clamp(lowest, highest), gram) for w in around)
     nearest = relative(target, RTN(bits, None).compress_site(site, None, None).to_dense(), gram)
@@ -223,9 +243,7 @@ def test_only_the_positive_part_counts_before_a_relu() -> None:
     """A target whose negative part is nonsense trains to the same layer as the true one, if a ReLU follows."""
     site, x = make_site(), inputs(100, 32)
     true = samples_of(site, x, rectified=True)
-    nonsense = InputSamples(
-        x, torch.where(true.y < 0, -5 - 3 * true.y.abs(), true.y), true.low, true.high, True
-    )
+    nonsense = InputSamples(x, torch.where(true.y < 0, -5 - 3 * true.y.abs(), true.y), true.low, true.high, True)
     plain = InputSamples(nonsense.x, nonsense.y, true.low, true.high, False)
     method = AdaQuant(3, 3, iterations=20)
     layers = [method.compress_site(site, stats, None) for stats in (true, nonsense, plain)]
@@ -375,9 +393,16 @@ def test_same_seed_same_layer_other_seed_another() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"activation_bits": 1}, {"activation_bits": 9}, {"iterations": -1}, {"samples": 0}, {"clip": "max"},
-     {"rates": "fast"}, {"speed": 0.0}],
-)  # fmt: skip
+    [
+        {"activation_bits": 1},
+        {"activation_bits": 9},
+        {"iterations": -1},
+        {"samples": 0},
+        {"clip": "max"},
+        {"rates": "fast"},
+        {"speed": 0.0},
+    ],
+)
 def test_options_out_of_range(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=f"{next(iter(options))}="):
         AdaQuant(**options)
@@ -412,8 +437,10 @@ def test_quantising_twice_is_refused() -> None:
 def tables(seed: int, layers: int, precisions: tuple[int, ...]) -> tuple[Any, Any]:
     random = np.random.default_rng(seed)
     sizes = random.integers(10, 2000, layers)
-    delta = {f"l{i}": {k: float(max(1e-6, random.exponential() * 10.0 ** random.integers(-5, 1))) for k in precisions}
-             for i in range(layers)}  # fmt: skip
+    delta = {
+        f"l{i}": {k: float(max(1e-6, random.exponential() * 10.0 ** random.integers(-5, 1))) for k in precisions}
+        for i in range(layers)
+    }
     savings = {f"l{i}": {k: float(sizes[i] * (8 - k)) for k in precisions} for i in range(layers)}
     return delta, savings
 
@@ -469,9 +496,7 @@ def test_the_papers_size_fractions() -> None:
     eight = 2 * sum(values[4] for values in savings.values())
     assert set(allocate_bits(delta, savings, eight * (1 - 4 * 0.25)).policy.values()) == {8}
     assert set(allocate_bits(delta, savings, eight * (1 - 4 * 0.125)).policy.values()) == {4}
-    with pytest.raises(
-        OptionError, match=rf"budget=.* the saving is {eight / 2:.10g}, the largest feasible budget"
-    ):
+    with pytest.raises(OptionError, match=rf"budget=.* the saving is {eight / 2:.10g}, the largest feasible budget"):
         allocate_bits(delta, savings, eight * (1 - 4 * 0.12))
 
 
@@ -508,15 +533,13 @@ def test_sensitivity_is_the_loss_of_one_swap(copies: dict[int, nn.Module]) -> No
     assert set(delta) == {"0", "3", "7"} and all(set(values) == {4, 2} for values in delta.values())
     for name, bits in (("0", 4), ("3", 2), ("7", 2)):
         mixed = assemble(copies, {**dict.fromkeys(("0", "3", "7"), 8), name: bits})
-        assert delta[name][bits] == pytest.approx(
-            max(loss(mixed) - loss(copies[8]), SMALLEST_DELTA), abs=1e-7
-        )
+        assert delta[name][bits] == pytest.approx(max(loss(mixed) - loss(copies[8]), SMALLEST_DELTA), abs=1e-7)
     for bits, model in copies.items():  # the copies come back as they were
         assert all(torch.equal(tensor, states[bits][name]) for name, tensor in model.state_dict().items())
     falling = iter([1.0, *[0.5] * 6])
-    assert set(
-        itertools.chain(*(v.values() for v in sensitivity(copies, lambda m: next(falling), 8).values()))
-    ) == {SMALLEST_DELTA}
+    assert set(itertools.chain(*(v.values() for v in sensitivity(copies, lambda m: next(falling), 8).values()))) == {
+        SMALLEST_DELTA
+    }
 
 
 def test_a_site_comes_whole_from_one_copy(copies: dict[int, nn.Module]) -> None:
@@ -542,9 +565,7 @@ def test_a_site_comes_whole_from_one_copy(copies: dict[int, nn.Module]) -> None:
         ({"0": 3, "3": 4, "7": 4}, "=3"),
     ],
 )
-def test_incomplete_policies_are_refused(
-    copies: dict[int, nn.Module], policy: dict[str, int], message: str
-) -> None:
+def test_incomplete_policies_are_refused(copies: dict[int, nn.Module], policy: dict[str, int], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         assemble(copies, policy)
 
@@ -631,9 +652,8 @@ def test_norm_tuning_repairs_channels_that_were_scaled_and_shifted() -> None:
         model[0].bias.mul_(scale).add_(0.5)
     broken = float((model(x) - target).detach().square().mean())
     retune_batch_norms(model, norms, x, batch_size=50)
-    assert (
-        float((model(x) - target).detach().square().mean()) < 1e-2 * broken
-    )  # a change a batch norm can undo entirely
+    # a change a batch norm can undo entirely
+    assert float((model(x) - target).detach().square().mean()) < 1e-2 * broken
 
 
 def test_norm_tuning_refuses_what_it_cannot_do() -> None:
@@ -656,9 +676,7 @@ def test_bias_tuning_lowers_the_divergence_and_moves_nothing_but_biases() -> Non
     compress(model, AdaQuant(2, 2, iterations=0), x, progress=False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     loss = float(divergence(all_logits(model, x), target))
-    history = tune_biases(
-        model, x, target, Recipe(60, lr=0.05, optimizer="sgd", momentum=0.0), progress=False
-    )
+    history = tune_biases(model, x, target, Recipe(60, lr=0.05, optimizer="sgd", momentum=0.0), progress=False)
     after = float(divergence(all_logits(model, x), target))
     assert after < 0.9 * loss
     assert after == pytest.approx(min(entry["divergence"] for entry in history.evaluations), rel=1e-5)

@@ -63,10 +63,7 @@ def test_all_claims_hold_where_the_papers_are_right() -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        (
-            {"CSKV_trained": ({"else": 2}, 1.3)},
-            Verdict.PARTLY,
-        ),  # better than all three, but less than half is left
+        ({"CSKV_trained": ({"else": 2}, 1.3)}, Verdict.PARTLY),  # better than all three, but less than half is left
         ({"CSKV_ASVD": ({"else": 4}, 1.3)}, Verdict.PARTLY),
         ({"CSKV_trained": ({"else": 1}, 1.3)}, Verdict.DOES_NOT_HOLD),
     ],
@@ -174,9 +171,7 @@ def test_quick_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = [line for line in lines if not ('"SnapKV 20%"' in line and '"wikipedia"' in line)]
     (tmp_path / "caches.json").write_text("\n".join(kept))
     mended = caches.run(tmp_path / "caches.json", "quick")  # only what is missing is measured again
-    assert len(kept) < len(lines) and {str(r) for r in mended.records()} == {
-        str(r) for r in results.records()
-    }
+    assert len(kept) < len(lines) and {str(r) for r in mended.records()} == {str(r) for r in results.records()}
     again = caches.run(tmp_path / "caches.json", "quick")  # nothing is left to do
     assert list(again.records()) == list(Results.load(tmp_path / "caches.json").records())
     assert len(again.header["runs"]) == 3

@@ -55,12 +55,7 @@ def test_replay_on_a_weak_shift(results, average, verdict):
 
 @pytest.mark.parametrize(
     ("early", "late", "control", "verdict"),
-    [
-        (0.1, -0.1, 0.0, HOLDS),
-        (0.1, 0.1, 0.2, PARTLY),
-        (-0.05, 0.3, -0.1, PARTLY),
-        (-0.1, 0.3, 0.0, NOT),
-    ],
+    [(0.1, -0.1, 0.0, HOLDS), (0.1, 0.1, 0.2, PARTLY), (-0.05, 0.3, -0.1, PARTLY), (-0.1, 0.3, 0.0, NOT)],
 )
 def test_the_bump_is_one_of_the_first_half(results, early, late, control, verdict):
     for arm, rises in (("re-warm 0 %", (early, late)), ("constant low", (control, control))):
@@ -110,9 +105,7 @@ def test_every_arm_gets_the_same():
     for shift, arms in study.JUDGED.items():  # whatever a rule names has five seeds
         for arm in arms:
             assert {seed for a, s, seed in places if (a, s) == (arm, shift)} == set(study.SEEDS)
-    assert {name for arms in (study.JUDGED, study.SHOWN) for each in arms.values() for name in each} == set(
-        study.ARMS
-    )
+    assert {name for arms in (study.JUDGED, study.SHOWN) for each in arms.values() for name in each} == set(study.ARMS)
     for name, arm in study.ARMS.items():
         schedule = study.schedule_of(arm, size, 1e-2)
         whole = size.first + size.second
@@ -140,9 +133,7 @@ def test_it_runs_and_takes_up_where_it_was(tmp_path: Path, monkeypatch: pytest.M
     results = study.run(out, "quick")
     assert results.header["rule"] is None and not results.claims
     start = results.values("D0", "strong", 1, metric="old")[""]
-    assert results.values("constant low", "strong curve", 1, metric="old")["0"] == pytest.approx(
-        start, abs=1e-5
-    )
+    assert results.values("constant low", "strong curve", 1, metric="old")["0"] == pytest.approx(start, abs=1e-5)
     kept = results.values("moments kept 25 %", "strong curve", 1, metric="old")
     first = results.values("D0", "strong curve", 1, metric="old")
     assert {step: kept[step] for step in first} == first  # one run: the checkpoint of D0 went on
@@ -171,7 +162,5 @@ def test_the_measure_is_of_each_side():
 
 def test_the_stored_verdicts_follow_from_the_stored_records():
     recorded = Results.load(data_path("results", "continual_pretraining.json"))
-    assert recorded.claims, (
-        "the study is not finished: `refimpl study continual_pretraining` goes on where it stopped"
-    )
+    assert recorded.claims, "the study is not finished: `refimpl study continual_pretraining` goes on where it stopped"
     assert recorded.claims == judge(recorded, study.CLAIMS)

@@ -76,8 +76,7 @@ def test_order_wants_every_draw_to_agree(results: Results) -> None:
 
 
 @pytest.mark.parametrize(
-    ("random", "asvd", "verdict"),
-    [(0.5, 0.2, HOLDS), (0.1, 0.2, PARTLY), (0.0, 0.2, NOT), (0.2, 0.2, PARTLY)],
+    ("random", "asvd", "verdict"), [(0.5, 0.2, HOLDS), (0.1, 0.2, PARTLY), (0.0, 0.2, NOT), (0.2, 0.2, PARTLY)]
 )
 def test_start(results: Results, random: float, asvd: float, verdict: Verdict) -> None:
     for arm, level in (("random fit", random), ("ASVD", asvd), ("fit", 0.0)):
@@ -122,8 +121,7 @@ def test_window(results: Results, levels: tuple[float, ...], verdict: Verdict) -
 
 
 @pytest.mark.parametrize(
-    ("ratios", "verdict"),
-    [((1.005, 1.01), HOLDS), ((1.0, 1.05), PARTLY), ((1.019, 1.05), NOT), ((1.05, 1.05), NOT)],
+    ("ratios", "verdict"), [((1.005, 1.01), HOLDS), ((1.0, 1.05), PARTLY), ((1.019, 1.05), NOT), ((1.05, 1.05), NOT)]
 )
 def test_bits(results: Results, ratios: tuple[float, float], verdict: Verdict) -> None:
     for factors, ratio in zip(("closed form", "fit"), ratios, strict=True):
@@ -135,8 +133,7 @@ def test_bits(results: Results, ratios: tuple[float, float], verdict: Verdict) -
 
 
 @pytest.mark.parametrize(
-    ("gaps", "verdict"),
-    [((-0.1, -0.1), HOLDS), ((-0.1, 0.1), PARTLY), ((0.0, -0.1), PARTLY), ((0.1, 0.0), NOT)],
+    ("gaps", "verdict"), [((-0.1, -0.1), HOLDS), ((-0.1, 0.1), PARTLY), ((0.0, -0.1), PARTLY), ((0.1, 0.0), NOT)]
 )
 def test_keys(results: Results, gaps: tuple[float, float], verdict: Verdict) -> None:
     for density, gap in zip((0.2, 0.5), gaps, strict=True):
@@ -182,16 +179,11 @@ def test_a_quick_run_records_its_arms_once(
     out = tmp_path / "cskv.json"
     cskv.run(out, "quick")
     first = Results.load(out)
-    assert {r.arm for r in first.records() if r.metric == "nll"} == {
-        "full",
-        *(arm.name for arm in cskv.ARMS["quick"]),
-    }
+    assert {r.arm for r in first.records() if r.metric == "nll"} == {"full", *(arm.name for arm in cskv.ARMS["quick"])}
     assert first.cost("full", "wikipedia", metric="nll") == 16
     kept = {arm.name: first.cost(arm.name, "wikipedia", metric="nll") for arm in cskv.ARMS["quick"]}
     # 96 tokens, 32 of them exact with their features beside them: (32 * (2 * 192 + 72) + 64 * 72) / (96 * 2 * 192)
-    assert (
-        kept["closed form"] == kept["ASVD"] == pytest.approx(16 * (32 * 456 + 64 * 72) / (96 * 384), rel=1e-5)
-    )
+    assert kept["closed form"] == kept["ASVD"] == pytest.approx(16 * (32 * 456 + 64 * 72) / (96 * 384), rel=1e-5)
     # the trap: a prompt is read exactly, so a pass over it shows no loss, whatever is kept of it afterwards
     assert first.perplexity("ASVD", "one pass").value == pytest.approx(
         first.perplexity("full", "wikipedia").value, 1e-2
@@ -204,12 +196,7 @@ def test_a_quick_run_records_its_arms_once(
         for arm in ("closed form", "fit", "ASVD", "SVD", "random fit")
     }
     assert all(len(values) == 4 and (values > 0).all() for values in errors.values())
-    assert (
-        errors["closed form"].mean()
-        < errors["ASVD"].mean()
-        < errors["SVD"].mean()
-        < errors["random fit"].mean()
-    )
+    assert errors["closed form"].mean() < errors["ASVD"].mean() < errors["SVD"].mean() < errors["random fit"].mean()
     assert errors["fit"].mean() < errors["ASVD"].mean()
     for arm in ("moments", "closed form", "fit"):
         assert first.values(arm, "cost", metric="forward_passes")[""] > 0
@@ -238,9 +225,7 @@ def test_the_streamed_perplexity_of_a_full_cache_is_the_ordinary_one(smollm2_fol
     ids = torch.randint(0, 49000, (2, 600), generator=torch.Generator().manual_seed(0))
     tokens = text.TokenSet(ids, ["a", "b"], "given", "given")
     with torch.inference_mode():
-        losses = F.cross_entropy(
-            model(ids).logits[:, 299:-1].transpose(1, 2), ids[:, 300:], reduction="none"
-        ).sum(1)
+        losses = F.cross_entropy(model(ids).logits[:, 299:-1].transpose(1, 2), ids[:, 300:], reduction="none").sum(1)
     for policy in (None, Full()):
         found, bits = cskv.streamed_perplexity(model, policy, tokens, 300)
         assert np.allclose(found.nll, losses.numpy(), rtol=1e-5) and bits == 32

@@ -35,9 +35,7 @@ def results() -> Results:
     return Results("eora.json", {"paper": "eora"})
 
 
-def put(
-    results: Results, arm: str, level: float, spread: float, condition: str = "wikipedia", seed: int = 0
-) -> None:
+def put(results: Results, arm: str, level: float, spread: float, condition: str = "wikipedia", seed: int = 0) -> None:
     """An arm with perplexity exp(level) times a common one; documents differ from it by +-spread in the log."""
     nll = BASE + (level + spread * ALTERNATING) * COUNTS
     results.add_perplexity(arm, condition, seed, Perplexity(0.0, nll, COUNTS, UNITS))
@@ -126,9 +124,7 @@ def test_task(results, on_wikipedia, on_python, verdict):
 def test_layer_errors(results, losing, ratio, verdict):
     for site in range(210):
         for name, error in (("SVD", 0.1), ("EoRA", 0.1 * (1 / ratio if site < losing else ratio))):
-            results.add(
-                Record("eora", f"layers {name}", "held-out", 0, f"site {site}", "output_error", error)
-            )
+            results.add(Record("eora", f"layers {name}", "held-out", 0, f"site {site}", "output_error", error))
     assert rule(results, "eora-layer-error").verdict is verdict
 
 
@@ -167,13 +163,7 @@ def test_a_quick_run_records_its_arms_once(smollm2_folder: Path, tmp_path: Path,
         for by, detail in (("EoRA", "r64"), ("EoRA", "r64 4-bit adapter"), ("Act-S", "r64"), ("SVD", "r64"))
     ]
     other_task = eora.repaired("SparseGPT 2:4", "EoRA", "r64 calibrated on python")
-    assert {r.arm for r in first.records() if r.metric == "nll"} == {
-        "dense",
-        "source",
-        base,
-        *repairs,
-        other_task,
-    }
+    assert {r.arm for r in first.records() if r.metric == "nll"} == {"dense", "source", base, *repairs, other_task}
     assert {r.condition for r in first.records() if r.arm == repairs[0] and r.metric == "nll"} == {
         "wikipedia",
         "python",

@@ -21,9 +21,7 @@ def results() -> Results:
     return Results("gradual_magnitude.json", {"paper": study.SLUG})
 
 
-def put(
-    results: Results, arm: str, value: float, network: str = study.RESNET, metric: str = "accuracy"
-) -> None:
+def put(results: Results, arm: str, value: float, network: str = study.RESNET, metric: str = "accuracy") -> None:
     """An arm whose five seeds scatter a little around a value; every arm in a way of its own."""
     spread = np.roll(SPREAD, len(arm))
     for seed, change in zip(study.SEEDS, spread, strict=True):
@@ -37,12 +35,7 @@ def rule(results: Results, identity: str) -> Outcome:
 
 @pytest.mark.parametrize(
     ("gains", "verdict"),
-    [
-        ((0.05, 0.05, 0.05), HOLDS),
-        ((0.05, 0.05, -0.2), PARTLY),
-        ((0.0, 0.0, 0.0), NOT),
-        ((-0.1, -0.1, -0.1), NOT),
-    ],
+    [((0.05, 0.05, 0.05), HOLDS), ((0.05, 0.05, -0.2), PARTLY), ((0.0, 0.0, 0.0), NOT), ((-0.1, -0.1, -0.1), NOT)],
 )
 def test_large_sparse_against_small_dense(results, gains, verdict):
     for width, gain in zip(study.WIDTHS, gains, strict=True):
@@ -72,10 +65,7 @@ def test_nine_of_ten(results, ratio, verdict):
 
 @pytest.mark.parametrize(
     ("identity", "ours", "theirs"),
-    [
-        ("gradual-cubic", "cubic 95%", "linear 95%"),
-        ("gradual-one-shot", "cubic 95%", "one-shot 95%"),
-    ],
+    [("gradual-cubic", "cubic 95%", "linear 95%"), ("gradual-one-shot", "cubic 95%", "one-shot 95%")],
 )
 @pytest.mark.parametrize(("gain", "verdict"), [(0.02, HOLDS), (0.0, NOT), (-0.02, NOT)])
 def test_schedules(results, identity, ours, theirs, gain, verdict):
@@ -129,9 +119,7 @@ def test_every_arm_of_a_network_gets_the_same(results):
         same = {study.recipe_for(a, study.SIZES["study"], 1e-2, 1) for a in arms if a.network == network}
         assert len(same) == 1
     for a in arms:
-        pruning = study.pruning_for(
-            a, study.build(a, 0), study.recipe_for(a, study.SIZES["study"], 1e-2, 1).steps
-        )
+        pruning = study.pruning_for(a, study.build(a, 0), study.recipe_for(a, study.SIZES["study"], 1e-2, 1).steps)
         if pruning is not None and not a.name.startswith("last-moment"):
             assert pruning.last_step <= 0.7 * study.recipe_for(a, study.SIZES["study"], 1e-2, 1).steps
 

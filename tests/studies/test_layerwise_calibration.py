@@ -90,9 +90,7 @@ def test_the_language_model(results, gap, verdict):
     counts = np.full(24, 511)
     for arm, level in (("RTN 3-bit g64", 0.0), ("AdaQuant 3-bit g64", gap)):
         nll = (3.0 + level + 0.01 * (np.arange(24) % 3)) * counts
-        results.add_perplexity(
-            arm, "wikipedia", 0, Perplexity(0.0, nll, counts, [f"a{k}" for k in range(24)])
-        )
+        results.add_perplexity(arm, "wikipedia", 0, Perplexity(0.0, nll, counts, [f"a{k}" for k in range(24)]))
     assert rule(results, "adaquant-language").verdict is verdict
 
 

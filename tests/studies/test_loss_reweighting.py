@@ -49,14 +49,10 @@ def test_better_than_the_plain_mean(results, arm, plain, twice, verdict):
     put(results, **{arm: 2.0}, uniform=plain, twice=twice)
     outcome = rule(results, f"rw-{arm}")
     assert outcome.verdict is verdict
-    assert outcome.estimate == pytest.approx(
-        2.0 / min(plain, twice), rel=0.01
-    )  # the least favourable is shown
+    assert outcome.estimate == pytest.approx(2.0 / min(plain, twice), rel=0.01)  # the least favourable is shown
 
 
-@pytest.mark.parametrize(
-    ("shuffled", "thinned", "verdict"), [(2.1, 2.1, HOLDS), (2.1, 2.0, PARTLY), (2.0, 1.9, NOT)]
-)
+@pytest.mark.parametrize(("shuffled", "thinned", "verdict"), [(2.1, 2.1, HOLDS), (2.1, 2.0, PARTLY), (2.0, 1.9, NOT)])
 def test_the_signal(results, shuffled, thinned, verdict):
     put(results, linupper=2.0, linupper_shuffled=shuffled, smaller_batch=thinned)
     assert rule(results, "rw-signal").verdict is verdict
@@ -70,22 +66,16 @@ def test_the_cap(results, others, verdict):
     assert rule(results, "rw-capped").verdict is verdict
 
 
-@pytest.mark.parametrize(
-    ("linupper", "quadratic", "verdict"), [(1.9, 1.9, HOLDS), (1.9, 2.1, PARTLY), (2.0, 2.0, NOT)]
-)
+@pytest.mark.parametrize(("linupper", "quadratic", "verdict"), [(1.9, 1.9, HOLDS), (1.9, 2.1, PARTLY), (2.0, 2.0, NOT)])
 def test_low_losses(results, linupper, quadratic, verdict):
     put(results, linupper=linupper, quadratic=quadratic, extremes=2.0)
     assert rule(results, "rw-low-losses").verdict is verdict
 
 
-@pytest.mark.parametrize(
-    ("share", "verdict"), [(1.0, HOLDS), (0.97, HOLDS), (0.8, PARTLY), (0.3, NOT), (0.0, NOT)]
-)
+@pytest.mark.parametrize(("share", "verdict"), [(1.0, HOLDS), (0.97, HOLDS), (0.8, PARTLY), (0.3, NOT), (0.0, NOT)])
 def test_the_bound(results, share, verdict):
     for seed, change in zip(study.SEEDS, SPREAD * (0 < share < 1), strict=True):
-        results.add(
-            Record(study.SLUG, "linupper", study.TRAINING, seed, "", "share within 2", share + float(change))
-        )
+        results.add(Record(study.SLUG, "linupper", study.TRAINING, seed, "", "share within 2", share + float(change)))
     assert rule(results, "rw-bound").verdict is verdict
 
 
@@ -99,9 +89,7 @@ def put_toy(results: Results, outliers: float, **arms: float) -> None:
             results.add(Record(study.SLUG, arm, place, 0, str(draw), "distance", value * float(noise)))
 
 
-@pytest.mark.parametrize(
-    ("controls", "verdict"), [((20, 12, 9), HOLDS), ((20, 12, 6), PARTLY), ((7, 6, 6), NOT)]
-)
+@pytest.mark.parametrize(("controls", "verdict"), [((20, 12, 9), HOLDS), ((20, 12, 6), PARTLY), ((7, 6, 6), NOT)])
 def test_the_toy(results, controls, verdict):
     put_toy(results, 0.0, linupper=8, uniform=controls[0], twice=controls[1], matched=controls[2])
     assert rule(results, "rw-toy").verdict is verdict
@@ -143,12 +131,7 @@ def put_validation(results: Results, *scores: float, arm: str = "uniform", longe
 def test_the_finer_rates(results, scores, chosen):
     put_validation(results, *scores)
     assert study.finest(results) == chosen
-    for linupper, quadratic, verdict in (
-        (1.9, 1.9, HOLDS),
-        (2.1, 1.9, PARTLY),
-        (1.9, 2.0, PARTLY),
-        (2.0, 2.1, NOT),
-    ):
+    for linupper, quadratic, verdict in ((1.9, 1.9, HOLDS), (2.1, 1.9, PARTLY), (1.9, 2.0, PARTLY), (2.0, 2.1, NOT)):
         found = Results("", results.header)
         found.add(*results.records())
         put(found, linupper=linupper, quadratic=quadratic)
@@ -157,8 +140,7 @@ def test_the_finer_rates(results, scores, chosen):
 
 
 @pytest.mark.parametrize(
-    ("linupper", "quadratic", "verdict"),
-    [(1.9, 1.9, HOLDS), (2.1, 1.9, PARTLY), (1.9, 2.0, PARTLY), (2.0, 2.1, NOT)],
+    ("linupper", "quadratic", "verdict"), [(1.9, 1.9, HOLDS), (2.1, 1.9, PARTLY), (1.9, 2.0, PARTLY), (2.0, 2.1, NOT)]
 )
 def test_the_longer_run(results, linupper, quadratic, verdict):
     put(results, uniform=1.0, linupper=9.0, quadratic=9.0)  # the short run has no say
@@ -167,17 +149,14 @@ def test_the_longer_run(results, linupper, quadratic, verdict):
 
 
 @pytest.mark.parametrize(
-    ("linupper", "quadratic", "verdict"),
-    [(1.9, 1.9, HOLDS), (2.1, 1.9, PARTLY), (1.9, 2.0, PARTLY), (2.0, 2.1, NOT)],
+    ("linupper", "quadratic", "verdict"), [(1.9, 1.9, HOLDS), (2.1, 1.9, PARTLY), (1.9, 2.0, PARTLY), (2.0, 2.1, NOT)]
 )
 def test_the_wider_grid(results, linupper, quadratic, verdict):
     put_validation(results, 3, 2, 2, 2, 1, 4, arm="uniform", longer=True)
     put_validation(results, 3, 2, 2, 2, 3, 1, arm="linupper", longer=True)
     put_validation(results, 3, 2, 1, 2, 3, 4, arm="quadratic", longer=True)
     assert study.finest(results, "quadratic", longer=True) == "quadratic"
-    put(
-        results, longer=True, uniform=9.0, linupper=9.0, quadratic=quadratic
-    )  # the first two have better rates
+    put(results, longer=True, uniform=9.0, linupper=9.0, quadratic=quadratic)  # the first two have better rates
     put(results, longer=True, **{"uniform, rate 0.011": 2.0, "linupper, rate 0.016": linupper})
     assert rule(results, "rw-wider").verdict is verdict
 
@@ -218,9 +197,7 @@ def test_a_draw_alone_is_a_draw_among_others():
         path = study.toy(arm, 0.1, 0.4, 3, 4)
         theta = data.start[1].clone()
         for step in range(4):
-            assert (theta - data.solution[1]).square().sum().item() == pytest.approx(
-                path[step, 1].item(), rel=1e-4
-            )
+            assert (theta - data.solution[1]).square().sum().item() == pytest.approx(path[step, 1].item(), rel=1e-4)
             residual = data.x[1] @ theta - data.y[1]
             h = 2 * (residual.square() - residual.square().min()) / residual.square().max() - 1
             w = ((h + 1).clamp(max=1) / 0.4).softmax(0)
@@ -231,9 +208,7 @@ def test_a_draw_alone_is_a_draw_among_others():
             theta -= study.TOY_RATE * 2 * gradient
     twice = study.toy("uniform, twice the step", 0.0, 0.4, 3, 1)
     once, before = study.toy("uniform", 0.0, 0.4, 3, 1)[1], study.toy_data(0.0, 3).start
-    assert (twice[1] < once).all() and (
-        once < (before - study.toy_data(0.0, 3).solution).square().sum(1)
-    ).all()
+    assert (twice[1] < once).all() and (once < (before - study.toy_data(0.0, 3).solution).square().sum(1)).all()
 
 
 def test_in_the_toy_the_theory_is_exact():
@@ -268,9 +243,7 @@ def test_training_text_is_what_it_is_said_to_be():
         everything = {tuple(row) for row in study._corpus(domain)[0].tolist()}
         assert trained_on <= everything
         for split in ("validation", "test"):
-            assert not trained_on & {
-                tuple(row) for row in windows(domain, split, study.LENGTH, count=64)[0].tolist()
-            }
+            assert not trained_on & {tuple(row) for row in windows(domain, split, study.LENGTH, count=64)[0].tolist()}
     copies = ids[sources == 3]
     near = (copies[:, None] != copies[None]).sum(-1)
     alike = near <= 2 * study.CHANGED
@@ -282,9 +255,7 @@ def test_the_longer_run_sees_every_row_once_and_is_as_long_as_the_text_allows():
     longer = study.SIZES["study"].longer
     ids, sources = study.training_rows(1, longer)
     assert len(ids) == longer * study.BATCH
-    assert np.allclose(
-        sources.bincount(minlength=5).double() / len(ids), list(study.SHARES.values()), atol=1e-3
-    )
+    assert np.allclose(sources.bincount(minlength=5).double() / len(ids), list(study.SHARES.values()), atol=1e-3)
     for k, domain in enumerate(study.DOMAINS):
         real, everything = ids[sources == k], study._corpus(domain)[0]
         again = len(everything) - len(everything.unique(dim=0))  # equal windows of the corpus itself
@@ -327,8 +298,13 @@ def test_the_uniform_arm_is_plain_training(monkeypatch):
     ids, _ = study.training_rows(3, size.steps)
     model = llama(context=study.LENGTH, seed=3)
     recipe = Recipe(size.steps, lr=1e-2, weight_decay=0.01, warmup=1, final_lr=0.2, clip=1.0, seed=3)
-    train(model, batches(ids, batch_size=study.BATCH, shuffle=False), lambda m, b: sequence_losses(m, b).mean(), recipe,
-          progress=False)  # fmt: skip
+    train(
+        model,
+        batches(ids, batch_size=study.BATCH, shuffle=False),
+        lambda m, b: sequence_losses(m, b).mean(),
+        recipe,
+        progress=False,
+    )
     text = {d: windows(d, "validation", study.LENGTH, count=size.windows) for d in study.DOMAINS}
     expected = study._together(model, text)
     found = {r.metric: r.value for r in records if r.condition == study.TEXT}
@@ -348,23 +324,17 @@ def test_it_runs_and_takes_up_where_it_was(tmp_path: Path):
     assert first.values("linupper", long, 1, metric="bits per byte") != first.values(
         "linupper", study.TEXT, 1, metric="bits per byte"
     )
-    rates = {
-        arm: first.values(arm, study.TRAINING, 1, metric="rate")[""] for arm in ("linupper, r = 10", LOWER)
-    }
+    rates = {arm: first.values(arm, study.TRAINING, 1, metric="rate")[""] for arm in ("linupper, r = 10", LOWER)}
     assert rates == {"linupper, r = 10": 4e-3, LOWER: 2.8e-3}
     mild = first.values("linupper, r = 10", study.TRAINING, 1, metric="effective")[""]
     assert first.values("linupper", study.TRAINING, 1, metric="effective")[""] < mild < study.BATCH
     inside = first.values("linupper", study.TRAINING, 1, metric="effective")[""]
-    assert inside == pytest.approx(
-        first.values("smaller batch", study.TRAINING, 1, metric="effective")[""], rel=0.1
-    )
+    assert inside == pytest.approx(first.values("smaller batch", study.TRAINING, 1, metric="effective")[""], rel=0.1)
     records = list(first.records())
     assert list(study.run(out, "quick").records()) == records
 
 
 def test_the_stored_verdicts_follow_from_the_stored_records():
     recorded = Results.load(data_path("results", "loss_reweighting.json"))
-    assert recorded.claims, (
-        "the study is not finished: `refimpl study loss_reweighting` goes on where it stopped"
-    )
+    assert recorded.claims, "the study is not finished: `refimpl study loss_reweighting` goes on where it stopped"
     assert recorded.claims == judge(recorded, study.CLAIMS)

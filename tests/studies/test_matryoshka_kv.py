@@ -33,9 +33,7 @@ def put(results: Results, arm: str, losses: dict[float, float], metric: str = "b
     for budget, loss in losses.items():
         value = WHOLE + loss if metric == "bits per byte" else loss
         for seed, change in zip(study.SEEDS, np.roll(SPREAD, len(arm)), strict=True):
-            results.add(
-                Record(study.SLUG, arm, study._condition(budget), seed, "", metric, value + float(change))
-            )
+            results.add(Record(study.SLUG, arm, study._condition(budget), seed, "", metric, value + float(change)))
 
 
 def rule(results: Results, identity: str) -> Outcome:
@@ -78,9 +76,7 @@ def test_one_rank_wins_at_its_own(results, gaps, verdict):
     assert rule(results, "mkv-own-rank").verdict is verdict
 
 
-@pytest.mark.parametrize(
-    ("fixed", "free", "verdict"), [(0.1, 0.02, HOLDS), (0.02, 0.1, NOT), (0.05, 0.05, NOT)]
-)
+@pytest.mark.parametrize(("fixed", "free", "verdict"), [(0.1, 0.02, HOLDS), (0.02, 0.1, NOT), (0.05, 0.05, NOT)])
 def test_what_matters_most(results, fixed, free, verdict):
     put(results, "MKV", dict.fromkeys(study.BUDGETS, 0.1))
     put(results, "fixed rank", dict.fromkeys(study.BUDGETS, 0.1 + fixed))
@@ -91,18 +87,16 @@ def test_what_matters_most(results, fixed, free, verdict):
 
 @pytest.mark.parametrize(
     ("gaps", "verdict"),  # at 100, 75 and 25 %: what is lost without orthogonality
-    [
-        ((0.02, 0.02, 0.01), HOLDS),
-        ((0.02, 0.02, 0.03), PARTLY),
-        ((0.0, 0.02, 0.01), PARTLY),
-        ((0.0, -0.01, 0.0), NOT),
-    ],
+    [((0.02, 0.02, 0.01), HOLDS), ((0.02, 0.02, 0.03), PARTLY), ((0.0, 0.02, 0.01), PARTLY), ((0.0, -0.01, 0.0), NOT)],
 )
 def test_where_orthogonality_matters(results, gaps, verdict):
     budgets = (study.FULL, 0.75, 0.25)
     put(results, "MKV", {study.FULL: 0.0} | dict.fromkeys(study.BUDGETS, 0.1))
-    put(results, "unconstrained", {b: 0.1 * (b < 1) + gap for b, gap in zip(budgets, gaps, strict=True)}
-        | {0.5: 0.1, 0.375: 0.1})  # fmt: skip
+    put(
+        results,
+        "unconstrained",
+        {b: 0.1 * (b < 1) + gap for b, gap in zip(budgets, gaps, strict=True)} | {0.5: 0.1, 0.375: 0.1},
+    )
     assert rule(results, "mkv-orthogonal").verdict is verdict
 
 
@@ -159,9 +153,7 @@ def test_it_runs_and_takes_up_where_it_was(tmp_path: Path):
     first = study.run(out, "quick")
     assert first.header["rule"] is None and not first.claims
     for arm in ("MKV", "PCA"):
-        assert first.values(arm, study._condition(study.FULL), 1, metric="divergence")[""] == pytest.approx(
-            0, abs=1e-6
-        )
+        assert first.values(arm, study._condition(study.FULL), 1, metric="divergence")[""] == pytest.approx(0, abs=1e-6)
     assert first.values("trained", "wikipedia smollm2 100.0%", metric="divergence")[""] < 0.01
     records = list(first.records())
     assert list(study.run(out, "quick").records()) == records
@@ -180,7 +172,5 @@ def test_fitted_policies_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 def test_the_stored_verdicts_follow_from_the_stored_records():
     recorded = Results.load(data_path("results", "matryoshka_kv.json"))
-    assert recorded.claims, (
-        "the study is not finished: `refimpl study matryoshka_kv` goes on where it stopped"
-    )
+    assert recorded.claims, "the study is not finished: `refimpl study matryoshka_kv` goes on where it stopped"
     assert recorded.claims == judge(recorded, study.CLAIMS)

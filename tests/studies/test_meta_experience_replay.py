@@ -14,12 +14,7 @@ from refimpl.lab.ledger import Outcome, Verdict, judge
 from refimpl.lab.records import Record, Results
 from refimpl.studies import meta_experience_replay as study
 
-HOLDS, PARTLY, NOT, CANNOT = (
-    Verdict.HOLDS,
-    Verdict.PARTLY,
-    Verdict.DOES_NOT_HOLD,
-    Verdict.CANNOT_BE_TESTED,
-)
+HOLDS, PARTLY, NOT, CANNOT = (Verdict.HOLDS, Verdict.PARTLY, Verdict.DOES_NOT_HOLD, Verdict.CANNOT_BE_TESTED)
 SPREAD = 0.002 * np.array([1.0, -1.0, 0.5, -0.5, 0.0])
 
 
@@ -31,9 +26,7 @@ def results() -> Results:
 def put(results: Results, metric: str, **values: float) -> None:
     """One value for each arm (names with _ for a space); seeds scatter a little, every arm in a way of its own."""
     for shift, (name, value) in enumerate(values.items()):
-        arm = {"quarter": "replay 25%", "half": "replay 50%", "quarter_slower": "replay 25% slower"}.get(
-            name, name
-        )
+        arm = {"quarter": "replay 25%", "half": "replay 50%", "quarter_slower": "replay 25% slower"}.get(name, name)
         for seed, change in zip(study.SEEDS, np.roll(SPREAD, shift), strict=True):
             results.add(Record(study.SLUG, arm, study.CHAIN, seed, "", metric, value + float(change)))
 
@@ -44,16 +37,13 @@ def rule(results: Results, identity: str) -> Outcome:
 
 
 @pytest.mark.parametrize(
-    ("quarter", "half", "verdict"),
-    [(0.05, 0.03, HOLDS), (0.05, 0.21, PARTLY), (0.2, 0.2, NOT), (0.3, 0.25, NOT)],
+    ("quarter", "half", "verdict"), [(0.05, 0.03, HOLDS), (0.05, 0.21, PARTLY), (0.2, 0.2, NOT), (0.3, 0.25, NOT)]
 )
 def test_replay(results: Results, quarter: float, half: float, verdict: Verdict):
     put(results, "forgetting", sequential=0.2, quarter=quarter, half=half)
     outcome = rule(results, "mer-replay")
     assert outcome.verdict is verdict
-    assert outcome.estimate == pytest.approx(
-        max(quarter, half) - 0.2, abs=0.003
-    )  # the least favourable is shown
+    assert outcome.estimate == pytest.approx(max(quarter, half) - 0.2, abs=0.003)  # the least favourable is shown
 
 
 @pytest.mark.parametrize(
@@ -66,17 +56,14 @@ def test_replay(results: Results, quarter: float, half: float, verdict: Verdict)
         (0.1, 0.02, 17.0, CANNOT),
     ],
 )
-def test_reptile_against_steps_as_short(
-    results: Results, reptile: float, mer: float, far: float, verdict: Verdict
-):
+def test_reptile_against_steps_as_short(results: Results, reptile: float, mer: float, far: float, verdict: Verdict):
     put(results, "forgetting", Reptile=reptile, slower=0.15, MER=mer, quarter_slower=0.05)
     put(results, "displacement", Reptile=20.0, slower=20.0, MER=20.0, quarter_slower=far)
     assert rule(results, "mer-reptile").verdict is verdict
 
 
 @pytest.mark.parametrize(
-    ("reptile", "mer", "verdict"),
-    [(0.3, 0.4, HOLDS), (0.3, 0.2, PARTLY), (0.2, 0.4, PARTLY), (0.2, 0.3, NOT)],
+    ("reptile", "mer", "verdict"), [(0.3, 0.4, HOLDS), (0.3, 0.2, PARTLY), (0.2, 0.4, PARTLY), (0.2, 0.3, NOT)]
 )
 def test_alignment(results: Results, reptile: float, mer: float, verdict: Verdict):
     put(results, "alignment", Reptile=reptile, slower=0.2, MER=mer, quarter_slower=0.3)
@@ -174,7 +161,5 @@ def test_it_runs_and_takes_up_where_it_was(tmp_path: Path):
 
 def test_the_stored_verdicts_follow_from_the_stored_records():
     recorded = Results.load(data_path("results", "meta_experience_replay.json"))
-    assert recorded.claims, (
-        "the study is not finished: `refimpl study meta_experience_replay` goes on where it stopped"
-    )
+    assert recorded.claims, "the study is not finished: `refimpl study meta_experience_replay` goes on where it stopped"
     assert recorded.claims == judge(recorded, study.CLAIMS)

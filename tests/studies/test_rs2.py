@@ -23,9 +23,7 @@ def results() -> Results:
     return Results("rs2.json", {"paper": study.SLUG})
 
 
-def put(
-    results: Results, name: str, r: float, value: float, metric: str = "accuracy", spread: float = 0.001
-) -> None:
+def put(results: Results, name: str, r: float, value: float, metric: str = "accuracy", spread: float = 0.001) -> None:
     """An arm whose seeds scatter a little around a value; every arm in a way of its own."""
     arm = study.Arm(name, study.MNIST, r)
     scatter = spread * np.roll(SPREAD, len(name))
@@ -74,8 +72,7 @@ def test_no_better_than_any_fixed_subset(results):
 
 
 @pytest.mark.parametrize(
-    ("gaps", "verdict"),
-    [((0.0, 0.003, -0.003), HOLDS), ((0.0, 0.0, 0.02), PARTLY), ((-0.02, 0.02, 0.03), NOT)],
+    ("gaps", "verdict"), [((0.0, 0.003, -0.003), HOLDS), ((0.0, 0.0, 0.02), PARTLY), ((-0.02, 0.02, 0.03), NOT)]
 )
 def test_tie_with_short_training(results, gaps, verdict):
     for r, gap in zip(study.SMALL, gaps, strict=True):
@@ -94,8 +91,7 @@ def test_a_tie_that_could_not_be_seen_is_none(results):
 
 
 @pytest.mark.parametrize(
-    ("half", "tenth", "verdict"),
-    [(0.002, 0.05, HOLDS), (0.002, 0.004, PARTLY), (0.03, 0.2, PARTLY), (0.03, 0.05, NOT)],
+    ("half", "tenth", "verdict"), [(0.002, 0.05, HOLDS), (0.002, 0.004, PARTLY), (0.03, 0.2, PARTLY), (0.03, 0.05, NOT)]
 )
 def test_the_gap_at_one_half(results, half, tenth, verdict):
     for r, gap in ((0.5, half), (0.1, tenth)):
@@ -106,9 +102,7 @@ def test_the_gap_at_one_half(results, half, tenth, verdict):
     assert outcome.verdict is verdict and "fixed el2n" in outcome.control
 
 
-@pytest.mark.parametrize(
-    ("gains", "verdict"), [((-0.1, -0.1), HOLDS), ((-0.1, 0.05), PARTLY), ((0.0, 0.0), NOT)]
-)
+@pytest.mark.parametrize(("gains", "verdict"), [((-0.1, -0.1), HOLDS), ((-0.1, 0.05), PARTLY), ((0.0, 0.0), NOT)])
 def test_hard_examples(results, gains, verdict):
     for r in study.SMALL[:2]:
         put(results, "fixed random", r, 0.8)
@@ -117,9 +111,7 @@ def test_hard_examples(results, gains, verdict):
     assert rule(results, "rs2-hard-loses").verdict is verdict
 
 
-@pytest.mark.parametrize(
-    ("seconds", "reached", "verdict"), [(2, 1, HOLDS), (7, 1, PARTLY), (12, 1, NOT), (2, 0, NOT)]
-)
+@pytest.mark.parametrize(("seconds", "reached", "verdict"), [(2, 1, HOLDS), (7, 1, PARTLY), (12, 1, NOT), (2, 0, NOT)])
 def test_time_to_95_against_full_data(results, seconds, reached, verdict):
     put_time(results, study.OURS, 0.1, seconds, reached=reached)
     put_time(results, study.FULL, 1.0, 10.0)

@@ -16,12 +16,7 @@ from refimpl.lab.ledger import Outcome, Verdict, judge
 from refimpl.lab.records import Record, Results
 from refimpl.studies import smollm2 as study
 
-HOLDS, PARTLY, NOT, CANNOT = (
-    Verdict.HOLDS,
-    Verdict.PARTLY,
-    Verdict.DOES_NOT_HOLD,
-    Verdict.CANNOT_BE_TESTED,
-)
+HOLDS, PARTLY, NOT, CANNOT = (Verdict.HOLDS, Verdict.PARTLY, Verdict.DOES_NOT_HOLD, Verdict.CANNOT_BE_TESTED)
 MERGED, CONTROL = "MER 25 %, 10 x rate", "replay 25 %, 3 x rate"
 
 
@@ -46,8 +41,7 @@ def rule(results: Results, identity: str) -> Outcome:
 
 
 @pytest.mark.parametrize(
-    ("without", "with_replay", "verdict"),
-    [(1.2, 1.1, HOLDS), (1.2, 1.21, NOT), (1.2, 1.3, NOT), (0.9, 0.8, CANNOT)],
+    ("without", "with_replay", "verdict"), [(1.2, 1.1, HOLDS), (1.2, 1.21, NOT), (1.2, 1.3, NOT), (0.9, 0.8, CANNOT)]
 )
 def test_replay(results, without, with_replay, verdict):
     put(results, study.BEFORE, study.BEFORE, {study.OLD: 1.0})
@@ -81,8 +75,7 @@ def test_weights(results, linupper, quadratic, verdict):
 
 
 @pytest.mark.parametrize(
-    ("fixed", "verdict"),
-    [((1.1, 1.1, 1.1), HOLDS), ((1.1, 0.99, 1.1), PARTLY), ((0.9, 0.9, 0.9), NOT)],
+    ("fixed", "verdict"), [((1.1, 1.1, 1.1), HOLDS), ((1.1, 0.99, 1.1), PARTLY), ((0.9, 0.9, 0.9), NOT)]
 )
 def test_subsets(results, fixed, verdict):
     names = ("fixed random", "fixed highest loss", "fixed lowest loss")

@@ -41,10 +41,7 @@ def agreeing() -> Results:
 
 
 def change(results: Results, arm: str, task: str, metric: str, right: int, ids=IDS) -> None:
-    results._series[arm, f"task {task}", 0, metric] = (
-        None,
-        {item: float(k < right) for k, item in enumerate(ids)},
-    )
+    results._series[arm, f"task {task}", 0, metric] = (None, {item: float(k < right) for k, item in enumerate(ids)})
 
 
 def test_one_order_holds(agreeing: Results) -> None:

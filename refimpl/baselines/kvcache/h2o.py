@@ -49,11 +49,7 @@ class H2OLayer(KVLayer):
         self.parts["mass"] = self.parts["mass"] + mass
 
     def room(self) -> int:
-        return (
-            1
-            if self.capacity is None or not self.parts
-            else max(1, self.capacity - self.parts["keys"].shape[2])
-        )
+        return 1 if self.capacity is None or not self.parts else max(1, self.capacity - self.parts["keys"].shape[2])
 
     def settle(self, new: New, mass: Tensor | None) -> None:
         self.observe(new, mass)
@@ -64,9 +60,7 @@ class H2OLayer(KVLayer):
         if self.capacity is None or count <= self.capacity:
             return
         older = count - self.recent
-        best = (
-            self.parts["mass"][..., :older].topk(self.capacity - self.recent, dim=-1).indices.sort(-1).values
-        )
+        best = self.parts["mass"][..., :older].topk(self.capacity - self.recent, dim=-1).indices.sort(-1).values
         newest = torch.arange(older, count, device=best.device).expand(*best.shape[:2], -1)
         kept = torch.cat([best, newest], -1)  # [B, H, capacity]
         # whole rows of a flat tensor: several times faster than gathering number by number

@@ -68,9 +68,7 @@ class Quantised(Segment):
         bits, group, value_group: as in `KIVI`.
     """
 
-    def __init__(
-        self, parts: dict[str, Tensor], index: range, bits: int, group: int, value_group: int
-    ) -> None:
+    def __init__(self, parts: dict[str, Tensor], index: range, bits: int, group: int, value_group: int) -> None:
         self.parts, self.index = parts, index
         self.bits, self.group, self.value_group = bits, group, value_group
 
@@ -112,9 +110,7 @@ class Quantised(Segment):
     @cached_property
     def values(self) -> Tensor:
         p = self.parts
-        codes = unpack_bits(
-            p["value_codes"], self.bits, self.value_group
-        )  # [B, H, n, d / value_group, value_group]
+        codes = unpack_bits(p["value_codes"], self.bits, self.value_group)  # [B, H, n, d / value_group, value_group]
         return (codes * p["value_step"].float() + p["value_least"].float()).flatten(-2)
 
 
@@ -190,9 +186,7 @@ class KIVI(Policy):
             raise OptionError(f"window={self.window}: use 0 or more tokens")
         for name in ("group", "value_group"):
             if getattr(self, name) < 8 or getattr(self, name) % 8:
-                raise OptionError(
-                    f"{name}={getattr(self, name)}: use a multiple of 8, so that codes fill bytes"
-                )
+                raise OptionError(f"{name}={getattr(self, name)}: use a multiple of 8, so that codes fill bytes")
 
     def layer(self, shape: LayerShape, streamed: bool) -> KIVILayer:
         if gcd(self.value_group, shape.head_dim) % 8:

@@ -106,8 +106,11 @@ class SnapKVLayer(ObservingLayer):
         best = votes.topk(self.capacity - len(slots), dim=-1).indices.sort(-1).values
         index = best.unsqueeze(-1).expand(-1, -1, -1, self.parts["keys"].shape[-1])
         keys, values = self.drop(older)
-        self.parts |= {"kept_keys": keys.gather(2, index), "kept_values": values.gather(2, index),
-                       "kept_slots": best.int()}  # fmt: skip
+        self.parts |= {
+            "kept_keys": keys.gather(2, index),
+            "kept_values": values.gather(2, index),
+            "kept_slots": best.int(),
+        }
 
 
 @dataclass(frozen=True)
@@ -136,9 +139,7 @@ class SnapKV(Policy):
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise OptionError(f"kernel={self.kernel}: use an odd number")
         if self.capacity is not None and self.capacity <= self.window:
-            raise OptionError(
-                f"capacity={self.capacity}: use more than the window={self.window}, or None for all"
-            )
+            raise OptionError(f"capacity={self.capacity}: use more than the window={self.window}, or None for all")
 
     def layer(self, shape: LayerShape, streamed: bool) -> SnapKVLayer:
         return SnapKVLayer(self, shape)

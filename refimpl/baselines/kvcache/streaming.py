@@ -33,9 +33,7 @@ class Sinks(Dense):
         rotary: of the layer.
     """
 
-    def __init__(
-        self, keys: Tensor, values: Tensor, index: Tensor, after: Tensor, reach: int, rotary: Rotary
-    ) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, index: Tensor, after: Tensor, reach: int, rotary: Rotary) -> None:
         super().__init__(keys, values, index)
         self.after, self.reach, self.rotary = after, reach, rotary
 
@@ -80,9 +78,7 @@ class StreamingLayer(TailLayer):
             valid = torch.ones(rows, count, dtype=torch.bool, device=device)
         had = (self.parts["sink_slots"] >= 0).sum(-1)  # [B, 1]
         rank = had + valid.long().cumsum(-1) - 1
-        match = (
-            rank.unsqueeze(1) == torch.arange(self.sinks, device=device).view(1, -1, 1)
-        ) & valid.unsqueeze(1)
+        match = (rank.unsqueeze(1) == torch.arange(self.sinks, device=device).view(1, -1, 1)) & valid.unsqueeze(1)
         found, place = match.any(-1), match.long().argmax(-1)  # [B, s]
         for name, states in (("sink_keys", new.keys), ("sink_values", new.values)):
             taken = states.gather(2, place[:, None, :, None].expand(-1, heads, -1, dim))
@@ -96,10 +92,7 @@ class StreamingLayer(TailLayer):
         if not self.sinks or self.seen <= self.window:
             return [tail]
         after = p["sink_slots"][:, 0].amax(-1) + 1
-        return [
-            Sinks(p["sink_keys"], p["sink_values"], p["sink_slots"], after, self.window, self.rotary),
-            tail,
-        ]
+        return [Sinks(p["sink_keys"], p["sink_values"], p["sink_slots"], after, self.window, self.rotary), tail]
 
     def room(self) -> int:
         return max(self.window, 64)  # the result is the same for any number; this one bounds time and memory

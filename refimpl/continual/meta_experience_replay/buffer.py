@@ -219,9 +219,7 @@ class ReplayBuffer:
             size = min(seen, self.capacity)
         if count > 0 and not size:
             raise OptionError(f"count={count}: the buffer is empty; add rows before drawing any")
-        places = (random_numbers(self.seed, 1 + draw, np.arange(count)) % np.uint64(max(1, size))).astype(
-            np.int64
-        )
+        places = (random_numbers(self.seed, 1 + draw, np.arange(count)) % np.uint64(max(1, size))).astype(np.int64)
         rows, slots = self._rows[places], self._slots[places]
         for place, row, check in zip(places, rows, slots["check"], strict=True):
             if zlib.crc32(row.tobytes()) != check:

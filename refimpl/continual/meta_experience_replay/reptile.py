@@ -106,9 +106,7 @@ class Reptile:
         options = self
 
         class MergeCallback(TrainerCallback):
-            def on_train_begin(
-                self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
-            ) -> None:
+            def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
                 self.merges = options.attach(model)
 
             def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:

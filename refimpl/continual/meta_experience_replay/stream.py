@@ -205,9 +205,7 @@ def _check(number: int, stage: Stage, buffer: ReplayBuffer) -> None:
             "pass a map-style data set (a Hugging Face stream: take rows of it with .take and a list)"
         ) from error
     if length < 1 or stage.steps < 1:
-        raise OptionError(
-            f"stages[{number}] has {length} rows and {stage.steps} steps; use 1 or more of both"
-        )
+        raise OptionError(f"stages[{number}] has {length} rows and {stage.steps} steps; use 1 or more of both")
     shape = tuple(_take(stage.rows, [0]).shape[1:])
     if shape != buffer.row:
         raise OptionError(

@@ -14,7 +14,25 @@ from refimpl.core.cache.policy import LayerShape, Policy, check_rank
 from refimpl.core.cache.rope import Rotary, rotate, unrotate
 
 __all__ = [
-    "NAME", "ByContent", "CompressedCache", "Dense", "KVLayer", "LayerShape", "Mask", "New", "Policy", "Rotary",
-    "Segment", "TailLayer", "WindowLayer", "attend", "cache_argument", "check_rank", "fingerprint", "prefill", "rotate",
-    "unrotate", "weights",
-]  # fmt: skip
+    "NAME",
+    "ByContent",
+    "CompressedCache",
+    "Dense",
+    "KVLayer",
+    "LayerShape",
+    "Mask",
+    "New",
+    "Policy",
+    "Rotary",
+    "Segment",
+    "TailLayer",
+    "WindowLayer",
+    "attend",
+    "cache_argument",
+    "check_rank",
+    "fingerprint",
+    "prefill",
+    "rotate",
+    "unrotate",
+    "weights",
+]

@@ -24,9 +24,7 @@ if TYPE_CHECKING:
     from refimpl.core.cache.layer import KVLayer
 
 NAME = "refimpl"
-SCORES = (
-    1 << 22
-)  # attention scores held at once (16 MB in fp32; 64 take twice as long); more queries take turns
+SCORES = 1 << 22  # attention scores held at once (16 MB in fp32; 64 take twice as long); more queries take turns
 
 
 class Mask:
@@ -51,8 +49,16 @@ class Mask:
             padding: False for padding, bool [rows, slots]; None if there is none.
             device: of the tensors.
         """
-        return cls(batch_size=rows, q_length=len(queries), kv_length=queries.stop, q_offset=queries.start, kv_offset=0,
-                   mask_function=causal_mask_function, attention_mask=padding, device=device)  # fmt: skip
+        return cls(
+            batch_size=rows,
+            q_length=len(queries),
+            kv_length=queries.stop,
+            q_offset=queries.start,
+            kv_offset=0,
+            mask_function=causal_mask_function,
+            attention_mask=padding,
+            device=device,
+        )
 
     @cached_property
     def tensor(self) -> Tensor | None:
@@ -215,19 +221,12 @@ class Dense(Segment):
         index, window: see `Segment`.
     """
 
-    def __init__(
-        self, keys: Tensor, values: Tensor, index: range | Tensor, window: int | None = None
-    ) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, index: range | Tensor, window: int | None = None) -> None:
         self.keys, self.values, self.index, self.window = keys, values, index, window
 
 
 def weights(
-    query: Tensor,
-    segments: Sequence[Segment],
-    mask: Mask,
-    slots: range,
-    scaling: float,
-    softcap: float | None,
+    query: Tensor, segments: Sequence[Segment], mask: Mask, slots: range, scaling: float, softcap: float | None
 ) -> Tensor:
     """Attention weights of some queries over all entries, fp32 [B, H, G, Q, n].
 
@@ -323,8 +322,16 @@ def mask_rule(
         >>> rule.block(range(2), range(2)).flatten().tolist()
         [True, False, True, True]
     """
-    return Mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
-                attention_mask=attention_mask, device=device, **rule)  # fmt: skip
+    return Mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        attention_mask=attention_mask,
+        device=device,
+        **rule,
+    )
 
 
 def attention(
@@ -355,9 +362,7 @@ def attention(
             raise OptionError(
                 "attention_mask: a compressed cache takes the two-dimensional mask of padding, not a prepared one"
             )
-        return key.layer.attend(module, query, attention_mask, scale, softcap).transpose(
-            1, 2
-        ).contiguous(), None
+        return key.layer.attend(module, query, attention_mask, scale, softcap).transpose(1, 2).contiguous(), None
     assert isinstance(value, Tensor)
     if softcap is not None and isinstance(attention_mask, Mask):  # "sdpa" cannot
         stop = attention_mask.keys

@@ -231,9 +231,7 @@ def read_told(
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"path={str(path)!r} cannot be read ({error}); save the {what} again"
-        ) from error
+        raise CheckpointError(f"path={str(path)!r} cannot be read ({error}); save the {what} again") from error
     if key not in metadata:
         raise CheckpointError(f"path={str(path)!r} is no {what} written by refimpl")
     return json.loads(metadata[key]), tensors

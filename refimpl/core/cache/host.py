@@ -32,9 +32,7 @@ if TYPE_CHECKING:
 _HOOKED = "_refimpl_cache_hook"
 # transformers 5.24 renamed the argument, and warns at every use of the old name
 ARGUMENT = (
-    "cache"
-    if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters
-    else "past_key_values"
+    "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
 )
 _ABOUT, _FORMAT = "refimpl-cache", 2
 
@@ -99,11 +97,7 @@ class CompressedCache(Cache):
                 f"prefill={prefill!r}: {type(policy).__name__} can do {' or '.join(map(repr, policy.prefills))}"
             )
         self.streamed = mode == "streamed"
-        shapes = {
-            index: self._shape(model, index)
-            for index in range(len(stock))
-            if type(stock[index]) is DynamicLayer
-        }
+        shapes = {index: self._shape(model, index) for index in range(len(stock)) if type(stock[index]) is DynamicLayer}
         self.policy = _fitted(policy, list(shapes.values()), budget, bytes_per_token, length)
         layers = [
             self.policy.layer(shapes[index], self.streamed) if index in shapes else layer
@@ -113,9 +107,7 @@ class CompressedCache(Cache):
             model.set_attn_implementation(NAME)
         for module in _attention_modules(model):
             if not hasattr(module, _HOOKED):
-                setattr(
-                    module, _HOOKED, module.register_forward_pre_hook(_before_attention, with_kwargs=True)
-                )
+                setattr(module, _HOOKED, module.register_forward_pre_hook(_before_attention, with_kwargs=True))
         super().__init__(layers=layers)
 
     @staticmethod
@@ -126,8 +118,15 @@ class CompressedCache(Cache):
         query_heads = config.num_attention_heads
         heads = getattr(config, "num_key_value_heads", None) or query_heads
         head_dim = getattr(module, "head_dim", None) or config.hidden_size // query_heads
-        return LayerShape(index, module, heads, query_heads // heads, head_dim, model.dtype,
-                          find_rotary(model, types[index] if types else None))  # fmt: skip
+        return LayerShape(
+            index,
+            module,
+            heads,
+            query_heads // heads,
+            head_dim,
+            model.dtype,
+            find_rotary(model, types[index] if types else None),
+        )
 
     # -- the life of a cache ---------------------------------------------------------------------------------------
 
@@ -248,15 +247,17 @@ class CompressedCache(Cache):
             parts, counts = _layer_state(layer)
             numbers.append(counts)
             # entries cut out of longer tensors, or shared by two names, must stand alone in a file
-            tensors |= {f"{index}.{name}": tensor.detach().clone(memory_format=torch.contiguous_format)
-                        for name, tensor in parts.items()}  # fmt: skip
+            tensors |= {
+                f"{index}.{name}": tensor.detach().clone(memory_format=torch.contiguous_format)
+                for name, tensor in parts.items()
+            }
         about = {
             "format": _FORMAT,
             "model": fingerprint(model),
             "streamed": self.streamed,
             "policy": describe(self.policy),
             "numbers": numbers,
-        }  # fmt: skip
+        }
         with atomic_write(path) as temporary:
             save_file(tensors, temporary, {_ABOUT: json.dumps(about)})
 
@@ -274,17 +275,13 @@ class CompressedCache(Cache):
         """
         about, tensors = read_told(path, _ABOUT, "cache", model.device)
         if about["format"] != _FORMAT:
-            raise CheckpointError(
-                f"path={str(path)!r}: format {about['format']} needs another version of refimpl"
-            )
+            raise CheckpointError(f"path={str(path)!r}: format {about['format']} needs another version of refimpl")
         if about["model"] != fingerprint(model):
             raise CheckpointError(
                 f"path={str(path)!r} is the cache of another model (or of this one with other weights or another "
                 "dtype); prepare it again with this model"
             )
-        cache = cls(
-            model, policy_from(about["policy"], policy), prefill="streamed" if about["streamed"] else "exact"
-        )
+        cache = cls(model, policy_from(about["policy"], policy), prefill="streamed" if about["streamed"] else "exact")
         for index, (layer, numbers) in enumerate(zip(cache.layers, about["numbers"], strict=True)):
             start = f"{index}."
             parts = {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}
@@ -293,11 +290,7 @@ class CompressedCache(Cache):
 
 
 def _fitted(
-    policy: Policy,
-    shapes: list[LayerShape],
-    budget: float | None,
-    bytes_per_token: float | None,
-    length: int | None,
+    policy: Policy, shapes: list[LayerShape], budget: float | None, bytes_per_token: float | None, length: int | None
 ) -> Policy:
     if budget is None and bytes_per_token is None:
         return policy
@@ -323,9 +316,7 @@ def _layer_state(layer: Any) -> tuple[dict[str, Tensor], dict[str, int]]:
     return parts, {"cumulative_length": layer.cumulative_length}
 
 
-def _set_layer_state(
-    layer: Any, parts: dict[str, Tensor], numbers: dict[str, int], model: PreTrainedModel
-) -> None:
+def _set_layer_state(layer: Any, parts: dict[str, Tensor], numbers: dict[str, int], model: PreTrainedModel) -> None:
     if isinstance(layer, KVLayer):
         layer.set_state((parts, numbers))
         layer.dtype, layer.device, layer.is_initialized = model.dtype, model.device, bool(parts)

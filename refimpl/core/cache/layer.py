@@ -58,9 +58,15 @@ class New:
         if (first, last) == (0, len(self.slots)):
             return self
         rotation = self.rotation and (self.rotation[0][:, first:last], self.rotation[1][:, first:last])
-        return replace(self, query=self.query[:, :, first:last], keys=self.keys[:, :, first:last],
-                       values=self.values[:, :, first:last], hidden=self.hidden[:, first:last], rotation=rotation,
-                       slots=self.slots[first:last])  # fmt: skip
+        return replace(
+            self,
+            query=self.query[:, :, first:last],
+            keys=self.keys[:, :, first:last],
+            values=self.values[:, :, first:last],
+            hidden=self.hidden[:, first:last],
+            rotation=rotation,
+            slots=self.slots[first:last],
+        )
 
     @property
     def valid(self) -> Tensor | None:
@@ -162,11 +168,19 @@ class KVLayer(CacheLayerMixin, abc.ABC):
         """Take in what `update` brought and attend to it: [B, Hq, N, d]."""
         (_, hidden, rotation), (keys, values) = self._call, self._states
         self._call = self._states = None
-        new = New(module, query, keys, values, hidden, rotation, range(self.seen, self.seen + keys.shape[2]), mask,
-                  scaling, softcap)  # fmt: skip
-        decoded = self.streamed or (
-            not self.hold_open and (keys.shape[2] == 1 or (self.record_past and self.seen > 0))
+        new = New(
+            module,
+            query,
+            keys,
+            values,
+            hidden,
+            rotation,
+            range(self.seen, self.seen + keys.shape[2]),
+            mask,
+            scaling,
+            softcap,
         )
+        decoded = self.streamed or (not self.hold_open and (keys.shape[2] == 1 or (self.record_past and self.seen > 0)))
         if self.record_past:
             self._undo = self.state(), new, decoded
         return self._run(new, decoded)
@@ -197,16 +211,20 @@ class KVLayer(CacheLayerMixin, abc.ABC):
         segments = self.segments(new)
         whole = segments[0]
         if (
-            len(segments) == 1 and type(whole) is Dense and whole.window is None and not self.needs_mass
-            and isinstance(whole.index, range) and whole.index == range(new.mask.keys)
-            and new.slots == new.mask.queries and new.softcap is None
-        ):  # fmt: skip
+            len(segments) == 1
+            and type(whole) is Dense
+            and whole.window is None
+            and not self.needs_mass
+            and isinstance(whole.index, range)
+            and whole.index == range(new.mask.keys)
+            and new.slots == new.mask.queries
+            and new.softcap is None
+        ):
             if len(new.slots) == 1:
                 return single(new.query, whole.keys, whole.values, new.mask, new.scaling), None
             out, _ = plain(new.module, new.query, whole.keys, whole.values, new.mask, new.scaling)
             return out.transpose(1, 2), None
-        return attend(new.query, segments, new.mask, new.slots, new.scaling, new.softcap, self.heads,
-                      self.needs_mass)  # fmt: skip
+        return attend(new.query, segments, new.mask, new.slots, new.scaling, new.softcap, self.heads, self.needs_mass)
 
     def finish(self) -> None:
         """End an open prompt."""
@@ -381,9 +399,7 @@ class WindowLayer(TailLayer):
         valid = new.valid
         if valid is not None or "valid" in self.parts:  # once padded, always: the tail is short
             rows, _, count, _ = new.keys.shape
-            ones = torch.ones(
-                rows, 1, self.seen - self.start + count, dtype=torch.bool, device=new.keys.device
-            )
+            ones = torch.ones(rows, 1, self.seen - self.start + count, dtype=torch.bool, device=new.keys.device)
             if "valid" not in self.parts:
                 self.parts["valid"] = ones[:, :, count:]
             self.extend(valid=ones[:, :, :count] if valid is None else valid.unsqueeze(1))

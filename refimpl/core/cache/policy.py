@@ -219,8 +219,9 @@ class Policy(ByContent, abc.ABC):
         about = {"format": _FORMAT} | describe(self, tensors)
         with atomic_write(path) as temporary:
             # a tensor cut out of another one must stand alone in a file
-            save_file({name: tensor.clone() for name, tensor in tensors.items()}, temporary,
-                      {_ABOUT: json.dumps(about)})  # fmt: skip
+            save_file(
+                {name: tensor.clone() for name, tensor in tensors.items()}, temporary, {_ABOUT: json.dumps(about)}
+            )
 
     @classmethod
     def load(cls: type[P], path: str | Path, device: torch.device | str = "cpu") -> P:
@@ -235,9 +236,7 @@ class Policy(ByContent, abc.ABC):
         """
         about, tensors = read_told(path, _ABOUT, "policy", device)
         if about["format"] != _FORMAT:
-            raise CheckpointError(
-                f"path={str(path)!r}: format {about['format']} needs another version of refimpl"
-            )
+            raise CheckpointError(f"path={str(path)!r}: format {about['format']} needs another version of refimpl")
         policy = rebuild(about, tensors)
         if not isinstance(policy, cls):
             raise CheckpointError(f"path={str(path)!r} holds a {about['kind']}, not a {cls.__name__}")
@@ -262,8 +261,11 @@ def policy_from(description: dict[str, Any], given: Policy | None) -> Policy:
     if given is not None:
         found = describe(given)
         if found != description:
-            names = [name for name in found["config"] | description["config"]
-                     if found["config"].get(name) != description["config"].get(name)]  # fmt: skip
+            names = [
+                name
+                for name in found["config"] | description["config"]
+                if found["config"].get(name) != description["config"].get(name)
+            ]
             raise CheckpointError(
                 f"policy={given!r} is not the one this cache was made with: "
                 + (f"another {', '.join(names)}" if found["kind"] == kind else f"a {kind} of {module}")

@@ -13,10 +13,7 @@ from refimpl.core.errors import OptionError
 
 # Layers ask for the turns of the same positions one after the other; they live as long as the tensor of positions does.
 _TURNS: Any = WeakTensorKeyDictionary()
-_MOVING = {
-    "dynamic",
-    "longrope",
-}  # their frequencies change with the length: a key cannot be turned again later
+_MOVING = {"dynamic", "longrope"}  # their frequencies change with the length: a key cannot be turned again later
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

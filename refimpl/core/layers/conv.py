@@ -124,9 +124,7 @@ class Geometry:
         """
         assert self.groups == 1
         x = self._padded(x)
-        for axis, (size, stride, dilation) in enumerate(
-            zip(self.kernel, self.stride, self.dilation, strict=True)
-        ):
+        for axis, (size, stride, dilation) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True)):
             x = x.unfold(2 + axis, dilation * (size - 1) + 1, stride)
         down, right = self.dilation
         # [n, channels, positions down and right, kernel height, kernel width], still a view
@@ -149,8 +147,18 @@ class Geometry:
         assert (left, top) == (right, bottom) or self.stride == (1, 1)  # torch pads unevenly only for "same"
         padding: Any = (top, left) if (left, top) == (right, bottom) else "same"
         mode: Any = self.padding_mode
-        return nn.Conv2d(self.in_channels, out_channels, self.kernel, self.stride, padding, self.dilation, self.groups,
-                         bias=False, padding_mode=mode, device="meta")  # fmt: skip
+        return nn.Conv2d(
+            self.in_channels,
+            out_channels,
+            self.kernel,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            bias=False,
+            padding_mode=mode,
+            device="meta",
+        )
 
     def pointwise(self, channels: int) -> Geometry:
         """A 1 x 1 convolution of that many channels: what follows this one in a product of factors.

@@ -142,8 +142,6 @@ class CompensatedLinear(CompressedLayer):
         return {"type": "CompensatedLinear", "base": self.base.config(), "adapter": self.adapter.config()}
 
     @classmethod
-    def empty(
-        cls, config: dict[str, Any], dtype: torch.dtype, device: torch.device | str
-    ) -> CompensatedLinear:
+    def empty(cls, config: dict[str, Any], dtype: torch.dtype, device: torch.device | str) -> CompensatedLinear:
         parts = (empty_layer(config[name], dtype, device) for name in ("base", "adapter"))
         return cls(*parts)  # type: ignore[arg-type]

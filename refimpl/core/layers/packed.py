@@ -33,9 +33,7 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
         return None
     kept, _, of = pattern.partition(":")
     if not (kept.isdigit() and of.isdigit() and of in ("4", "8") and 0 < int(kept) < int(of)):
-        raise OptionError(
-            f"pattern={pattern!r}: use 'n:4' or 'n:8' with 0 < n < m (as '2:4'), or 'unstructured'"
-        )
+        raise OptionError(f"pattern={pattern!r}: use 'n:4' or 'n:8' with 0 < n < m (as '2:4'), or 'unstructured'")
     return int(kept), int(of)
 
 
@@ -93,9 +91,7 @@ class PackedLinear(CompressedLayer):
             else:
                 n, m = structure
                 # stable sort of "not kept" lists the kept positions of each group first, in order
-                position = (
-                    (~mask).unflatten(1, (-1, m)).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :n]
-                )
+                position = (~mask).unflatten(1, (-1, m)).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :n]
                 self.register_buffer("mask", pack_bits(position.flatten(1), 2 if m == 4 else 3))
                 kept = dense.unflatten(1, (-1, m)).gather(-1, position).flatten(1)
         self.nonzeros = kept.numel()
@@ -124,9 +120,7 @@ class PackedLinear(CompressedLayer):
         assert structure is not None
         n, m = structure
         groups = self.in_features // m
-        inside = (
-            unpack_bits(self.mask, 2 if m == 4 else 3, groups * n).to(torch.int64).unflatten(1, (groups, n))
-        )
+        inside = unpack_bits(self.mask, 2 if m == 4 else 3, groups * n).to(torch.int64).unflatten(1, (groups, n))
         return (inside + m * torch.arange(groups, device=inside.device)[:, None]).flatten(1)
 
     def nonzero_mask(self) -> Tensor | None:
@@ -157,9 +151,7 @@ class PackedLinear(CompressedLayer):
         elif self.pattern == "unstructured":
             mask = self.nonzero_mask()
             assert mask is not None
-            scattered = torch.zeros(shape, dtype=values.dtype, device=values.device).masked_scatter_(
-                mask, values
-            )
+            scattered = torch.zeros(shape, dtype=values.dtype, device=values.device).masked_scatter_(mask, values)
         else:
             scattered = torch.zeros(shape, dtype=values.dtype, device=values.device)
             scattered.scatter_(1, self._positions(), values)

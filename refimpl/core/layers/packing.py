@@ -51,9 +51,7 @@ def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
     if 8 % bits == 0:  # no code straddles a byte: spread each byte over a word, then read the word as bytes
         word = packed.contiguous().to(_SPREAD[bits])
         reach = 8 // bits // 2
-        while (
-            reach
-        ):  # code i from bit `bits * i` to bit `8 i`: the upper half of the codes, then of each half, ...
+        while reach:  # code i from bit `bits * i` to bit `8 i`: the upper half of the codes, then of each half, ...
             word |= word << (8 - bits) * reach
             reach //= 2
         word &= sum(mask << 8 * i for i in range(8 // bits))

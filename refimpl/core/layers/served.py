@@ -50,7 +50,7 @@ class ServedLinear(CompressedLayer):
 
     def __init__(
         self, planes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, bias: Tensor | None, dtype: torch.dtype
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.bits, self.dtype = bits, dtype
         self.in_features, self.out_features = planes.shape[0] * 32 // bits, planes.shape[1]
@@ -69,9 +69,7 @@ class ServedLinear(CompressedLayer):
         codes = unpack_bits(layer.values, layer.bits, layer.in_features)
         zero = None
         if not layer.symmetric:
-            zero = (
-                unpack_bits(layer.zero, layer.bits, layer.scale.numel()).view_as(layer.scale).T.contiguous()
-            )
+            zero = unpack_bits(layer.zero, layer.bits, layer.scale.numel()).view_as(layer.scale).T.contiguous()
         scale = layer.scale.T.contiguous()
         return cls(repack(codes, layer.bits), scale, zero, layer.bits, layer.bias, layer.dtype)
 
@@ -86,8 +84,14 @@ class ServedLinear(CompressedLayer):
         from refimpl.kernels.quant_matmul import unpack
 
         zero = None if self.zero is None else self.zero.T
-        return PackedLinear(codes=unpack(self.planes, self.bits), scale=self.scale.T, zero=zero, bits=self.bits,
-                            bias=self.bias, dtype=self.dtype)  # fmt: skip
+        return PackedLinear(
+            codes=unpack(self.planes, self.bits),
+            scale=self.scale.T,
+            zero=zero,
+            bits=self.bits,
+            bias=self.bias,
+            dtype=self.dtype,
+        )
 
     def to_dense(self) -> Tensor:
         from refimpl.kernels.quant_matmul import dequantise
@@ -182,9 +186,7 @@ class ServedCompensatedLinear(CompressedLayer):
 
         u = nn.functional.linear(x, self.A.to(x.dtype))
         base = self.base
-        return quant_lowrank_matmul(
-            x, u, base.planes, base.scale, base.zero, self.B.to(x.dtype), base.bias, base.bits
-        )
+        return quant_lowrank_matmul(x, u, base.planes, base.scale, base.zero, self.B.to(x.dtype), base.bias, base.bits)
 
     def parts(self) -> dict[str, int]:
         return self.base.parts() | {"adapter": self.A.nbytes + self.B.nbytes}
@@ -193,9 +195,7 @@ class ServedCompensatedLinear(CompressedLayer):
         return {"type": "ServedCompensatedLinear", "base": self.base.config(), "rank": self.rank}
 
     @classmethod
-    def empty(
-        cls, config: dict[str, Any], dtype: torch.dtype, device: torch.device | str
-    ) -> ServedCompensatedLinear:
+    def empty(cls, config: dict[str, Any], dtype: torch.dtype, device: torch.device | str) -> ServedCompensatedLinear:
         base = ServedLinear.empty(config["base"], dtype, device)
         factors = (
             torch.empty(config["rank"], width, dtype=dtype, device=device)
@@ -280,15 +280,11 @@ class ServedSparseLinear(CompressedLayer):
         }
 
     @classmethod
-    def empty(
-        cls, config: dict[str, Any], dtype: torch.dtype, device: torch.device | str
-    ) -> ServedSparseLinear:
+    def empty(cls, config: dict[str, Any], dtype: torch.dtype, device: torch.device | str) -> ServedSparseLinear:
         n_in, n_out = config["in_features"], config["out_features"]
         values = torch.empty(n_in // 2, n_out, dtype=dtype, device=device)
         positions = torch.empty(n_in // 32, n_out, dtype=torch.int32, device=device)
-        return cls(
-            values, positions, torch.empty(n_out, dtype=dtype, device=device) if config["bias"] else None
-        )
+        return cls(values, positions, torch.empty(n_out, dtype=dtype, device=device) if config["bias"] else None)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, 2:4 sparse"

@@ -36,6 +36,23 @@ from refimpl.lab.longtext.scoring import (
 )
 
 __all__ = [
-    "Answers", "Article", "Context", "Continued", "Factory", "Question", "Reading", "Target", "answer", "articles",
-    "batches", "by_position", "decode", "key_values", "passkeys", "read", "read_on", "second_turns", "variables",
-]  # fmt: skip
+    "Answers",
+    "Article",
+    "Context",
+    "Continued",
+    "Factory",
+    "Question",
+    "Reading",
+    "Target",
+    "answer",
+    "articles",
+    "batches",
+    "by_position",
+    "decode",
+    "key_values",
+    "passkeys",
+    "read",
+    "read_on",
+    "second_turns",
+    "variables",
+]

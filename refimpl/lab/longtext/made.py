@@ -75,9 +75,12 @@ class _Writer:
     def article(self, document: Document) -> tuple[list[int], list[int]]:
         """Tokens of an article, and the places where a sentence begins."""
         found = self.tokenizer(
-            document.text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True,
+            document.text,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_offsets_mapping=True,
             verbose=False,
-        )  # fmt: skip
+        )
         starts = [start for start, _ in found["offset_mapping"]]
         ends = (match.end() for match in re.finditer(r"[a-z0-9)\"][.!?](?=\s)", document.text))
         return found["input_ids"], [bisect_left(starts, end) for end in ends]
@@ -89,9 +92,7 @@ class _Writer:
         begin = len(self(ask + lead))
         while whole[begin] not in rivals:  # a space before the digits is no part of the answer
             begin += 1
-        return Question(
-            id, tuple(whole[:asked]), tuple(whole[asked:begin]), tuple(whole[begin:]), rivals, depth
-        )
+        return Question(id, tuple(whole[:asked]), tuple(whole[asked:begin]), tuple(whole[begin:]), rivals, depth)
 
 
 def _articles(
@@ -200,9 +201,13 @@ SHOWN = 2
 
 
 def key_values(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, count: int, length: int = 2048,
-    lines: int = 32, asked: int = 8,
-) -> list[Context]:  # fmt: skip
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    length: int = 2048,
+    lines: int = 32,
+    asked: int = 8,
+) -> list[Context]:
     """A list of lines "line apple: the number is 48213.", in the middle of an article, and some of its numbers asked.
 
     The lines are as in LongEval, and as there all alike: what tells them apart is one word. Two other lines are said
@@ -228,9 +233,7 @@ def key_values(
     for document, ids, sentences in _articles(documents, count, length, writer, "key_values"):
         keys = draw(writer.nouns, lines, "key_values", document.id)
         values = [_value("number", "key_values", document.id, key) for key in keys]
-        said = [
-            writer(f"\nline {key}: the number is {value}.") for key, value in zip(keys, values, strict=True)
-        ]
+        said = [writer(f"\nline {key}: the number is {value}.") for key, value in zip(keys, values, strict=True)]
         whole, (start,) = _insert(ids, sentences, [sum(said, [])], length)
         questions = []
         for k in range(asked):
@@ -299,7 +302,7 @@ def variables(
 
 def second_turns(
     contexts: Sequence[Context], documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, words: int = 60
-) -> list[Context]:  # fmt: skip
+) -> list[Context]:
     """Two turns about one context: what another question asks and answers comes first, then something else is said.
 
     The question of the first turn takes the place of `Question.ask` and all that follows it that of `Question.lead`: a
@@ -366,9 +369,13 @@ class Article:
 
 
 def articles(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, count: int, length: int = 2048,
-    rest: int = 512, apart: int = 256,
-) -> list[Article]:  # fmt: skip
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    length: int = 2048,
+    rest: int = 512,
+    apart: int = 256,
+) -> list[Article]:
     """The beginning of an article and what follows, with the words at ends of clauses that must be remembered.
 
     Such a word has at least four letters, is none of the commonest, ends with a full stop, a comma or the like, stands
@@ -393,18 +400,20 @@ def articles(
     found = []
     for document, ids, _ in _articles(documents, count, length + rest, writer, "articles"):
         found.append(
-            Article(document.title, tuple(ids[:length]), tuple(ids[length : length + rest]),
-                    tuple(_targets(document, ids, length, rest, apart, writer)))
-        )  # fmt: skip
+            Article(
+                document.title,
+                tuple(ids[:length]),
+                tuple(ids[length : length + rest]),
+                tuple(_targets(document, ids, length, rest, apart, writer)),
+            )
+        )
     return found
 
 
-def _targets(
-    document: Document, ids: list[int], length: int, rest: int, apart: int, writer: _Writer
-) -> list[Target]:
+def _targets(document: Document, ids: list[int], length: int, rest: int, apart: int, writer: _Writer) -> list[Target]:
     offsets = writer.tokenizer(
         document.text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
-    )["offset_mapping"]  # fmt: skip
+    )["offset_mapping"]
     starts = [start for start, _ in offsets]
     words = list(re.finditer(r"[A-Za-z]+", document.text[: offsets[length + rest - 1][1]]))
     last: dict[str, int] = {}
@@ -418,10 +427,14 @@ def _targets(
         before = last.get(word)
         if (
             at > length  # what follows the last token of the context is had from the uncompressed prompt
-            and whole and before is not None and before < length and at - before > apart
-            and len(word) >= 4 and word.lower() not in _COMMON
+            and whole
+            and before is not None
+            and before < length
+            and at - before > apart
+            and len(word) >= 4
+            and word.lower() not in _COMMON
             and re.match(r"[.,;:!?)]", document.text[match.end() : match.end() + 1])
-        ):  # fmt: skip
+        ):
             alike = [w for w in first_tokens if w[0].isupper() == word[0].isupper() and w != word]
             others = [first_tokens[w] for w in draw(alike, len(alike), "rivals", document.id, at)]
             rivals = [token for token in dict.fromkeys(others) if token != ids[at]][:3]

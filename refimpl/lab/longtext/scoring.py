@@ -23,16 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from refimpl.core.cache import (
-    CompressedCache,
-    KVLayer,
-    LayerShape,
-    New,
-    Policy,
-    TailLayer,
-    cache_argument,
-    prefill,
-)
+from refimpl.core.cache import CompressedCache, KVLayer, LayerShape, New, Policy, TailLayer, cache_argument, prefill
 from refimpl.core.errors import CalibrationError, OptionError
 from refimpl.lab.longtext.made import Article, Context
 from refimpl.lab.metrics import Perplexity, Tokens
@@ -206,10 +197,7 @@ def read(model: PreTrainedModel, contexts: Sequence[Context] | Sequence[Article]
 
 @torch.inference_mode()
 def answer(
-    reading: Reading,
-    contexts: Sequence[Context],
-    cache: CompressedCache | None = None,
-    factory: Factory | None = None,
+    reading: Reading, contexts: Sequence[Context], cache: CompressedCache | None = None, factory: Factory | None = None
 ) -> Answers:
     """Ask every question of some contexts.
 
@@ -235,10 +223,7 @@ def answer(
                 )
             prompt = torch.tensor([question.ask for question in asked])
             logits = _answers(
-                reading.model,
-                reading.cache(factory, prompt),
-                [q.lead for q in asked],
-                [q.answer for q in asked],
+                reading.model, reading.cache(factory, prompt), [q.lead for q in asked], [q.answer for q in asked]
             )
         else:
             assert cache is not None
@@ -253,7 +238,7 @@ def answer(
 
 def _answers(
     model: PreTrainedModel, cache: CompressedCache, heads: Sequence[tuple[int, ...]], answers: Sequence[tuple[int, ...]]
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """Logits of each answer's tokens after its head, [tokens, vocabulary] each; rows are padded at their ends."""
     rows = [head + answer[:-1] for head, answer in zip(heads, answers, strict=True)]
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)

@@ -142,9 +142,7 @@ class ScoreCard:
 
     def _known(self, task: str) -> str:
         if task not in self.scores:
-            raise OptionError(
-                f"task={task!r} is not on this card; it must be {nearest(str(task), self.scores)}"
-            )
+            raise OptionError(f"task={task!r} is not on this card; it must be {nearest(str(task), self.scores)}")
         return task
 
     def _values(self, task: str, metric: str) -> np.ndarray:
@@ -186,9 +184,7 @@ def score(
     return ScoreCard(scores, time.perf_counter() - start)
 
 
-def chosen_items(
-    tasks: Sequence[str] | Mapping[str, Sequence[Item]] | None, size: str
-) -> dict[str, list[Item]]:
+def chosen_items(tasks: Sequence[str] | Mapping[str, Sequence[Item]] | None, size: str) -> dict[str, list[Item]]:
     """Items by task, from names or from items that are given."""
     if isinstance(tasks, Mapping):
         return {name: list(found) for name, found in tasks.items()}
@@ -236,9 +232,7 @@ def ceiling(
                 loaded = models.load(name_or_path, dtype)
             model, tokenizer = loaded
             if tokenizer is None:
-                raise OptionError(
-                    f"name_or_path={str(name_or_path)!r} has no tokenizer; use `score` with one"
-                )
+                raise OptionError(f"name_or_path={str(name_or_path)!r} has no tokenizer; use `score` with one")
             path.parent.mkdir(exist_ok=True)
             _write(score_items(model, tokenizer, found, progress, task), path)
         scores[task] = _read(path)
@@ -309,7 +303,5 @@ def card_from(results: Results, arm: str, seed: int = 0) -> ScoreCard:
         chances = np.array([float(chance[topic(id)]) for id in ids])
         scores[condition.removeprefix("task ")] = Scores(ids, free, restricted, loglik, chances)
     if not scores:
-        raise OptionError(
-            f"{results.path.name} has no task scores of arm {arm!r}; record them with `add_scores`"
-        )
+        raise OptionError(f"{results.path.name} has no task scores of arm {arm!r}; record them with `add_scores`")
     return ScoreCard(scores)

@@ -43,9 +43,7 @@ metric_list:
 
 
 def export_lm_eval(
-    folder: str | Path,
-    tasks: Sequence[str] | Mapping[str, Sequence[Item]] | None = None,
-    size: str = "full",
+    folder: str | Path, tasks: Sequence[str] | Mapping[str, Sequence[Item]] | None = None, size: str = "full"
 ) -> list[str]:
     """Write tasks as YAML and JSON for lm-eval: ``TaskManager(include_path=folder, include_defaults=False)``.
 
@@ -74,13 +72,8 @@ def export_lm_eval(
     for task, found in chosen_items(tasks, size).items():
         data = folder / f"{task}.json"
         with atomic_write(data) as temporary:
-            temporary.write_text(
-                "".join(json.dumps(_document(item)) + "\n" for item in found), encoding="utf-8"
-            )
-        for kind, output, rest in (
-            ("restricted", "multiple_choice", _RESTRICTED),
-            ("free", "loglikelihood", _FREE),
-        ):
+            temporary.write_text("".join(json.dumps(_document(item)) + "\n" for item in found), encoding="utf-8")
+        for kind, output, rest in (("restricted", "multiple_choice", _RESTRICTED), ("free", "loglikelihood", _FREE)):
             name = f"refimpl_{task}_{kind}"
             content = _YAML.format(name=name, data=json.dumps(str(data)), output=output, rest=rest)
             with atomic_write(folder / f"{name}.yaml") as temporary:

@@ -156,19 +156,13 @@ def _parse(fields: object) -> Item:
         raise ValueError(f"lacks {', '.join(map(repr, missing))}")
     unknown = sorted(set(fields) - _FIELDS)
     if unknown:
-        raise ValueError(
-            f"has the unknown field {unknown[0]!r}; it must be {nearest(unknown[0], sorted(_FIELDS))}"
-        )
+        raise ValueError(f"has the unknown field {unknown[0]!r}; it must be {nearest(unknown[0], sorted(_FIELDS))}")
     for name in ("id", "prompt", "answer", "topic"):
         value = fields.get(name, "some")
         if not isinstance(value, str) or not value:
             raise ValueError(f"{name} is {value!r}; it must be a string that is not empty")
     distractors = fields["distractors"]
-    if (
-        not isinstance(distractors, list)
-        or not distractors
-        or not all(isinstance(d, str) for d in distractors)
-    ):
+    if not isinstance(distractors, list) or not distractors or not all(isinstance(d, str) for d in distractors):
         raise ValueError(f"distractors is {distractors!r}; it must be a list of one string or more")
     if fields["prompt"] != fields["prompt"].rstrip():
         raise ValueError("prompt ends with a space; leave it out, the answer is joined with one")
@@ -216,9 +210,7 @@ def _drawn(make: Callable[[], list[made.Draft]]) -> Callable[[], list[Item]]:
     return lambda: [Item(*draft) for draft in make()]
 
 
-def _cut(
-    task: str, corpus: str, make: Callable[[list[text.Document]], list[made.Draft]]
-) -> Callable[[], list[Item]]:
+def _cut(task: str, corpus: str, make: Callable[[list[text.Document]], list[made.Draft]]) -> Callable[[], list[Item]]:
     """Items cut from the test documents of a corpus, kept in the cache."""
 
     def source() -> list[Item]:

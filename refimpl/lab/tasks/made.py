@@ -63,11 +63,7 @@ def retrieval(each: int = 64) -> list[Draft]:
         for k in range(each):
             key = ("retrieval", pairs, k)
             table = dict(
-                zip(
-                    draw(NOUNS[::2], pairs, *key, "keys"),
-                    draw(NOUNS[1::2], pairs, *key, "values"),
-                    strict=True,
-                )
+                zip(draw(NOUNS[::2], pairs, *key, "keys"), draw(NOUNS[1::2], pairs, *key, "values"), strict=True)
             )
             # The questions go through all places of the list, so that none is favoured by being near.
             asked = list(table)[k * pairs // each]
@@ -181,12 +177,7 @@ def _spread(found: Iterable[tuple[int, Draft]], count: int, apart: int) -> list[
         if all(abs(at - other) >= apart for other, _ in mine):
             mine.append((at, draft))
     queues = [taken[name] for name in sorted(taken)]
-    turns = (
-        queue[turn]
-        for turn in range(max(map(len, queues), default=0))
-        for queue in queues
-        if turn < len(queue)
-    )
+    turns = (queue[turn] for turn in range(max(map(len, queues), default=0)) for queue in queues if turn < len(queue))
     return sorted((draft for _, draft in islice(turns, count)), key=lambda draft: draft[0])
 
 
@@ -230,9 +221,7 @@ def code(documents: Sequence[Document], each: int = 192) -> list[Draft]:
                 or answer in seen[-1:]
             ):
                 continue
-            others = [
-                n for n in seen if len(n) >= 3 and not n.startswith(answer) and not answer.startswith(n)
-            ]
+            others = [n for n in seen if len(n) >= 3 and not n.startswith(answer) and not answer.startswith(n)]
             rest = draw(others, 3, "code", document.id, at)
             if len(rest) == 3:
                 id = f"{document.title}#{row}.{column}"

@@ -136,9 +136,7 @@ def score_items(
     try:
         with (
             torch.inference_mode(),
-            tqdm(
-                total=len(found), desc=label, unit="item", delay=2, leave=False, disable=not progress
-            ) as bar,
+            tqdm(total=len(found), desc=label, unit="item", delay=2, leave=False, disable=not progress) as bar,
         ):
             for batch in _batches(encoded):
                 for k, (logs, hit) in zip(batch, _score(model, [encoded[k] for k in batch]), strict=True):
@@ -247,10 +245,7 @@ def _log_softmax(logits: Tensor) -> Tensor:
 def _pad(rows: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:
     """Ids and mask, both int64 [rows, longest]."""
     width = max(map(len, rows))
-    ids, mask = (
-        torch.zeros(len(rows), width, dtype=torch.long),
-        torch.zeros(len(rows), width, dtype=torch.long),
-    )
+    ids, mask = (torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long))
     for k, row in enumerate(rows):
         part = slice(width - len(row), width) if left else slice(len(row))
         ids[k, part], mask[k, part] = torch.tensor(row), 1

@@ -88,6 +88,10 @@ class AdaQuant(Reconstruction):
     def train(self, layer: QuantizedSite, stats: InputStats, target: Tensor) -> dict[str, float]:
         schedule = "cosine" if self.rates == "scaled" else "constant"
         return reconstruct(
-            layer, stats, Recipe(self.iterations, schedule=schedule, seed=self.seed), target=target,
-            samples=self.samples, parameters=learning_rates(layer, self.rates, self.speed),
-        )  # fmt: skip
+            layer,
+            stats,
+            Recipe(self.iterations, schedule=schedule, seed=self.seed),
+            target=target,
+            samples=self.samples,
+            parameters=learning_rates(layer, self.rates, self.speed),
+        )

@@ -153,28 +153,21 @@ def bytes_saved(models: Mapping[int, nn.Module], reference: int) -> dict[str, di
         >>> bytes_saved(copies, reference=8)   # half a byte per weight and per zero point
         {'0': {4: 520.0}, '1': {4: 88.0}}
     """
-    sizes = {
-        bits: {name: layer.nbytes for name, layer in _layers(model).items()} for bits, model in models.items()
-    }
+    sizes = {bits: {name: layer.nbytes for name, layer in _layers(model).items()} for bits, model in models.items()}
     return {
         name: {bits: float(size - sizes[bits][name]) for bits in models if bits != reference}
         for name, size in sizes[reference].items()
     }
 
 
-def bit_operations_saved(
-    macs: Mapping[str, float], bits: list[int], reference: int
-) -> dict[str, dict[int, float]]:
+def bit_operations_saved(macs: Mapping[str, float], bits: list[int], reference: int) -> dict[str, dict[int, float]]:
     """pi[l, k] in bit-operations: multiply-adds of site l times (reference^2 - k^2), weights and inputs both at k bits.
 
     Example:
         >>> bit_operations_saved({"conv": 100.0}, [4], reference=8)
         {'conv': {4: 4800.0}}
     """
-    return {
-        name: {k: count * (reference**2 - k**2) for k in bits if k != reference}
-        for name, count in macs.items()
-    }
+    return {name: {k: count * (reference**2 - k**2) for k in bits if k != reference} for name, count in macs.items()}
 
 
 def allocate_bits(delta: Table, savings: Table, budget: float, reference: int = 8) -> Allocation:
@@ -225,14 +218,10 @@ the largest feasible budget
             break
         required += max(budget - saved, 1e-9 * unit)  # the solver allows itself a millionth: insist
     relaxed = _solve(cost, gain / unit, one_each, budget / unit, whole=False)
-    return Allocation(
-        policy, float(sum(delta[name][bits] for name, bits in used)), saved, float(cost @ relaxed)
-    )
+    return Allocation(policy, float(sum(delta[name][bits] for name, bits in used)), saved, float(cost @ relaxed))
 
 
-def _solve(
-    cost: np.ndarray, gain: np.ndarray, one_each: np.ndarray, budget: float, whole: bool
-) -> np.ndarray:
+def _solve(cost: np.ndarray, gain: np.ndarray, one_each: np.ndarray, budget: float, whole: bool) -> np.ndarray:
     """The program in matrix form: one variable per site and precision below the reference, 0 to 1."""
     if not len(cost):
         return cost

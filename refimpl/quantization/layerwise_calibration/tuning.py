@@ -21,12 +21,7 @@ from refimpl.core.whole import run
 
 @torch.no_grad()
 def retune_batch_norms(
-    model: nn.Module,
-    folded: FoldedNorms,
-    samples: Any,
-    *,
-    momentum: float | None = None,
-    batch_size: int = 50,
+    model: nn.Module, folded: FoldedNorms, samples: Any, *, momentum: float | None = None, batch_size: int = 50
 ) -> None:
     """Give every folded convolution the channel means and variances it had in the float network, in place.
 
@@ -118,9 +113,7 @@ def tune_biases(
     pixels: Tensor = getattr(samples, "pixels", samples)
     biases = [p for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias"]
     if not biases:
-        raise OptionError(
-            f"model={type(model).__name__}: it has no biases to tune (many language models have none)"
-        )
+        raise OptionError(f"model={type(model).__name__}: it has no biases to tune (many language models have none)")
     if len(target) != len(pixels):
         raise CalibrationError(
             f"target: {len(target)} rows of logits for {len(pixels)} samples; compute it on the same samples"
@@ -131,8 +124,16 @@ def tune_biases(
         for p in model.parameters():
             p.requires_grad_(any(p is bias for bias in biases))
         with torch.enable_grad():
-            return towards(model, pixels, target, recipe, batch_size=batch_size, keep_best=keep_best,
-                           parameters=[{"params": biases}], progress=progress)  # fmt: skip
+            return towards(
+                model,
+                pixels,
+                target,
+                recipe,
+                batch_size=batch_size,
+                keep_best=keep_best,
+                parameters=[{"params": biases}],
+                progress=progress,
+            )
     finally:
         for p in model.parameters():
             p.requires_grad_(trainable[id(p)])
