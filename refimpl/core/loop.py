@@ -1,11 +1,13 @@
 """The one training loop: every chapter that trains anything trains here.
 
-A method changes training in few places: the data and the loss are arguments, and `after_step` hooks see the model
-after every update. The loop takes care of what should be the same for all arms of a comparison: the optimiser,
-the learning-rate schedule, clipping, accumulation, precision, evaluation, checkpoints and several processes.
+A method changes training in few places: the data, the loss and the optimiser are arguments, `after_backward` hooks see
+the gradients of every update, and `after_step` hooks the model after it. The loop takes care of what should be the same
+for all arms of a comparison: the learning-rate schedule, clipping, accumulation, precision, evaluation, checkpoints and
+several processes.
 
 Every step starts from a random state made of the seed and the step, so a run that was interrupted goes on bit for
-bit (on a CPU) as if it had not been, without any generator's state on disk.
+bit (on a CPU) as if it had not been, without any generator's state on disk. A hook or a sampler that draws from a
+generator of its own, or knows anything else, is handed to `remember`.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -23,34 +26,29 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 from tqdm.auto import tqdm
 
 from refimpl.core.device import read, read_all
 from refimpl.core.errors import CheckpointError, OptionError, TrainingError, nearest
-from refimpl.core.io import atomic_write
+from refimpl.core.train.checkpoints import Checkpoints, like, load_optimizer_state, optimizer_state, pack, whole
 
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("fp32", "bf16")
+SYNCS = ("gradients", "local")
 
 Batch = Any
 Loss = Callable[[Any, Batch], Tensor]
 Hook = Callable[[int, nn.Module], None]
 Evaluate = Callable[[nn.Module], dict[str, float]]
+MakeOptimizer = Callable[[list[dict[str, Any]], "Recipe"], Optimizer]
 
-_CHECKPOINT = "checkpoint.safetensors"
 _READ_EVERY = 20  # steps between two looks at the losses on a GPU: each look waits for the device
 
 
@@ -66,8 +64,11 @@ class Recipe:
         betas: of AdamW.
         weight_decay: decoupled for AdamW; on tensors of two or more dimensions only, so not on biases and norms.
         warmup: steps over which the rate rises linearly from zero.
-        schedule: what follows, "cosine" down to ``final_lr * lr`` or "constant".
-        final_lr: fraction of `lr` left at the last step of the cosine.
+        schedule: what follows, "cosine" down to ``final_lr * lr`` or "constant". The cosine is that of
+            `refimpl.core.schedules.Cosine`, which is the definition, read as torch's CosineAnnealingLR reads it: at the
+            beginning of an update, not at its end. So the first update after the warm-up still has the highest rate, and
+            the last is one update short of `final_lr`; take ``Scheduled.of(Cosine(...))`` for one that gets there.
+        final_lr: fraction of `lr` left after the last step of the cosine.
         clip: largest norm of the gradient; None does not clip.
         accumulate: micro-batches per update.
         precision: "fp32", or "bf16" for autocast around the loss (weights and optimiser stay in their own dtype).
@@ -120,20 +121,30 @@ class Recipe:
         if self.schedule == "constant":
             return 1.0
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
+        return self.final_lr + (1 - self.final_lr) * half_cosine(done)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of update `step` (from 0)."""
         return self.lr * self.scale(step)
 
 
+def half_cosine(share: float) -> float:
+    """What is left of the way down from 1 to 0 when this share of the time is over: the cosine of all schedules.
+
+    Example:
+        >>> half_cosine(0.0), round(half_cosine(0.5), 3), half_cosine(1.0)
+        (1.0, 0.5, 0.0)
+    """
+    return 0.5 * (1 + math.cos(math.pi * share))
+
+
 @dataclass
 class History:
-    """What happened during training.
+    """What happened during training, as each process knows it.
 
     Attributes:
-        steps: one entry per update: "step" (from 1), "loss" (mean over its micro-batches and processes), "lr", and
-            "grad_norm" before clipping where the recipe clips.
+        steps: one entry per update: "step" (from 1), "loss" (mean over its micro-batches and, unless each trains on its
+            own, processes), "lr" (the recipe's), and "grad_norm" before clipping where the recipe clips.
         evaluations: "step" and the metrics, one entry per evaluation; step 0 is before training.
         seconds: time of all sittings.
         best: the step whose parameters the model has now, with `keep_best`; else the last.
@@ -209,27 +220,35 @@ def _length(data: DataLoader) -> int | None:
         return None
 
 
-def _set_epoch(data: DataLoader, epoch: int) -> None:
-    """Tell the sampler, also one inside a batch sampler, that a new epoch begins."""
+def _samplers(data: DataLoader) -> list[Any]:
+    """The samplers of a loader, also one inside a batch sampler."""
     outer: list[Any] = [data.sampler, data.batch_sampler]
-    for sampler in [*outer, *(getattr(each, "sampler", None) for each in outer)]:
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
+    return [*outer, *(getattr(each, "sampler", None) for each in outer)]
 
 
-def _stream(data: DataLoader, start: int) -> Iterator[Batch]:
-    """Batches for ever, from number `start` of the whole run on."""
-    length = _length(data)
-    epoch, skip = divmod(start, length) if length else (0, start)
-    while True:
-        _set_epoch(data, epoch)
-        empty = True
-        for batch in islice(data, skip, None):
-            empty = False
-            yield batch
-        if empty and not skip:
-            raise OptionError("data: it yields no batches; pass more rows, or a smaller batch")
-        skip, epoch = 0, epoch + 1
+class _Stream:
+    """Batches for ever: epoch after epoch, the first of them without its first `skip` batches.
+
+    Attributes:
+        epoch: that of the last batch given.
+    """
+
+    def __init__(self, data: DataLoader, epoch: int = 0, skip: int = 0, resumed: bool = False) -> None:
+        self.data, self.epoch, self.skip = data, epoch, skip
+        self._may_be_empty = resumed or skip > 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            for sampler in _samplers(self.data):
+                if hasattr(sampler, "set_epoch"):
+                    sampler.set_epoch(self.epoch)
+            empty = not self._may_be_empty
+            for batch in islice(self.data, self.skip, None):
+                empty = False
+                yield batch
+            if empty:
+                raise OptionError("data: it yields no batches; pass more rows, or a smaller batch")
+            self.skip, self.epoch, self._may_be_empty = 0, self.epoch + 1, False
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
@@ -251,7 +270,10 @@ def _seed_step(device: torch.device, *numbers: int) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def _optimizer(model: nn.Module, parameters: Sequence[dict[str, Any]] | None, recipe: Recipe) -> torch.optim.Optimizer:
+def _groups(
+    model: nn.Module, parameters: Sequence[dict[str, Any]] | None, recipe: Recipe
+) -> list[dict[str, Any]]:
+    """What an optimiser is made of: "params" with "lr" and "weight_decay"."""
     if parameters is None:
         trainable = [p for p in model.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [
@@ -262,14 +284,31 @@ def _optimizer(model: nn.Module, parameters: Sequence[dict[str, Any]] | None, re
         groups = [
             {"weight_decay": recipe.weight_decay, **group, "params": list(group["params"])} for group in parameters
         ]
-    groups = [group for group in groups if group["params"]]
+    groups = [{"lr": recipe.lr, **group} for group in groups if group["params"]]
     if not groups:
         raise OptionError("model: none of its parameters require a gradient; call requires_grad_() on those to train")
-    for group in groups:
-        group["highest_lr"] = group.setdefault("lr", recipe.lr)
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas)
+    return groups
+
+
+def _optimizer(groups: list[dict[str, Any]], recipe: Recipe, make: MakeOptimizer | None) -> Optimizer:
+    if make is None and recipe.optimizer == "sgd":
+        optimizer: Any = torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
+    elif make is None:
+        optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas)
+    elif isinstance(make, str) or not callable(make):
+        raise OptionError(
+            f"optimizer={make!r}: pass a function of the parameter groups and the recipe that makes one, or name "
+            f"{nearest(str(make), OPTIMIZERS)} in the recipe"
+        )
+    else:
+        optimizer = make(groups, recipe)
+        if not isinstance(optimizer, Optimizer):
+            raise OptionError(f"optimizer: it made a {type(optimizer).__name__}; return a torch.optim.Optimizer")
+    for number, group in enumerate(optimizer.param_groups):
+        if "lr" not in group:
+            raise OptionError(f"optimizer: its group {number} has no 'lr' for the schedule to set; give it one")
+        group["highest_lr"] = float(group["lr"])
+    return optimizer
 
 
 def train(
