@@ -53,13 +53,13 @@ from refimpl.core.cache import (
     rotate,
 )
 from refimpl.core.cache.host import CompressedCache, _attention_modules
-from refimpl.core.compress import BATCH, _vocabulary, block_inputs, calibration_batches
+from refimpl.core.compress.driver import BATCH, _vocabulary, block_inputs, calibration_batches
+from refimpl.core.compress.sites import Site, find_blocks
+from refimpl.core.compress.stats import Collector
 from refimpl.core.device import read
 from refimpl.core.errors import OptionError, nearest
 from refimpl.core.layers.packing import pack_bits, unpack_bits
-from refimpl.core.loop import Recipe, batches, train
-from refimpl.core.sites import Site, find_blocks
-from refimpl.core.stats import Collector
+from refimpl.core.train.loop import Recipe, batches, train
 from refimpl.kernels.lowrank_decode import Inputs, lowrank_decode, unsupported
 
 if TYPE_CHECKING:

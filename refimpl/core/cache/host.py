@@ -24,7 +24,7 @@ from refimpl.core.cache.layer import KVLayer
 from refimpl.core.cache.policy import LayerShape, Policy, policy_from
 from refimpl.core.cache.rope import find_rotary
 from refimpl.core.errors import CheckpointError, OptionError
-from refimpl.core.io import atomic_write
+from refimpl.core.files.io import atomic_write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

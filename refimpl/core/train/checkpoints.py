@@ -23,10 +23,9 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.optim import Optimizer
 
 from refimpl.core.errors import CheckpointError, OptionError
-from refimpl.core.io import atomic_write
+from refimpl.core.files.io import atomic_write
 
 _MAIN = "checkpoint.safetensors"
 _FORMAT = 2
@@ -155,7 +154,7 @@ class Checkpoints:
         Raises:
             CheckpointError: the file is damaged or of another version.
         """
-        return _about(self._path(0, 0))["run"] if self._path(0, 0).exists() else None
+        return unpack(_about(self._path(0, 0))["run"], {}) if self._path(0, 0).exists() else None
 
     def read(self, rank: int = 0) -> dict[str, Any]:
         """What the file of a process holds, with "step"; its tensors are on the CPU.
@@ -171,7 +170,10 @@ class Checkpoints:
                     f"or delete {_MAIN} to start again"
                 )
         path = self._path(rank, step)
-        return unpack(_about(path), _tensors(path))
+        about = _about(path)
+        if about["step"] != step:
+            raise CheckpointError(f"{path} is of step {about['step']}; put the file of that name back")
+        return unpack(about, _tensors(path))
 
     def _path(self, rank: int, step: int) -> Path:
         return self.folder / (f"checkpoint-rank{rank}-step{step}.safetensors" if rank else _MAIN)
@@ -215,90 +217,24 @@ def _reading(path: Path) -> Iterator[Any]:
         raise CheckpointError(f"{path} cannot be read ({error}); delete it to start again") from error
 
 
-def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
-    """``optimizer.state_dict()``; where parameters are sharded, gathered (all processes call it).
-
-    Raises:
-        OptionError: a parameter is sharded, but a tensor of its state is not sharded like it.
-
-    Example:
-        >>> weight = torch.nn.Parameter(torch.ones(2))
-        >>> optimizer_state(torch.optim.SGD([weight], lr=0.1))["state"]
-        {}
-    """
-    saved = optimizer.state_dict()
-    for number, parameter in enumerate(_parameters(optimizer)):
-        if hasattr(parameter, "device_mesh") and number in saved["state"]:
-            for name, value in saved["state"][number].items():
-                placed = [getattr(each, "placements", None) for each in (value, parameter)]
-                if (
-                    isinstance(value, Tensor)
-                    and value.dim()
-                    and (placed[0] != placed[1] or value.shape != parameter.shape)
-                ):
-                    raise OptionError(
-                        f"optimizer: its state {name!r} {list(value.shape)} of a sharded parameter "
-                        f"{list(parameter.shape)} is not sharded like it, so no one file can hold it; train a model that "
-                        "is not sharded, or without folder="
-                    )
-    return whole(saved)
-
-
-def load_optimizer_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """Give an optimiser the state it had, to the bit.
-
-    ``load_state_dict`` alone casts what belongs to a parameter to that parameter's dtype.
+def whole(value: Any, keep: bool = True) -> Any:
+    """A nested value with its sharded tensors gathered on the CPU, which all processes do together.
 
     Args:
-        optimizer: made as the one that was saved.
-        saved: from `optimizer_state`.
-
-    Example:
-        >>> weight = torch.nn.Parameter(torch.ones(2))
-        >>> optimizer = torch.optim.SGD([weight], lr=0.1)
-        >>> groups = optimizer.state_dict()["param_groups"]
-        >>> codes = torch.tensor([1, 2], dtype=torch.int8)
-        >>> load_optimizer_state(optimizer, {"state": {0: {"codes": codes}}, "param_groups": groups})
-        >>> optimizer.state[weight]["codes"].dtype
-        torch.int8
-    """
-    optimizer.load_state_dict(saved)
-    for number, parameter in enumerate(_parameters(optimizer)):
-        if number in saved["state"]:
-            loaded = optimizer.state[parameter]
-            for name, value in saved["state"][number].items():
-                if name in loaded:
-                    loaded[name] = _exactly(value, loaded[name], parameter)
-
-
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _exactly(value: Any, loaded: Any, parameter: Tensor) -> Any:
-    """`value`, where it is a tensor on the device of the one that was loaded."""
-    if isinstance(value, Tensor):
-        return like(value, parameter) if hasattr(parameter, "device_mesh") and value.dim() else value.to(loaded.device)
-    if isinstance(value, dict):
-        return {key: _exactly(entry, loaded[key], parameter) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_exactly(*pair, parameter) for pair in zip(value, loaded, strict=True))
-    return value
-
-
-def whole(value: Any) -> Any:
-    """A nested value with sharded tensors gathered, which all processes do together.
+        value: dictionaries, lists and tuples of anything.
+        keep: whether this process wants them; None stands for each where it does not.
 
     Example:
         >>> whole({"step": [torch.ones(1)]})
         {'step': [tensor([1.])]}
     """
-    if isinstance(value, Tensor):
-        return value.full_tensor() if hasattr(value, "full_tensor") else value
+    if hasattr(value, "full_tensor"):
+        gathered = value.full_tensor()
+        return gathered.cpu() if keep else None  # one at a time: no device need hold all of them
     if isinstance(value, dict):
-        return {key: whole(entry) for key, entry in value.items()}
+        return {key: whole(entry, keep) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(whole(entry) for entry in value)
+        return type(value)(whole(entry, keep) for entry in value)
     return value
 
 
