@@ -115,11 +115,11 @@ class Checkpoints:
     Example:
         >>> import tempfile
         >>> checkpoints = Checkpoints(Path(tempfile.mkdtemp()))
-        >>> checkpoints.run() is None
-        True
+        >>> list(checkpoints.runs())
+        []
         >>> checkpoints.write(40, {"run": {"lr": 0.1}, "weights": torch.ones(2)})
-        >>> checkpoints.run(), checkpoints.read()
-        ({'lr': 0.1}, {'step': 40, 'run': {'lr': 0.1}, 'weights': tensor([1., 1.])})
+        >>> list(checkpoints.runs()), checkpoints.read()
+        ([{'lr': 0.1}], {'step': 40, 'run': {'lr': 0.1}, 'weights': tensor([1., 1.])})
     """
 
     def __init__(self, folder: Path, rank: int = 0, world: int = 1, apart: bool = False) -> None:
@@ -148,32 +148,35 @@ class Checkpoints:
                 if path != self._path(self.rank, step):
                     path.unlink()
 
-    def run(self) -> dict[str, Any] | None:
-        """What says which run this is, "run" of the first file; None if the folder has no checkpoint.
+    def runs(self) -> Iterator[dict[str, Any]]:
+        """What says which run this is: "run" of the file of each process that has one; none without a checkpoint.
+
+        Each process looks at all files, so that all stop where one is missing.
 
         Raises:
-            CheckpointError: the file is damaged or of another version.
+            CheckpointError: a file is missing, damaged, or of another version.
         """
-        return unpack(_about(self._path(0, 0))["run"], {}) if self._path(0, 0).exists() else None
+        if not self._path(0, 0).exists():
+            return
+        first = _about(self._path(0, 0))
+        yield unpack(first["run"], {})
+        for rank in range(1, self.world if self.apart else 1):
+            path = self._path(rank, first["step"])
+            if not path.exists():
+                raise CheckpointError(
+                    f"{path} is missing: what process {rank} alone knew at step {first['step']}; put it back, or delete "
+                    f"{_MAIN} to start again"
+                )
+            yield unpack(_about(path)["run"], {})
 
     def read(self, rank: int = 0) -> dict[str, Any]:
         """What the file of a process holds, with "step"; its tensors are on the CPU.
 
         Raises:
-            CheckpointError: a file is missing, damaged, or of another version.
+            CheckpointError: the file is damaged or of another version.
         """
-        step = _about(self._path(0, 0))["step"]
-        for other in range(1, self.world if self.apart else 1):  # each process looks for all: all stop, or none
-            if not self._path(other, step).exists():
-                raise CheckpointError(
-                    f"{self._path(other, step)} is missing: what process {other} alone knew at step {step}; put it back, "
-                    f"or delete {_MAIN} to start again"
-                )
-        path = self._path(rank, step)
-        about = _about(path)
-        if about["step"] != step:
-            raise CheckpointError(f"{path} is of step {about['step']}; put the file of that name back")
-        return unpack(about, _tensors(path))
+        path = self._path(rank, _about(self._path(0, 0))["step"])
+        return unpack(_about(path), _tensors(path))
 
     def _path(self, rank: int, step: int) -> Path:
         return self.folder / (f"checkpoint-rank{rank}-step{step}.safetensors" if rank else _MAIN)

@@ -615,14 +615,14 @@ class _Run:
 
     def _resume(self, checkpoints: Checkpoints) -> int:
         """Take up the checkpoint in the folder, if there is one; the number of steps done."""
-        theirs = checkpoints.run()
-        if theirs is None:
+        runs = 0
+        for rank, theirs in enumerate(checkpoints.runs()):
+            self._compare(theirs, others=rank != self.rank)
+            runs += 1
+        if not runs:
             return 0
-        self._compare(theirs, others=self.rank > 0)
-        shared = own = checkpoints.read(self.rank if self.local else 0)
-        if self.rank and checkpoints.apart:
-            own = shared if self.local else checkpoints.read(self.rank)
-            self._compare(own["run"])
+        own = checkpoints.read(self.rank if checkpoints.apart else 0)
+        shared = own if self.local or self.rank == 0 else checkpoints.read()
         set_model_state_dict(self.model, shared["model"], options=StateDictOptions(full_state_dict=True))
         load_optimizer_state(self.optimizer, shared["optimizer"])
         if shared["best"] is not None:
