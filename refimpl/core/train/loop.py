@@ -54,7 +54,6 @@ Loss = Callable[[Any, Batch], Tensor]
 Hook = Callable[[int, nn.Module], None]
 Evaluate = Callable[[nn.Module], dict[str, float]]
 
-
 _READ_EVERY = 20  # steps between two looks at the losses on a GPU: each look waits for the device
 
 
@@ -317,8 +316,8 @@ def train(
         remember: what hooks, samplers or the loss know beyond the model's buffers, by names of your choice: objects with
             ``state_dict()`` and ``load_state_dict(state)``. Each process saves its own with every checkpoint, and gets
             it back (tensors on the CPU) before it goes on. A state holds tensors, numbers, strings, None, and lists,
-            tuples and dictionaries of these. If the sampler of `data` is among them, its state must say where in the
-            epoch it is; otherwise the loop counts the batches, and skips those it had.
+            tuples and dictionaries of these. If the sampler of `data` is among them, its next iteration must go on in
+            the middle of the epoch (and be empty where that was over); otherwise the loop skips the batches it had.
         sync: what processes exchange: "gradients", or nothing in "local", where each trains a replica of its own from
             the weights it has, on its own data, as far as hooks do not exchange anything. Each then has its own history
             and its own file in `folder`; all make the same number of steps. Alone, a process does not notice.
@@ -615,11 +614,10 @@ class _Run:
 
     def _resume(self, checkpoints: Checkpoints) -> int:
         """Take up the checkpoint in the folder, if there is one; the number of steps done."""
-        runs = 0
+        rank = -1
         for rank, theirs in enumerate(checkpoints.runs()):
             self._compare(theirs, others=rank != self.rank)
-            runs += 1
-        if not runs:
+        if rank < 0:
             return 0
         own = checkpoints.read(self.rank if checkpoints.apart else 0)
         shared = own if self.local or self.rank == 0 else checkpoints.read()

@@ -23,7 +23,26 @@ MakeOptimizer = Callable[[list[dict[str, Any]], "Recipe"], Optimizer]
 def parameter_groups(
     model: nn.Module, parameters: Sequence[dict[str, Any]] | None, recipe: Recipe
 ) -> list[dict[str, Any]]:
-    """What an optimiser is made of: "params" with "lr" and "weight_decay"."""
+    """What an optimiser is made of.
+
+    Args:
+        model: gives its trainable parameters: those of two or more dimensions with the recipe's weight decay, and the
+            rest without.
+        parameters: groups to use instead.
+        recipe: its `lr` and `weight_decay` are those of groups that have none of their own.
+
+    Returns:
+        Groups with "params", "lr" and "weight_decay"; none is empty.
+
+    Raises:
+        OptionError: there is nothing to train.
+
+    Example:
+        >>> from refimpl.core.train.loop import Recipe
+        >>> groups = parameter_groups(nn.Linear(3, 1), None, Recipe(steps=1, lr=0.1, weight_decay=0.01))
+        >>> [(group["lr"], group["weight_decay"], len(group["params"])) for group in groups]
+        [(0.1, 0.01, 1), (0.1, 0.0, 1)]
+    """
     if parameters is None:
         trainable = [p for p in model.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [
@@ -41,6 +60,24 @@ def parameter_groups(
 
 
 def make_optimizer(groups: list[dict[str, Any]], recipe: Recipe, make: MakeOptimizer | None) -> Optimizer:
+    """The optimiser of a recipe, or the one that a function makes; each group knows its "highest_lr".
+
+    Args:
+        groups: from `parameter_groups`.
+        recipe: names "adamw" or "sgd", with their options.
+        make: ``make(groups, recipe)``, in place of the recipe's.
+
+    Raises:
+        OptionError: `make` is no function, or makes no optimiser with a learning rate in each group.
+
+    Example:
+        >>> from refimpl.core.train.loop import Recipe
+        >>> recipe = Recipe(steps=1, lr=0.1)
+        >>> groups = parameter_groups(nn.Linear(3, 1), None, recipe)
+        >>> optimizer = make_optimizer(groups, recipe, lambda groups, recipe: torch.optim.RMSprop(groups))
+        >>> type(optimizer).__name__, optimizer.param_groups[0]["highest_lr"]
+        ('RMSprop', 0.1)
+    """
     if make is None and recipe.optimizer == "sgd":
         optimizer: Any = torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
     elif make is None:
@@ -62,7 +99,13 @@ def make_optimizer(groups: list[dict[str, Any]], recipe: Recipe, make: MakeOptim
 
 
 def identity(optimizer: Optimizer) -> dict[str, Any]:
-    """What tells an optimiser from another: its class, and the options of its groups."""
+    """Whatever tells an optimiser from another: its class, and the options of its groups.
+
+    Example:
+        >>> about = identity(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1, momentum=0.9))
+        >>> about["class"], about["groups"][0]["momentum"]
+        ('torch.optim.sgd.SGD', 0.9)
+    """
 
     def plain(value: Any) -> Any:
         if isinstance(value, (list, tuple)):

@@ -6,6 +6,8 @@ optimiser (`Schedule.scheduler`) and into the Hugging Face Trainer (`trainer_cal
 
 Time is counted in updates. ``rate(t)`` is the schedule as it is written on paper, for 0 <= t <= horizon; update number
 `step`, counted from 0, runs at ``rate(step + 1)``: the first has a rate above zero, the last has the final one.
+That is the definition. A plain `Recipe` has the same warm-up and the same cosine, but reads the cosine at the beginning
+of an update, at ``rate(step)``, as torch's CosineAnnealingLR does: it is one update late all the way down.
 """
 
 from __future__ import annotations
