@@ -599,14 +599,15 @@ class _Run:
         content: dict[str, Any] = {"run": self._fingerprint, "epoch": self.stream.epoch, "remember": self._remembered()}
         writes = self.rank == 0 or self.local
         if writes or self.sharded:  # what is sharded is gathered by all
-            content |= {
+            shared: dict[str, Any] = {
                 "history": asdict(self.history),
                 "model": whole(get_model_state_dict(self.model), keep=writes),
                 "best": whole(self.best, keep=writes),
                 "optimizer": optimizer_state(self.optimizer, keep=writes),
             }
         if writes:
-            for name, tensor in content["model"].items():
+            content |= shared
+            for name, tensor in shared["model"].items():
                 if not tensor.isfinite().all():
                     raise self._diverged(f"{name!r} is not finite after step {step}")
         self.checkpoints.write(step, content)
@@ -614,10 +615,10 @@ class _Run:
 
     def _resume(self, checkpoints: Checkpoints) -> int:
         """Take up the checkpoint in the folder, if there is one; the number of steps done."""
-        rank = -1
-        for rank, theirs in enumerate(checkpoints.runs()):
-            self._compare(theirs, others=rank != self.rank)
-        if rank < 0:
+        files = 0
+        for files, theirs in enumerate(checkpoints.runs(), 1):
+            self._compare(theirs, others=files - 1 != self.rank)
+        if not files:
             return 0
         own = checkpoints.read(self.rank if checkpoints.apart else 0)
         shared = own if self.local or self.rank == 0 else checkpoints.read()
