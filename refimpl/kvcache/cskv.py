@@ -41,10 +41,10 @@ from refimpl.baselines.kvcache.kivi import quantise
 from refimpl.baselines.svd import balanced, truncated_svd
 from refimpl.core.cache import (
     Dense,
+    Incoming,
     KVLayer,
     LayerShape,
     Mask,
-    New,
     Policy,
     Segment,
     TailLayer,
@@ -479,7 +479,7 @@ def reconstruct(
     """
     recipe = recipe or Recipe(steps=200, lr=1e-3)
     modules = _projections(model)
-    ranks = [policy.ranks(CompressedCache._shape(model, index)) for index in range(len(modules))]
+    ranks = [policy.ranks(CompressedCache.layer_shape(model, index)) for index in range(len(modules))]
     pieces = calibration_batches(calibration, batch_size, _vocabulary(model))
     length = pieces[0].shape[1]
     if policy.bits == 4:
@@ -647,24 +647,25 @@ class CSKVLayer(WindowLayer):
 
     # -- taking tokens in --
 
-    def append(self, new: New) -> None:
+    def append(self, incoming: Incoming) -> None:
         if self.seen == 0:
-            self._check(new)
+            self._check(incoming)
         self.extend(
-            key_pending=(new.hidden @ self.A_K).unsqueeze(1), value_pending=(new.hidden @ self.A_V).unsqueeze(1)
+            key_pending=(incoming.hidden @ self.A_K).unsqueeze(1),
+            value_pending=(incoming.hidden @ self.A_V).unsqueeze(1),
         )
-        super().append(new)
+        super().append(incoming)
 
-    def _check(self, new: New) -> None:
+    def _check(self, incoming: Incoming) -> None:
         """Refuse a model that makes its keys or values in another way than k_proj, norm and RoPE."""
-        new.check(self.rotary)
-        module: Any = new.module
-        hidden, rotation = new.hidden[:, -1:], new.rotation
+        incoming.check(self.rotary)
+        module: Any = incoming.module
+        hidden, rotation = incoming.hidden[:, -1:], incoming.rotation
         assert rotation is not None
         cos, sin = (x[:, -1:].unsqueeze(1) for x in rotation)
         keys = rotate(self._normed(module.k_proj(hidden)), cos, sin)
         values = module.v_proj(hidden).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        for name, ours, theirs in (("keys", keys, new.keys), ("values", values, new.values)):
+        for name, ours, theirs in (("keys", keys, incoming.keys), ("values", values, incoming.values)):
             last = theirs[:, :, -1:].float()
             if ours.shape != last.shape or read((ours.float() - last).abs().max() - 0.05 * last.abs().max()) > 0:
                 raise OptionError(
@@ -717,10 +718,10 @@ class CSKVLayer(WindowLayer):
         slots = (place + self.start - count).int().unsqueeze(1)
         self.parts["sink_slots"] = torch.where(found.unsqueeze(1), slots, self.parts["sink_slots"])
 
-    def room(self) -> int:
+    def tokens_until_compress(self) -> int:
         # features in 16 bits are the same before and after they leave the window, so many queries can be attended to
         # at once, each with its own window (`Exact`); codes exist only once a group is whole
-        return max(self.window, PIECE) if self.bits == 16 else super().room()
+        return max(self.window, PIECE) if self.bits == 16 else super().tokens_until_compress()
 
     # -- attention --
 
@@ -755,7 +756,7 @@ class CSKVLayer(WindowLayer):
         """Slot at which the window begins once so many tokens have been taken in and settled."""
         return (seen - self.window) // self.group * self.group
 
-    def segments(self, new: New) -> list[Segment]:
+    def segments(self, incoming: Incoming) -> list[Segment]:
         # while a prompt is open nothing leaves the window; else the last query of a piece has the latest window
         stop = self.start if self.prompt_open else max(self.start, self._begin(self.seen - 1))
         if not stop:
@@ -763,7 +764,7 @@ class CSKVLayer(WindowLayer):
         p, limits, window = self.parts, None, self.tail
         features = list(self._stored()) if self.start else []
         if stop > self.start:
-            start, device = self.start, new.keys.device
+            start, device = self.start, incoming.keys.device
 
             def limits(slots: range) -> Tensor:
                 return self._begin(torch.arange(slots.start, slots.stop, device=device)).clamp(min=start)
@@ -771,46 +772,46 @@ class CSKVLayer(WindowLayer):
             leaving = [p[name][:, :, : stop - start] for name in ("key_pending", "value_pending")]
             features = [torch.cat(pair, 2) for pair in zip(features, leaving, strict=True)] if start else leaving
             tail = range(start, self.seen)
-            window = Exact(p["keys"], p["values"], tail, new.mask.positions(tail) < self.sinks, limits)
-        positions = new.mask.positions(range(stop))
+            window = Exact(p["keys"], p["values"], tail, incoming.mask.positions(tail) < self.sinks, limits)
+        positions = incoming.mask.positions(range(stop))
         found: list[Segment] = [Rebuilt(self, (features[0], features[1]), positions, limits), window]
         if "sink_slots" in p:
             found.insert(0, Sinks(p["sink_keys"], p["sink_values"], p["sink_slots"]))
         return found
 
-    def _attend(self, new: New) -> tuple[Tensor, Tensor | None]:
-        inputs = self.kernel_inputs(new) if new.keys.is_cuda else None
+    def _attend(self, incoming: Incoming) -> tuple[Tensor, Tensor | None]:
+        inputs = self.kernel_inputs(incoming) if incoming.keys.is_cuda else None
         if inputs is not None and unsupported(inputs) is None:
             return lowrank_decode(*inputs), None
-        return super()._attend(new)
+        return super()._attend(incoming)
 
-    def kernel_inputs(self, new: New) -> Inputs | None:
+    def kernel_inputs(self, incoming: Incoming) -> Inputs | None:
         """What `refimpl.kernels.lowrank_decode` needs for one decoded token; None for anything else."""
-        if len(new.slots) > 1 or not self.start or new.softcap is not None or self._norm() is not None:
+        if len(incoming.slots) > 1 or not self.start or incoming.softcap is not None or self._norm() is not None:
             return None
-        new.mask.block(new.slots, range(0))  # refuses masks that are more than causal
-        first = _padding_on_the_left(new.mask)
+        incoming.mask.block(incoming.slots, range(0))  # refuses masks that are more than causal
+        first = _padding_on_the_left(incoming.mask)
         if first is not None and first.dim() == 0:
             return None  # positions are not slots less what is padded in front
         p = self.parts
         seen = None
         if first is not None or self.start < self.sinks:
             window = torch.ones_like(p["keys"][:, 0, :, 0], dtype=torch.bool)
-            valid = new.mask.valid(range(self.start, self.seen))
+            valid = incoming.mask.valid(range(self.start, self.seen))
             seen = window if valid is None else valid
             if "sink_slots" in p:
                 seen = torch.cat([p["sink_slots"][:, 0] >= 0, seen], 1)
         bits4 = self.bits == 4
         return Inputs(
-            query=new.query,
+            query=incoming.query,
             keys=p["key_codes" if bits4 else "key_features"],
             values=p["value_codes" if bits4 else "value_features"],
             key_factor=self.B_K,
             value_factor=self.B_V,
-            frequencies=self.rotary.frequencies.to(new.query.device),
+            frequencies=self.rotary.frequencies.to(incoming.query.device),
             near_keys=p["keys"],
             near_values=p["values"],
-            scaling=new.scaling,
+            scaling=incoming.scaling,
             key_step=p.get("key_step"),
             key_least=p.get("key_least"),
             value_step=p.get("value_step"),
@@ -991,8 +992,8 @@ class CSKV(Policy):
                 return every[:count]
         return every
 
-    def fit(self, shapes: Sequence[LayerShape], nbytes: int, length: int) -> Policy:
+    def within_budget(self, shapes: Sequence[LayerShape], nbytes: int, length: int) -> Policy:
         """The highest density that fits; all of the cache is in 16 bits."""
         if nbytes >= length * sum(shape.token_bytes for shape in shapes):
             return replace(self, density=1.0, bits=16)
-        return super().fit(shapes, nbytes, length)
+        return super().within_budget(shapes, nbytes, length)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from refimpl.core.cache import ByContent, KVLayer, New, Segment
+from refimpl.core.cache import ByContent, Incoming, KVLayer, Segment
 from refimpl.core.cache.attention import single
 from refimpl.core.device import read
 from refimpl.core.errors import OptionError
@@ -125,14 +125,14 @@ class MatryoshkaLayer(KVLayer):
         d = bases.Q_K.shape[-1]
         self.columns = [torch.tensor([h * d + c for h, rank in enumerate(side) for c in range(rank)]) for side in ranks]
 
-    def append(self, new: New) -> None:
-        b, device = self.bases, new.keys.device
+    def append(self, incoming: Incoming) -> None:
+        b, device = self.bases, incoming.keys.device
         if b.Q_K.device != device:  # a policy read from a file lies on the CPU
             self.bases = Bases(b.Q_K.to(device), b.Q_V.to(device), b.mu_K.to(device), b.mu_V.to(device))
             self.columns = [index.to(device) for index in self.columns]
         self.extend(
-            keys=self._packed(new.keys, self.bases.Q_K, self.bases.mu_K, self.columns[0]),
-            values=self._packed(new.values, self.bases.Q_V, self.bases.mu_V, self.columns[1]),
+            keys=self._packed(incoming.keys, self.bases.Q_K, self.bases.mu_K, self.columns[0]),
+            values=self._packed(incoming.values, self.bases.Q_V, self.bases.mu_V, self.columns[1]),
         )
 
     @staticmethod
@@ -140,47 +140,54 @@ class MatryoshkaLayer(KVLayer):
         whole = ((x.float() - mu.unsqueeze(1)) @ Q).transpose(1, 2).flatten(2)  # [B, n, H d]
         return whole.index_select(-1, columns).unsqueeze(1).to(x.dtype)
 
-    def segments(self, new: New) -> list[Segment]:
-        folded = isinstance(output_matrix(new.module), FoldedOutput)
+    def segments(self, incoming: Incoming) -> list[Segment]:
+        folded = isinstance(output_matrix(incoming.module), FoldedOutput)
         return [Packed(self.parts["keys"], self.parts["values"], self.bases, self.ranks, folded)]
 
-    def kernel_inputs(self, new: New) -> Inputs | None:
+    def kernel_inputs(self, incoming: Incoming) -> Inputs | None:
         """What `refimpl.kernels.ragged_decode` needs for one decoded token; None for anything else."""
-        if len(new.slots) > 1 or new.softcap is not None:
+        if len(incoming.slots) > 1 or incoming.softcap is not None:
             return None
-        new.mask.block(new.slots, range(0))  # refuses masks that are more than causal
+        incoming.mask.block(incoming.slots, range(0))  # refuses masks that are more than causal
         first = None
-        padding = new.mask.valid(range(new.slots.stop))
+        padding = incoming.mask.valid(range(incoming.slots.stop))
         if padding is not None:
             first = padding.int().argmax(-1)
             if read((padding.sum(-1) + first < padding.shape[-1]).any()):
                 return None  # not all of it is on the left
         b, p = self.bases, self.parts
-        query = (new.query.unflatten(1, (self.heads, -1)).float() @ b.Q_K[:, None]).flatten(1, 2)
-        folded = isinstance(output_matrix(new.module), FoldedOutput)
+        query = (incoming.query.unflatten(1, (self.heads, -1)).float() @ b.Q_K[:, None]).flatten(1, 2)
+        folded = isinstance(output_matrix(incoming.module), FoldedOutput)
         basis, mean = (None, None) if folded else (b.Q_V, b.mu_V)
-        return Inputs(query.to(new.query.dtype), p["keys"], p["values"], *self.ranks, new.scaling, basis, mean, first)
+        return Inputs(
+            query.to(incoming.query.dtype), p["keys"], p["values"], *self.ranks, incoming.scaling, basis, mean, first
+        )
 
-    def _attend(self, new: New) -> tuple[Tensor, Tensor | None]:
-        inputs = self.kernel_inputs(new) if new.keys.is_cuda else None
+    def _attend(self, incoming: Incoming) -> tuple[Tensor, Tensor | None]:
+        inputs = self.kernel_inputs(incoming) if incoming.keys.is_cuda else None
         if inputs is not None and unsupported(inputs) is None:
             out = ragged_decode(*inputs)
             return (out[:, None, None] if inputs.basis is None else out), None
-        return self._attend_in_torch(new)
+        return self._attend_in_torch(incoming)
 
-    def _attend_in_torch(self, new: New) -> tuple[Tensor, Tensor | None]:
+    def _attend_in_torch(self, incoming: Incoming) -> tuple[Tensor, Tensor | None]:
         width = self.ranks[0][0]
         even = all(rank == width for side in self.ranks for rank in side)
-        if not even or len(new.slots) > 1 or new.slots != new.mask.queries or new.softcap is not None:
-            return super()._attend(new)
+        if (
+            not even
+            or len(incoming.slots) > 1
+            or incoming.slots != incoming.mask.queries
+            or incoming.softcap is not None
+        ):
+            return super()._attend(incoming)
         # one token and heads alike: ordinary attention between narrow heads, on the cache as it lies
-        b, dtype = self.bases, new.query.dtype
-        query = new.query.unflatten(1, (self.heads, -1)).float() @ b.Q_K[:, None, :, :width]
+        b, dtype = self.bases, incoming.query.dtype
+        query = incoming.query.unflatten(1, (self.heads, -1)).float() @ b.Q_K[:, None, :, :width]
         keys, values = (
             self.parts[name][:, 0].unflatten(-1, (-1, width)).transpose(1, 2) for name in ("keys", "values")
         )
-        mixed = single(query.flatten(1, 2).to(dtype), keys, values, new.mask, new.scaling)  # [B, Hq, 1, r]
-        if isinstance(output_matrix(new.module), FoldedOutput):
+        mixed = single(query.flatten(1, 2).to(dtype), keys, values, incoming.mask, incoming.scaling)  # [B, Hq, 1, r]
+        if isinstance(output_matrix(incoming.module), FoldedOutput):
             return mixed.transpose(1, 2).flatten(2).unsqueeze(1), None
         out = mixed.unflatten(1, (self.heads, -1)).float() @ b.Q_V[:, None, :, :width].mT + b.mu_V[:, None, None]
         return out.flatten(1, 2).to(dtype), None

@@ -24,8 +24,8 @@ from refimpl.baselines.kvcache import H2O, KIVI, Full, SnapKV, StreamingLLM, Thi
 from refimpl.core.cache import (
     ByContent,
     CompressedCache,
+    Incoming,
     LayerShape,
-    New,
     Policy,
     Rotary,
     Segment,
@@ -37,8 +37,8 @@ from refimpl.core.cache import (
     unrotate,
 )
 from refimpl.core.cache import attention as attention_module
-from refimpl.core.cache.attention import Ticket
-from refimpl.core.cache.content import describe
+from refimpl.core.cache.attention import DeferredKV
+from refimpl.core.cache.content import to_json
 from refimpl.core.errors import CheckpointError, OptionError
 
 LENGTH = 41
@@ -120,23 +120,23 @@ class UnrotatedLayer(WindowLayer):
         super().__init__(shape.heads, streamed, window, group=3)
         self.rotary = rotary
 
-    def append(self, new: New) -> None:
+    def append(self, incoming: Incoming) -> None:
         if self.seen == 0:
-            new.check(self.rotary)
-        assert new.rotation is not None
-        cos, sin = new.rotation  # as the attention module got them: left padding included
-        self.extend(bare=unrotate(new.keys, cos.unsqueeze(1), sin.unsqueeze(1)))
-        super().append(new)
+            incoming.check(self.rotary)
+        assert incoming.rotation is not None
+        cos, sin = incoming.rotation  # as the attention module got them: left padding included
+        self.extend(bare=unrotate(incoming.keys, cos.unsqueeze(1), sin.unsqueeze(1)))
+        super().append(incoming)
 
     def store(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
         count = keys.shape[2]
         self.extend(stored_keys=self.parts["bare"][:, :, :count], stored_values=values)
         self.parts["bare"] = self.parts["bare"][:, :, count:]
 
-    def segments(self, new: New) -> list[Segment]:
+    def segments(self, incoming: Incoming) -> list[Segment]:
         if not self.start:
             return [self.tail]
-        rotation = self.rotary(new.mask.positions(range(self.start)))  # positions, explicitly; nothing is stored
+        rotation = self.rotary(incoming.mask.positions(range(self.start)))  # positions, explicitly; nothing is stored
         stored = Turned(self.parts["stored_keys"], self.parts["stored_values"], range(self.start), rotation)
         return [stored, self.tail]
 
@@ -218,7 +218,7 @@ def steps(model: PreTrainedModel, cache: Any, pieces: list[int], pads: tuple[int
 
 
 def same_state(a: CompressedCache, b: CompressedCache, tolerance: float = 1e-4) -> bool:
-    for one, other in zip(a._compressed, b._compressed, strict=True):
+    for one, other in zip(a.compressed_layers, b.compressed_layers, strict=True):
         assert one.state()[1] == other.state()[1]
         assert one.parts.keys() == other.parts.keys()
         for name, tensor in one.parts.items():
@@ -570,7 +570,7 @@ def test_bytes_are_counted_before_and_after(
     model = make("llama").to(dtype)
     cache = policy.cache(model)
     prefill(model, cache, batch((0,), length)["input_ids"])
-    expected = sum(policy.nbytes(cache._shape(model, index), length) for index in range(2))
+    expected = sum(policy.nbytes(cache.layer_shape(model, index), length) for index in range(2))
     assert cache.nbytes == cache.compressed_nbytes == expected
     assert cache.bytes_per_token == expected / length
     held = sum(t.untyped_storage().nbytes() for layer in cache.layers for t in layer.parts.values())
@@ -749,7 +749,7 @@ def test_policies_with_tensors_compare_by_content() -> None:
     assert text.startswith("Fitted(pairs=(Pair(A=bfloat16[2, 6], B=bfloat16[6, 8]), Pair(A=int64[], B=None), ")
     assert "... 4 in all), ranks=((1, 2), (3,)), table={2: [Plain(basis=bool[3])]}, base=KIVI(bits=4, " in text
     assert "tensor(" not in text and len(text) < 350
-    told = [describe(Pair(torch.arange(6).view(*shape))) for shape in ((2, 3), (3, 2))]
+    told = [to_json(Pair(torch.arange(6).view(*shape))) for shape in ((2, 3), (3, 2))]
     assert told[0] != told[1]  # the same numbers in another shape are another tensor
 
 
@@ -784,8 +784,8 @@ def test_other_attention_cannot_work(implementation: str, make: Callable[[str], 
     assert cache.get_seq_length() == 20  # nothing was lost
     model.set_attn_implementation("refimpl")
     model(torch.ones(2, 1, dtype=torch.long), **cache_argument(cache))
-    ticket: Any = Ticket(cache.layers[0])
-    for use in (lambda: ticket.shape, lambda: torch.ones(2) @ ticket, lambda: torch.cat([torch.ones(1), ticket])):
+    deferred: Any = DeferredKV(cache.layers[0])
+    for use in (lambda: deferred.shape, lambda: torch.ones(2) @ deferred, lambda: torch.cat([torch.ones(1), deferred])):
         with pytest.raises(OptionError, match="only 'refimpl' can attend"):
             use()
 
@@ -838,7 +838,7 @@ def test_wrong_options(make: Callable[[str], PreTrainedModel], tiny_gpt2: Callab
         with pytest.raises(OptionError, match=message):
             SnapKV().cache(model, **options)
     with pytest.raises(OptionError, match=r"rank=17: the heads of layer 1 have 16 channels; use 1 to 16"):
-        check_rank("rank", 17, CompressedCache._shape(model, 1))
+        check_rank("rank", 17, CompressedCache.layer_shape(model, 1))
     with pytest.raises(OptionError, match="no rotary embedding"):
         StreamingLLM().cache(tiny_gpt2())
     with pytest.raises(OptionError, match="no layer with full attention"):

@@ -506,7 +506,7 @@ def test_a_prompt_read_exactly_shows_no_loss_at_any_rank(make: Callable[[str], P
     assert (streamed - plain)[:, 1:].abs().max() > 0.02
     # and the cache that showed no loss is as small as the one that did
     exact.finish()
-    assert exact.nbytes == 2 * sum(policy.nbytes(exact._shape(model, i), 60) for i in range(2))
+    assert exact.nbytes == 2 * sum(policy.nbytes(exact.layer_shape(model, i), 60) for i in range(2))
 
 
 def test_the_tokens_of_the_library_at_full_budget(make: Callable[[str], PreTrainedModel]) -> None:
@@ -540,8 +540,8 @@ def test_streamed_tokens_may_come_in_any_pieces(
         for row, pad in enumerate(pads):
             # between two sums in another order a value may fall into the next code
             assert torch.allclose(found[row, pad:], whole[row, pad:], atol=1e-4 if policy.bits == 16 else 2e-2)
-        assert [layer.parts.keys() for layer in cache._compressed] == [
-            layer.parts.keys() for layer in caches[0]._compressed
+        assert [layer.parts.keys() for layer in cache.compressed_layers] == [
+            layer.parts.keys() for layer in caches[0].compressed_layers
         ]
 
 
@@ -554,7 +554,7 @@ def test_a_prompt_in_chunks_is_the_prompt_in_one_piece(
         caches = [policy_for(model, **options).cache(model, prefill=mode) for _ in range(2)]
         logits = [prefill(model, cache, chunk=chunk, **batch()) for cache, chunk in zip(caches, (41, 13), strict=True)]
         assert torch.allclose(*logits, atol=1e-4 if "bits" not in options else 2e-2)
-        for one, other in zip(caches[0]._compressed, caches[1]._compressed, strict=True):
+        for one, other in zip(caches[0].compressed_layers, caches[1].compressed_layers, strict=True):
             assert one.state()[1] == other.state()[1]
             assert {n: t.shape for n, t in one.parts.items()} == {n: t.shape for n, t in other.parts.items()}
 
@@ -728,7 +728,7 @@ def test_bytes_are_counted_before_and_after(
     model.to(dtype)
     cache = policy.cache(model)
     prefill(model, cache, batch((0,), length)["input_ids"])
-    assert cache.nbytes == sum(policy.nbytes(cache._shape(model, index), length) for index in range(2))
+    assert cache.nbytes == sum(policy.nbytes(cache.layer_shape(model, index), length) for index in range(2))
     held = sum(t.untyped_storage().nbytes() for layer in cache.layers for t in layer.parts.values())
     assert held <= cache.nbytes + 2 * 64  # no view keeps more alive than is counted
 
@@ -816,9 +816,9 @@ def test_the_kernel_gets_what_the_layer_attends_to(
     compared = []
     plain = CSKVLayer._attend
 
-    def both(layer: CSKVLayer, new: Any) -> Any:
-        out, mass = plain(layer, new)
-        inputs = layer.kernel_inputs(new)
+    def both(layer: CSKVLayer, incoming: Any) -> Any:
+        out, mass = plain(layer, incoming)
+        inputs = layer.kernel_inputs(incoming)
         assert inputs is not None
         compared.append((out, reference(inputs)))
         return out, mass
@@ -842,9 +842,9 @@ def test_what_the_kernel_is_not_asked(make: Callable[[str], PreTrainedModel], mo
     inputs = CSKVLayer.kernel_inputs
     plain = CSKVLayer._attend
 
-    def spy(layer: CSKVLayer, new: Any) -> Any:
-        asked.append(inputs(layer, new))
-        return plain(layer, new)
+    def spy(layer: CSKVLayer, incoming: Any) -> Any:
+        asked.append(inputs(layer, incoming))
+        return plain(layer, incoming)
 
     monkeypatch.setattr(CSKVLayer, "_attend", spy)
     model = make("llama")
@@ -991,7 +991,9 @@ def test_devices(
             for _ in range(3):
                 logits = model(torch.ones(2, 1, dtype=torch.long, device="cuda"), **cache_argument(cache)).logits
             assert logits.device.type == "cuda"
-            assert all(tensor.device.type == "cuda" for layer in cache._compressed for tensor in layer.parts.values())
+            assert all(
+                tensor.device.type == "cuda" for layer in cache.compressed_layers for tensor in layer.parts.values()
+            )
 
 
 def test_factors_on_a_device(make: Callable[[str], PreTrainedModel], fake_cuda: Callable[[], Any]) -> None:

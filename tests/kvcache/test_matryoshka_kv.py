@@ -634,7 +634,7 @@ def test_bytes_and_budgets(dtype: torch.dtype, make: Make) -> None:
         cache = MatryoshkaKV(bases).cache(model, budget=budget, length=64)
         prefill(model, cache, ids)
         assert cache.policy.ranks == int(budget * 16)  # type: ignore[attr-defined]
-        assert cache.nbytes == sum(cache.policy.nbytes(cache._shape(model, i), 64) for i in range(2))
+        assert cache.nbytes == sum(cache.policy.nbytes(cache.layer_shape(model, i), 64) for i in range(2))
         assert budget * full - full / 16 < cache.nbytes <= budget * full
         held = sum(t.untyped_storage().nbytes() for layer in cache.layers for t in layer.parts.values())
         assert held == cache.nbytes
@@ -666,7 +666,7 @@ def test_sixteen_bits(name: str, make: Make) -> None:
     cache = MatryoshkaKV(bases, 5).cache(model)
     found = logits(model, ids, cache)
     assert found.dtype == torch.bfloat16
-    assert all(t.dtype == torch.bfloat16 for layer in cache._compressed for t in layer.parts.values())
+    assert all(t.dtype == torch.bfloat16 for layer in cache.compressed_layers for t in layer.parts.values())
     assert (found.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
 
 
@@ -685,7 +685,7 @@ def test_devices(name: str, make: Make, fake_cuda: Callable[[], Any]) -> None:
         prefill(model, cache, ids, chunk=16)
         found = model(ids[:, :1], **cache_argument(cache)).logits
         assert found.device.type == "cuda"
-        assert all(t.device.type == "cuda" for layer in cache._compressed for t in layer.parts.values())
+        assert all(t.device.type == "cuda" for layer in cache.compressed_layers for t in layer.parts.values())
         fitted = pca(calibrate(model, ids))
         student = Projections(model, fitted)
         assert all(p.device.type == "cuda" for p in student.parameters())
@@ -713,10 +713,10 @@ def test_the_kernel_gets_what_the_layer_attends_to(
     compared = []
     plain = MatryoshkaLayer._attend
 
-    def both(layer: MatryoshkaLayer, new: Any) -> Any:
-        out, mass = plain(layer, new)
-        inputs = layer.kernel_inputs(new)
-        if len(new.slots) == 1:
+    def both(layer: MatryoshkaLayer, incoming: Any) -> Any:
+        out, mass = plain(layer, incoming)
+        inputs = layer.kernel_inputs(incoming)
+        if len(incoming.slots) == 1:
             assert inputs is not None
             expected = reference(inputs)
             compared.append((out, expected[:, None, None] if folded else expected))
@@ -735,9 +735,9 @@ def test_padding_in_the_middle_is_not_for_the_kernel(make: Make, monkeypatch: py
     bases = pca(calibrate(model, ids_of()))
     plain = MatryoshkaLayer._attend
 
-    def spy(layer: MatryoshkaLayer, new: Any) -> Any:
-        asked.append(layer.kernel_inputs(new))
-        return plain(layer, new)
+    def spy(layer: MatryoshkaLayer, incoming: Any) -> Any:
+        asked.append(layer.kernel_inputs(incoming))
+        return plain(layer, incoming)
 
     monkeypatch.setattr(MatryoshkaLayer, "_attend", spy)
     mask = torch.ones(2, 25, dtype=torch.long)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from refimpl.core.cache import Dense, KVLayer, LayerShape, New, Policy, Segment
+from refimpl.core.cache import Dense, Incoming, KVLayer, LayerShape, Policy, Segment
 from refimpl.core.errors import OptionError
 
 
@@ -31,28 +31,28 @@ class H2OLayer(KVLayer):
         super().__init__(shape.heads, streamed)
         self.capacity, self.recent = policy.capacity, policy.newest
 
-    def append(self, new: New) -> None:
-        rows, heads, count, _ = new.keys.shape
-        slots = torch.arange(new.slots.start, new.slots.stop, dtype=torch.int32, device=new.keys.device)
+    def append(self, incoming: Incoming) -> None:
+        rows, heads, count, _ = incoming.keys.shape
+        slots = torch.arange(incoming.slots.start, incoming.slots.stop, dtype=torch.int32, device=incoming.keys.device)
         # padding has less than nothing and leaves first
-        mass = torch.zeros(rows, heads, count, device=new.keys.device)
-        if new.valid is not None:
-            mass = mass.masked_fill(~new.valid.unsqueeze(1), -torch.inf)
-        self.extend(keys=new.keys, values=new.values, slots=slots.expand(rows, heads, -1), mass=mass)
+        mass = torch.zeros(rows, heads, count, device=incoming.keys.device)
+        if incoming.valid is not None:
+            mass = mass.masked_fill(~incoming.valid.unsqueeze(1), -torch.inf)
+        self.extend(keys=incoming.keys, values=incoming.values, slots=slots.expand(rows, heads, -1), mass=mass)
 
-    def segments(self, new: New) -> list[Segment]:
+    def segments(self, incoming: Incoming) -> list[Segment]:
         p = self.parts
         return [Dense(p["keys"], p["values"], p["slots"])]
 
-    def observe(self, new: New, mass: Tensor | None) -> None:
+    def observe(self, incoming: Incoming, mass: Tensor | None) -> None:
         assert mass is not None
         self.parts["mass"] = self.parts["mass"] + mass
 
-    def room(self) -> int:
+    def tokens_until_compress(self) -> int:
         return 1 if self.capacity is None or not self.parts else max(1, self.capacity - self.parts["keys"].shape[2])
 
-    def settle(self, new: New, mass: Tensor | None) -> None:
-        self.observe(new, mass)
+    def compress_decoded(self, incoming: Incoming, mass: Tensor | None) -> None:
+        self.observe(incoming, mass)
         self.finish_prompt()
 
     def finish_prompt(self) -> None:

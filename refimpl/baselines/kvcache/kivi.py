@@ -22,7 +22,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from refimpl.core.cache import LayerShape, New, Policy, Segment, WindowLayer
+from refimpl.core.cache import Incoming, LayerShape, Policy, Segment, WindowLayer
 from refimpl.core.errors import OptionError
 from refimpl.core.layers.packing import pack_bits, unpack_bits
 
@@ -133,7 +133,7 @@ class KIVILayer(WindowLayer):
     def _stored(self) -> Quantised:
         return Quantised(self.parts, range(self.start), self.bits, self.group, self.value_group)
 
-    def segments(self, new: New) -> list[Segment]:
+    def segments(self, incoming: Incoming) -> list[Segment]:
         return [self._stored, self.tail] if self.start else [self.tail]
 
     def finish_prompt(self) -> None:
@@ -206,9 +206,9 @@ class KIVI(Policy):
     def settings(self, shapes: Sequence[LayerShape], length: int) -> Sequence[int]:
         return (2, 4, 8, 16)
 
-    def fit(self, shapes: Sequence[LayerShape], nbytes: int, length: int) -> KIVI:
+    def within_budget(self, shapes: Sequence[LayerShape], nbytes: int, length: int) -> KIVI:
         """The most bits that fit; what is left of the budget widens the window."""
-        best = super().fit(shapes, nbytes, length)
+        best = super().within_budget(shapes, nbytes, length)
         assert isinstance(best, KIVI)
         if best.bits == 16:
             return best

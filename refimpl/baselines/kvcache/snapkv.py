@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from refimpl.core.cache import Dense, LayerShape, Mask, New, Policy, Segment, TailLayer, weights
+from refimpl.core.cache import Dense, Incoming, LayerShape, Mask, Policy, Segment, TailLayer, weights
 from refimpl.core.errors import OptionError
 
 
@@ -39,15 +39,15 @@ class ObservingLayer(TailLayer):
         super().reset()
         self.ended = False
 
-    def observe(self, new: New, mass: Tensor | None) -> None:
+    def observe(self, incoming: Incoming, mass: Tensor | None) -> None:
         if self.ended:
             return
         old = self.parts.get("queries")
-        queries = new.query if old is None else torch.cat([old, new.query], 2)
+        queries = incoming.query if old is None else torch.cat([old, incoming.query], 2)
         self.parts["queries"] = queries[:, :, -self.observed :].clone()
-        if new.mask.padding is not None:
-            self.parts["real"] = new.mask.padding[:, : self.seen]
-        self.scaling, self.softcap = new.scaling, new.softcap
+        if incoming.mask.padding is not None:
+            self.parts["real"] = incoming.mask.padding[:, : self.seen]
+        self.scaling, self.softcap = incoming.scaling, incoming.softcap
 
     def finish_prompt(self) -> None:
         if self.ended:
@@ -84,7 +84,7 @@ class SnapKVLayer(ObservingLayer):
         super().__init__(shape.heads, policy.window)
         self.capacity, self.kernel = policy.capacity, policy.kernel
 
-    def segments(self, new: New) -> list[Segment]:
+    def segments(self, incoming: Incoming) -> list[Segment]:
         p = self.parts
         if "kept_keys" not in p:
             return [self.tail]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from refimpl.core.cache import Dense, LayerShape, Mask, New, Policy, Rotary, Segment, TailLayer, rotate
+from refimpl.core.cache import Dense, Incoming, LayerShape, Mask, Policy, Rotary, Segment, TailLayer, rotate
 from refimpl.core.errors import OptionError
 
 
@@ -58,35 +58,35 @@ class StreamingLayer(TailLayer):
         super().__init__(shape.heads, streamed=True)
         self.sinks, self.window, self.rotary = policy.sinks, policy.window, rotary
 
-    def append(self, new: New) -> None:
+    def append(self, incoming: Incoming) -> None:
         if self.seen == 0:
-            new.check(self.rotary)
-        super().append(new)
-        if new.mask.padding is not None or new.slots.start < self.sinks:
-            self._fill(new)
+            incoming.check(self.rotary)
+        super().append(incoming)
+        if incoming.mask.padding is not None or incoming.slots.start < self.sinks:
+            self._fill(incoming)
 
-    def _fill(self, new: New) -> None:
+    def _fill(self, incoming: Incoming) -> None:
         """Take in those of the first tokens of each row that are among the new ones."""
-        rows, heads, count, dim = new.keys.shape
-        device = new.keys.device
+        rows, heads, count, dim = incoming.keys.shape
+        device = incoming.keys.device
         if "sink_slots" not in self.parts:
-            empty = new.keys.new_zeros(rows, heads, self.sinks, dim)
+            empty = incoming.keys.new_zeros(rows, heads, self.sinks, dim)
             self.parts["sink_keys"], self.parts["sink_values"] = empty, empty.clone()
             self.parts["sink_slots"] = torch.full((rows, 1, self.sinks), -1, dtype=torch.int32, device=device)
-        valid = new.valid
+        valid = incoming.valid
         if valid is None:
             valid = torch.ones(rows, count, dtype=torch.bool, device=device)
         had = (self.parts["sink_slots"] >= 0).sum(-1)  # [B, 1]
         rank = had + valid.long().cumsum(-1) - 1
         match = (rank.unsqueeze(1) == torch.arange(self.sinks, device=device).view(1, -1, 1)) & valid.unsqueeze(1)
         found, place = match.any(-1), match.long().argmax(-1)  # [B, s]
-        for name, states in (("sink_keys", new.keys), ("sink_values", new.values)):
+        for name, states in (("sink_keys", incoming.keys), ("sink_values", incoming.values)):
             taken = states.gather(2, place[:, None, :, None].expand(-1, heads, -1, dim))
             self.parts[name] = torch.where(found[:, None, :, None], taken, self.parts[name])
-        slots = (place + new.slots.start).int().unsqueeze(1)
+        slots = (place + incoming.slots.start).int().unsqueeze(1)
         self.parts["sink_slots"] = torch.where(found.unsqueeze(1), slots, self.parts["sink_slots"])
 
-    def segments(self, new: New) -> list[Segment]:
+    def segments(self, incoming: Incoming) -> list[Segment]:
         p = self.parts
         tail = Dense(p["keys"], p["values"], range(self.start, self.seen), self.window)
         if not self.sinks or self.seen <= self.window:
@@ -94,10 +94,10 @@ class StreamingLayer(TailLayer):
         after = p["sink_slots"][:, 0].amax(-1) + 1
         return [Sinks(p["sink_keys"], p["sink_values"], p["sink_slots"], after, self.window, self.rotary), tail]
 
-    def room(self) -> int:
+    def tokens_until_compress(self) -> int:
         return max(self.window, 64)  # the result is the same for any number; this one bounds time and memory
 
-    def settle(self, new: New, mass: Tensor | None) -> None:
+    def compress_decoded(self, incoming: Incoming, mass: Tensor | None) -> None:
         surplus = self.seen - self.start - self.window
         if surplus > 0:
             self.drop(surplus)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from refimpl.baselines.kvcache.snapkv import ObservingLayer
-from refimpl.core.cache import Dense, LayerShape, New, Policy, Segment
+from refimpl.core.cache import Dense, Incoming, LayerShape, Policy, Segment
 from refimpl.core.errors import OptionError
 
 
@@ -43,7 +43,7 @@ class ThinKLayer(ObservingLayer):
         self.channels, self.group = policy.kept(shape.head_dim), policy.group
         self.narrow = self.channels < shape.head_dim
 
-    def segments(self, new: New) -> list[Segment]:
+    def segments(self, incoming: Incoming) -> list[Segment]:
         p = self.parts
         if "narrow_keys" not in p:
             return [self.tail]
@@ -66,10 +66,10 @@ class ThinKLayer(ObservingLayer):
             self.parts.pop("real", None)
             self.ended = True
 
-    def room(self) -> int:
+    def tokens_until_compress(self) -> int:
         return self.observed + self.group - (self.seen - self.start)
 
-    def settle(self, new: New, mass: Tensor | None) -> None:
+    def compress_decoded(self, incoming: Incoming, mass: Tensor | None) -> None:
         if self.ended and self.narrow:
             self._leave()
 

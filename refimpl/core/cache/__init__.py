@@ -9,7 +9,7 @@ A policy (a short dataclass, see `refimpl.baselines.kvcache`) makes a `Compresse
 from refimpl.core.cache.attention import NAME, Dense, Mask, Segment, attend, weights
 from refimpl.core.cache.content import ByContent
 from refimpl.core.cache.host import CompressedCache, cache_argument, fingerprint, prefill
-from refimpl.core.cache.layer import KVLayer, New, TailLayer, WindowLayer
+from refimpl.core.cache.layer import Incoming, KVLayer, TailLayer, WindowLayer
 from refimpl.core.cache.policy import LayerShape, Policy, check_rank
 from refimpl.core.cache.rope import Rotary, rotate, unrotate
 
@@ -21,7 +21,7 @@ __all__ = [
     "KVLayer",
     "LayerShape",
     "Mask",
-    "New",
+    "Incoming",
     "Policy",
     "Rotary",
     "Segment",

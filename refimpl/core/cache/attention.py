@@ -2,7 +2,7 @@
 
 transformers calls one registered function for every attention layer, and one more that builds the mask. Both are
 registered here under the name "refimpl". With an ordinary cache they do what "sdpa" does, bit for bit. With a
-compressed cache the keys and values that arrive are `Ticket`s, and the layer of the cache answers.
+compressed cache the keys and values that arrive are `DeferredKV`s, and the layer of the cache answers.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Mask:
         return seen
 
 
-class Ticket:
+class DeferredKV:
     """Stands for the keys (or values) of a compressed layer between `update` and the attention function."""
 
     def __init__(self, layer: KVLayer) -> None:
@@ -337,8 +337,8 @@ def mask_rule(
 def attention(
     module: torch.nn.Module,
     query: Tensor,
-    key: Tensor | Ticket,
-    value: Tensor | Ticket,
+    key: Tensor | DeferredKV,
+    value: Tensor | DeferredKV,
     attention_mask: Mask | Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
@@ -357,7 +357,7 @@ def attention(
             "use attn_implementation='eager' and an ordinary cache"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if isinstance(key, Ticket):
+    if isinstance(key, DeferredKV):
         if not isinstance(attention_mask, Mask):
             raise OptionError(
                 "attention_mask: a compressed cache takes the two-dimensional mask of padding, not a prepared one"

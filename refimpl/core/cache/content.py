@@ -110,8 +110,8 @@ def _holds_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def describe(value: Any, tensors: dict[str, Tensor] | None = None, name: str = "value") -> Any:
-    """A value as JSON that `rebuild` takes; a tensor stands in by a digest of its dtype, shape and numbers.
+def to_json(value: Any, tensors: dict[str, Tensor] | None = None, name: str = "value") -> Any:
+    """A value as JSON that `from_json` takes; a tensor stands in by a digest of its dtype, shape and numbers.
 
     Args:
         value: None, a number, a text, a tensor, or tuples, lists, dictionaries and dataclasses of these.
@@ -122,7 +122,7 @@ def describe(value: Any, tensors: dict[str, Tensor] | None = None, name: str = "
         OptionError: something else is in it.
 
     Example:
-        >>> describe((1, {"a": torch.zeros(2)}))["tuple"][0]
+        >>> to_json((1, {"a": torch.zeros(2)}))["tuple"][0]
         1
     """
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -136,14 +136,14 @@ def describe(value: Any, tensors: dict[str, Tensor] | None = None, name: str = "
             tensors[key] = data
         return {"tensor": key}
     if isinstance(value, list):
-        return [describe(item, tensors, f"{name}[{i}]") for i, item in enumerate(value)]
+        return [to_json(item, tensors, f"{name}[{i}]") for i, item in enumerate(value)]
     if type(value) is tuple:
-        return {"tuple": [describe(item, tensors, f"{name}[{i}]") for i, item in enumerate(value)]}
+        return {"tuple": [to_json(item, tensors, f"{name}[{i}]") for i, item in enumerate(value)]}
     if isinstance(value, dict) and all(isinstance(key, (int, str)) for key in value):
-        return {"dict": [[key, describe(item, tensors, f"{name}[{key!r}]")] for key, item in value.items()]}
+        return {"dict": [[key, to_json(item, tensors, f"{name}[{key!r}]")] for key, item in value.items()]}
     if is_dataclass(value) and not isinstance(value, type):
         kind = type(value)
-        config = {f.name: describe(getattr(value, f.name), tensors, f.name) for f in fields(value) if f.init}
+        config = {f.name: to_json(getattr(value, f.name), tensors, f.name) for f in fields(value) if f.init}
         return {"kind": kind.__qualname__, "module": kind.__module__, "config": config}
     raise OptionError(
         f"{name}={value!r}: a {type(value).__name__} cannot be told in a file; use numbers, texts, tensors, and "
@@ -151,8 +151,8 @@ def describe(value: Any, tensors: dict[str, Tensor] | None = None, name: str = "
     )
 
 
-def rebuild(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The value that `describe` told.
+def from_json(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The value that `to_json` told.
 
     Args:
         tree: JSON.
@@ -163,11 +163,11 @@ def rebuild(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
 
     Example:
         >>> tensors = {}
-        >>> rebuild(describe([torch.ones(2), (1, 2), {3: "x"}], tensors), tensors)
+        >>> from_json(to_json([torch.ones(2), (1, 2), {3: "x"}], tensors), tensors)
         [tensor([1., 1.]), (1, 2), {3: 'x'}]
     """
     if isinstance(tree, list):
-        return [rebuild(item, tensors) for item in tree]
+        return [from_json(item, tensors) for item in tree]
     if not isinstance(tree, dict):
         return tree
     if "tensor" in tree:
@@ -175,11 +175,11 @@ def rebuild(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
             raise CheckpointError(f"the tensor {tree['tensor']} is not in the file")
         return tensors[tree["tensor"]]
     if "tuple" in tree:
-        return tuple(rebuild(item, tensors) for item in tree["tuple"])
+        return tuple(from_json(item, tensors) for item in tree["tuple"])
     if "dict" in tree:
-        return {key: rebuild(item, tensors) for key, item in tree["dict"]}
+        return {key: from_json(item, tensors) for key, item in tree["dict"]}
     kind = _class(tree["kind"], tree["module"])
-    config = {name: rebuild(item, tensors) for name, item in tree["config"].items()}
+    config = {name: from_json(item, tensors) for name, item in tree["config"].items()}
     try:
         return kind(**config)
     except TypeError as error:  # written by a version with other fields
@@ -203,7 +203,7 @@ def _class(kind: str, module: str) -> type:
     return found
 
 
-def read_told(
+def load_described(
     path: str | Path, key: str, what: str, device: torch.device | str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A safetensors file that tells its content as JSON in the metadata.
@@ -221,7 +221,7 @@ def read_told(
         CheckpointError: it cannot be read, or is not such a file.
 
     Example:
-        >>> read_told("nowhere.safetensors", "refimpl-policy", "a policy", "cpu")
+        >>> load_described("nowhere.safetensors", "refimpl-policy", "a policy", "cpu")
         Traceback (most recent call last):
         ...
         refimpl.core.errors.CheckpointError: path='nowhere.safetensors' cannot be read...

@@ -19,7 +19,7 @@ from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import Cache, DynamicLayer
 
 from refimpl.core.cache.attention import NAME
-from refimpl.core.cache.content import describe, read_told
+from refimpl.core.cache.content import load_described, to_json
 from refimpl.core.cache.layer import KVLayer
 from refimpl.core.cache.policy import LayerShape, Policy, policy_from
 from refimpl.core.cache.rope import find_rotary
@@ -97,8 +97,10 @@ class CompressedCache(Cache):
                 f"prefill={prefill!r}: {type(policy).__name__} can do {' or '.join(map(repr, policy.prefills))}"
             )
         self.streamed = mode == "streamed"
-        shapes = {index: self._shape(model, index) for index in range(len(stock)) if type(stock[index]) is DynamicLayer}
-        self.policy = _fitted(policy, list(shapes.values()), budget, bytes_per_token, length)
+        shapes = {
+            index: self.layer_shape(model, index) for index in range(len(stock)) if type(stock[index]) is DynamicLayer
+        }
+        self.policy = _within_budget(policy, list(shapes.values()), budget, bytes_per_token, length)
         layers = [
             self.policy.layer(shapes[index], self.streamed) if index in shapes else layer
             for index, layer in enumerate(stock)
@@ -111,7 +113,7 @@ class CompressedCache(Cache):
         super().__init__(layers=layers)
 
     @staticmethod
-    def _shape(model: PreTrainedModel, index: int) -> LayerShape:
+    def layer_shape(model: PreTrainedModel, index: int) -> LayerShape:
         config = model.config.get_text_config(decoder=True)
         module: Any = _attention_modules(model)[index]
         types = getattr(config, "layer_types", None)
@@ -141,7 +143,7 @@ class CompressedCache(Cache):
         self._layers: list[Any] | None = layers
 
     @property
-    def _compressed(self) -> list[KVLayer]:
+    def compressed_layers(self) -> list[KVLayer]:
         return [layer for layer in self.layers if isinstance(layer, KVLayer)]
 
     def _expect(self, module: nn.Module, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> None:
@@ -179,19 +181,19 @@ class CompressedCache(Cache):
             >>> sorted(cache.layers[0].parts)[:2], cache.get_seq_length()
             (['key_codes', 'key_least'], 16)
         """
-        for layer in self._compressed:
+        for layer in self.compressed_layers:
             layer.finish()
             layer.hold_open = True
         try:
             yield self
         finally:
-            for layer in self._compressed:
+            for layer in self.compressed_layers:
                 layer.hold_open = False
         self.finish()
 
     def finish(self) -> None:
         """End an open prompt now: compress it."""
-        for layer in self._compressed:
+        for layer in self.compressed_layers:
             layer.finish()
 
     def copy(self) -> CompressedCache:
@@ -202,7 +204,7 @@ class CompressedCache(Cache):
         self.finish()
         other = copy.copy(self)
         other.layers = [copy.copy(layer) for layer in self.layers]
-        for layer in other._compressed:
+        for layer in other.compressed_layers:
             layer.parts = dict(layer.parts)
             layer._undo = None
         return other
@@ -221,12 +223,12 @@ class CompressedCache(Cache):
     @property
     def compressed_nbytes(self) -> int:
         """Bytes kept by the layers that are compressed: what a budget speaks of."""
-        return sum(layer.nbytes for layer in self._compressed)
+        return sum(layer.nbytes for layer in self.compressed_layers)
 
     @property
     def bytes_per_token(self) -> float:
         """`compressed_nbytes` per token and sequence."""
-        first = self._compressed[0]
+        first = self.compressed_layers[0]
         return self.compressed_nbytes / max(1, first.seen * (first.batch or 1))
 
     # -- files -----------------------------------------------------------------------------------------------------
@@ -255,7 +257,7 @@ class CompressedCache(Cache):
             "format": _FORMAT,
             "model": fingerprint(model),
             "streamed": self.streamed,
-            "policy": describe(self.policy),
+            "policy": to_json(self.policy),
             "numbers": numbers,
         }
         with atomic_write(path) as temporary:
@@ -273,7 +275,7 @@ class CompressedCache(Cache):
         Raises:
             CheckpointError: not a cache of ours, damaged, of another model, or of another policy.
         """
-        about, tensors = read_told(path, _ABOUT, "cache", model.device)
+        about, tensors = load_described(path, _ABOUT, "cache", model.device)
         if about["format"] != _FORMAT:
             raise CheckpointError(f"path={str(path)!r}: format {about['format']} needs another version of refimpl")
         if about["model"] != fingerprint(model):
@@ -289,7 +291,7 @@ class CompressedCache(Cache):
         return cache
 
 
-def _fitted(
+def _within_budget(
     policy: Policy, shapes: list[LayerShape], budget: float | None, bytes_per_token: float | None, length: int | None
 ) -> Policy:
     if budget is None and bytes_per_token is None:
@@ -306,7 +308,7 @@ def _fitted(
         raise OptionError(f"bytes_per_token={bytes_per_token}: use a positive number")
     full = sum(shape.token_bytes for shape in shapes)
     allowed = int(length * (budget * full if budget is not None else bytes_per_token or 0.0))
-    return policy.fit(shapes, allowed, length)
+    return policy.within_budget(shapes, allowed, length)
 
 
 def _layer_state(layer: Any) -> tuple[dict[str, Tensor], dict[str, int]]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from refimpl.core.cache.attention import Dense, Mask, Segment, Ticket, attend, plain, single
+from refimpl.core.cache.attention import DeferredKV, Dense, Mask, Segment, attend, plain, single
 from refimpl.core.cache.rope import Rotary
 from refimpl.core.errors import OptionError
 
@@ -28,7 +28,7 @@ ENDLESS = 1 << 62
 
 
 @dataclass(frozen=True)
-class New:
+class Incoming:
     """What one forward pass, or a piece of it, brings to one layer (B rows, N tokens).
 
     Attributes:
@@ -53,7 +53,7 @@ class New:
     scaling: float
     softcap: float | None
 
-    def piece(self, first: int, last: int) -> New:
+    def piece(self, first: int, last: int) -> Incoming:
         """Tokens ``first`` to ``last`` - 1 of these."""
         if (first, last) == (0, len(self.slots)):
             return self
@@ -83,14 +83,14 @@ class KVLayer(CacheLayerMixin, abc.ABC):
     """Base of the layers of a `CompressedCache`.
 
     A subclass gives `append`, `segments` and `crop_to`, and where it has something to compress `finish_prompt`,
-    `settle` and `room`.
+    `compress_decoded` and `tokens_until_compress`.
 
     Attributes:
         parts: every tensor kept, [B, ...].
         seen: slots so far.
         prompt_open: the tokens of a prompt are still as they came.
         numbers: names of the attributes that belong to the state beside `parts`.
-        needs_mass: `settle` and `observe` want to know how much attention each entry got.
+        needs_mass: `compress_decoded` and `observe` want to know how much attention each entry got.
     """
 
     is_sliding = False
@@ -110,28 +110,28 @@ class KVLayer(CacheLayerMixin, abc.ABC):
     # -- what a policy says ----------------------------------------------------------------------------------------
 
     @abc.abstractmethod
-    def append(self, new: New) -> None:
+    def append(self, incoming: Incoming) -> None:
         """Take tokens in, before they are attended to; `seen` is advanced afterwards."""
 
     @abc.abstractmethod
-    def segments(self, new: New) -> list[Segment]:
-        """All entries, those of ``new`` included, in the order in which attention mass is reported."""
+    def segments(self, incoming: Incoming) -> list[Segment]:
+        """All entries, those of ``incoming`` included, in the order in which attention mass is reported."""
 
     @abc.abstractmethod
     def crop_to(self, length: int) -> None:
         """Forget all slots from ``length`` on, further back than the last forward pass; or refuse."""
 
-    def observe(self, new: New, mass: Tensor | None) -> None:
+    def observe(self, incoming: Incoming, mass: Tensor | None) -> None:
         """Look at a chunk of a prompt that has been attended to; nothing may be compressed yet."""
 
     def finish_prompt(self) -> None:
         """Compress the prompt that has ended."""
 
-    def settle(self, new: New, mass: Tensor | None) -> None:
+    def compress_decoded(self, incoming: Incoming, mass: Tensor | None) -> None:
         """Compress after decoded tokens have been attended to."""
 
-    def room(self) -> int:
-        """How many decoded tokens may be attended to before `settle` must be called, at least 1."""
+    def tokens_until_compress(self) -> int:
+        """How many decoded tokens may be attended to before `compress_decoded` must be called, at least 1."""
         return ENDLESS
 
     # -- what transformers calls -----------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ class KVLayer(CacheLayerMixin, abc.ABC):
                 f"batch_repeat_interleave (beams and several answers need one row each)"
             )
         self._states = key_states, value_states
-        return Ticket(self), Ticket(self)
+        return DeferredKV(self), DeferredKV(self)
 
     def attend(
         self, module: torch.nn.Module, query: Tensor, mask: Mask, scaling: float, softcap: float | None
@@ -168,7 +168,7 @@ class KVLayer(CacheLayerMixin, abc.ABC):
         """Take in what `update` brought and attend to it: [B, Hq, N, d]."""
         (_, hidden, rotation), (keys, values) = self._call, self._states
         self._call = self._states = None
-        new = New(
+        incoming = Incoming(
             module,
             query,
             keys,
@@ -182,33 +182,33 @@ class KVLayer(CacheLayerMixin, abc.ABC):
         )
         decoded = self.streamed or (not self.hold_open and (keys.shape[2] == 1 or (self.record_past and self.seen > 0)))
         if self.record_past:
-            self._undo = self.state(), new, decoded
-        return self._run(new, decoded)
+            self._undo = self.state(), incoming, decoded
+        return self._run(incoming, decoded)
 
-    def _run(self, new: New, decoded: bool, replayed: bool = False) -> Tensor:
+    def _run(self, incoming: Incoming, decoded: bool, replayed: bool = False) -> Tensor:
         quiet = replayed and not self.needs_mass  # nobody reads the output of a replay
         if not decoded:
-            self.append(new)
-            self.seen = new.slots.stop
+            self.append(incoming)
+            self.seen = incoming.slots.stop
             self.prompt_open = True
-            out, mass = (new.query, None) if quiet else self._attend(new)
-            self.observe(new, mass)
+            out, mass = (incoming.query, None) if quiet else self._attend(incoming)
+            self.observe(incoming, mass)
             return out
         self.finish()
-        outputs, first, length = [], 0, len(new.slots)
+        outputs, first, length = [], 0, len(incoming.slots)
         while first < length:
-            last = min(length, first + max(1, self.room()))
-            piece = new.piece(first, last)
+            last = min(length, first + max(1, self.tokens_until_compress()))
+            piece = incoming.piece(first, last)
             self.append(piece)
             self.seen = piece.slots.stop
             out, mass = (piece.query, None) if quiet else self._attend(piece)
             outputs.append(out)
-            self.settle(piece, mass)
+            self.compress_decoded(piece, mass)
             first = last
         return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
 
-    def _attend(self, new: New) -> tuple[Tensor, Tensor | None]:
-        segments = self.segments(new)
+    def _attend(self, incoming: Incoming) -> tuple[Tensor, Tensor | None]:
+        segments = self.segments(incoming)
         whole = segments[0]
         if (
             len(segments) == 1
@@ -216,15 +216,33 @@ class KVLayer(CacheLayerMixin, abc.ABC):
             and whole.window is None
             and not self.needs_mass
             and isinstance(whole.index, range)
-            and whole.index == range(new.mask.keys)
-            and new.slots == new.mask.queries
-            and new.softcap is None
+            and whole.index == range(incoming.mask.keys)
+            and incoming.slots == incoming.mask.queries
+            and incoming.softcap is None
         ):
-            if len(new.slots) == 1:
-                return single(new.query, whole.keys, whole.values, new.mask, new.scaling), None
-            out, _ = plain(new.module, new.query, whole.keys, whole.values, new.mask, new.scaling)
+            if len(incoming.slots) == 1:
+                return single(incoming.query, whole.keys, whole.values, incoming.mask, incoming.scaling), None
+            out, _ = plain(incoming.module, incoming.query, whole.keys, whole.values, incoming.mask, incoming.scaling)
             return out.transpose(1, 2), None
-        return attend(new.query, segments, new.mask, new.slots, new.scaling, new.softcap, self.heads, self.needs_mass)
+        return attend(
+            incoming.query,
+            segments,
+            incoming.mask,
+            incoming.slots,
+            incoming.scaling,
+            incoming.softcap,
+            self.heads,
+            self.needs_mass,
+        )
+
+    def replay(self, incoming: Incoming) -> None:
+        """Take in a piece of a prompt that another layer was shown; its attention output is not computed.
+
+        One pass of a model over a prompt then serves the caches of many policies.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(incoming.keys, incoming.values)
+        self._run(incoming, decoded=False, replayed=True)
 
     def finish(self) -> None:
         """End an open prompt."""
@@ -262,11 +280,11 @@ class KVLayer(CacheLayerMixin, abc.ABC):
         if tokens_to_remove == 0:
             return
         if undo is not None and -tokens_to_remove <= len(undo[1].slots):
-            state, new, decoded = undo
+            state, incoming, decoded = undo
             self.set_state(state)
-            kept = len(new.slots) + tokens_to_remove
+            kept = len(incoming.slots) + tokens_to_remove
             if kept:
-                self._run(new.piece(0, kept), decoded, replayed=True)
+                self._run(incoming.piece(0, kept), decoded, replayed=True)
             return
         self.crop_to(self.seen + tokens_to_remove)
         self.seen += tokens_to_remove
@@ -335,15 +353,15 @@ class TailLayer(KVLayer):
         super().reset()
         self.start = 0
 
-    def append(self, new: New) -> None:
-        self.extend(keys=new.keys, values=new.values)
+    def append(self, incoming: Incoming) -> None:
+        self.extend(keys=incoming.keys, values=incoming.values)
 
     @property
     def tail(self) -> Dense:
         """The newest tokens as a segment."""
         return Dense(self.parts["keys"], self.parts["values"], range(self.start, self.seen))
 
-    def segments(self, new: New) -> list[Segment]:
+    def segments(self, incoming: Incoming) -> list[Segment]:
         return [self.tail]
 
     def drop(self, count: int, names: tuple[str, ...] = ("keys", "values")) -> list[Tensor]:
@@ -395,20 +413,20 @@ class WindowLayer(TailLayer):
             valid: True for real tokens, bool [B, n]; None if there is no padding.
         """
 
-    def append(self, new: New) -> None:
-        valid = new.valid
+    def append(self, incoming: Incoming) -> None:
+        valid = incoming.valid
         if valid is not None or "valid" in self.parts:  # once padded, always: the tail is short
-            rows, _, count, _ = new.keys.shape
-            ones = torch.ones(rows, 1, self.seen - self.start + count, dtype=torch.bool, device=new.keys.device)
+            rows, _, count, _ = incoming.keys.shape
+            ones = torch.ones(rows, 1, self.seen - self.start + count, dtype=torch.bool, device=incoming.keys.device)
             if "valid" not in self.parts:
                 self.parts["valid"] = ones[:, :, count:]
             self.extend(valid=ones[:, :, :count] if valid is None else valid.unsqueeze(1))
-        super().append(new)
+        super().append(incoming)
 
-    def room(self) -> int:
+    def tokens_until_compress(self) -> int:
         return self.window + self.group - (self.seen - self.start)
 
-    def settle(self, new: New, mass: Tensor | None) -> None:
+    def compress_decoded(self, incoming: Incoming, mass: Tensor | None) -> None:
         self.finish_prompt()
 
     def finish_prompt(self) -> None:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from refimpl.core.cache.content import ByContent, describe, read_told, rebuild
+from refimpl.core.cache.content import ByContent, from_json, load_described, to_json
 from refimpl.core.cache.layer import KVLayer
 from refimpl.core.cache.rope import Rotary
 from refimpl.core.errors import CheckpointError, OptionError
@@ -118,7 +118,7 @@ class Policy(ByContent, abc.ABC):
         """Values of `knob` from the fewest bytes to the most; with the last one nothing is given up."""
         raise NotImplementedError
 
-    def fit(self, shapes: Sequence[LayerShape], nbytes: int, length: int) -> Policy:
+    def within_budget(self, shapes: Sequence[LayerShape], nbytes: int, length: int) -> Policy:
         """This policy with its `knob` at the most that fits.
 
         Args:
@@ -193,7 +193,7 @@ class Policy(ByContent, abc.ABC):
 
     def config(self) -> dict[str, Any]:
         """The hyper-parameters as JSON; tensors stand in by a digest, wherever they are."""
-        return {field.name: describe(getattr(self, field.name), name=field.name) for field in fields(self)}
+        return {field.name: to_json(getattr(self, field.name), name=field.name) for field in fields(self)}
 
     def save(self, path: str | Path) -> None:
         """Write the policy to a safetensors file, tensors included (fitted factors, trained bases).
@@ -216,7 +216,7 @@ class Policy(ByContent, abc.ABC):
             SnapKV(capacity=64, window=32, kernel=5)
         """
         tensors: dict[str, Tensor] = {}
-        about = {"format": _FORMAT} | describe(self, tensors)
+        about = {"format": _FORMAT} | to_json(self, tensors)
         with atomic_write(path) as temporary:
             # a tensor cut out of another one must stand alone in a file
             save_file(
@@ -234,10 +234,10 @@ class Policy(ByContent, abc.ABC):
         Raises:
             CheckpointError: not a policy of ours, damaged, of another kind, or of a class that is not known here.
         """
-        about, tensors = read_told(path, _ABOUT, "policy", device)
+        about, tensors = load_described(path, _ABOUT, "policy", device)
         if about["format"] != _FORMAT:
             raise CheckpointError(f"path={str(path)!r}: format {about['format']} needs another version of refimpl")
-        policy = rebuild(about, tensors)
+        policy = from_json(about, tensors)
         if not isinstance(policy, cls):
             raise CheckpointError(f"path={str(path)!r} holds a {about['kind']}, not a {cls.__name__}")
         return policy
@@ -247,7 +247,7 @@ def policy_from(description: dict[str, Any], given: Policy | None) -> Policy:
     """The policy a saved cache was made with.
 
     Args:
-        description: as `describe` tells a policy.
+        description: as `to_json` tells a policy.
         given: the policy itself, needed if it has tensors; hyper-parameters and tensors must be those of then.
 
     Raises:
@@ -259,7 +259,7 @@ def policy_from(description: dict[str, Any], given: Policy | None) -> Policy:
     """
     kind, module = description["kind"], description["module"]
     if given is not None:
-        found = describe(given)
+        found = to_json(given)
         if found != description:
             names = [
                 name
@@ -272,7 +272,7 @@ def policy_from(description: dict[str, Any], given: Policy | None) -> Policy:
             )
         return given
     try:
-        policy = rebuild(description, {})
+        policy = from_json(description, {})
     except CheckpointError as error:
         raise CheckpointError(
             f"this cache was made with {kind} of {module}, which the file alone does not bring back ({error}); pass "

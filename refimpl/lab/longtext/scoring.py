@@ -23,7 +23,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from refimpl.core.cache import CompressedCache, KVLayer, LayerShape, New, Policy, TailLayer, cache_argument, prefill
+from refimpl.core.cache import (
+    CompressedCache,
+    Incoming,
+    KVLayer,
+    LayerShape,
+    Policy,
+    TailLayer,
+    cache_argument,
+    prefill,
+)
 from refimpl.core.errors import CalibrationError, OptionError
 from refimpl.lab.longtext.made import Article, Context
 from refimpl.lab.metrics import Perplexity, Tokens
@@ -34,13 +43,13 @@ Factory = Callable[[PreTrainedModel], CompressedCache]
 class _RecordingLayer(TailLayer):
     """An uncompressed layer that remembers what it was shown since it was last asked."""
 
-    shown: list[New]
+    shown: list[Incoming]
 
-    def append(self, new: New) -> None:
-        super().append(new)
-        self.shown = [*getattr(self, "shown", []), new]
+    def append(self, incoming: Incoming) -> None:
+        super().append(incoming)
+        self.shown = [*getattr(self, "shown", []), incoming]
 
-    def take(self) -> list[New]:
+    def take(self) -> list[Incoming]:
         shown, self.shown = self.shown, []
         return shown
 
@@ -85,11 +94,11 @@ class Reading:
         return cache
 
     @cached_property
-    def _shown(self) -> list[list[New]]:
+    def _shown(self) -> list[list[Incoming]]:
         return self._take(self._exact)
 
     @staticmethod
-    def _take(cache: CompressedCache) -> list[list[New]]:
+    def _take(cache: CompressedCache) -> list[list[Incoming]]:
         return [layer.take() if isinstance(layer, _RecordingLayer) else [] for layer in cache.layers]
 
     def cache(self, factory: Factory, ask: Tensor | None = None) -> CompressedCache:
@@ -109,9 +118,10 @@ class Reading:
             exact = _fork(self._exact)
             prefill(self.model, exact, ask.to(self.ids.device), chunk=ask.shape[1])
             shown = [a + b for a, b in zip(shown, self._take(exact), strict=True)]
-        for place, (layer, news) in enumerate(zip(cache.layers, shown, strict=True)):
+        for place, (layer, pieces) in enumerate(zip(cache.layers, shown, strict=True)):
             if isinstance(layer, KVLayer):
-                _replay(layer, news)
+                for incoming in pieces:
+                    layer.replay(incoming)
             else:  # a sliding window is the library's, and the same in every cache
                 cache.layers[place] = copy.copy(exact.layers[place])
         cache.finish()
@@ -124,14 +134,6 @@ def _fork(cache: CompressedCache) -> CompressedCache:
         if isinstance(layer, _RecordingLayer):
             layer.shown = []
     return other
-
-
-def _replay(layer: KVLayer, news: Sequence[New]) -> None:
-    """Show a layer a prompt that another one was shown; what it would have answered is not asked for."""
-    for new in news:
-        if not layer.is_initialized:
-            layer.lazy_initialization(new.keys, new.values)
-        layer._run(new, decoded=False, replayed=True)
 
 
 @torch.inference_mode()
