@@ -1,7 +1,7 @@
-"""The layer of a cache whose heads keep different numbers of columns, packed side by side; it knows no training.
+"""The layer of a MatryoshkaKV cache: heads keep different numbers of columns, packed side by side.
 
-Each head's keys are taken to a basis of their own and cut, ``(k - mu) Q[:, :r]``; queries are taken to the same basis,
-so keys never come back. The weighted sum of the values does, ``v Q[:, :r]^T + mu``, unless the output matrix behind
+Each head's keys are projected on the first columns of a basis of their own, ``(k - mu) Q[:, :r]``, and queries too, so
+keys are never rebuilt. The weighted sum of the values is, ``v Q[:, :r]^T + mu``, unless the output matrix after
 attention has taken that over (`FoldedOutput`).
 """
 
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from refimpl.core.cache import ByContent, Incoming, KVLayer, Segment
 from refimpl.core.cache.attention import single
-from refimpl.core.device import read
 from refimpl.core.errors import OptionError
 from refimpl.kernels.ragged_decode import Inputs, ragged_decode, unsupported
 
@@ -28,7 +27,7 @@ class Bases(ByContent):
 
     Attributes:
         Q_K, Q_V: fp32 [H, d, d], a basis in the columns, the most important first.
-        mu_K, mu_V: fp32 [H, d], what is taken off before projecting.
+        mu_K, mu_V: fp32 [H, d], the mean that is subtracted before projecting.
     """
 
     Q_K: Tensor
@@ -58,11 +57,11 @@ class FoldedOutput(nn.Linear):
         return super().forward(x)
 
 
-OUTPUTS = ("o_proj", "c_proj", "out_proj", "dense")  # what models call the matrix behind attention
+OUTPUTS = ("o_proj", "c_proj", "out_proj", "dense")  # names of the output matrix of attention in models
 
 
 def output_name(module: nn.Module) -> str | None:
-    """Its attribute that is the matrix behind attention, None if that goes by a name we do not know.
+    """Name of the attribute of an attention module that is its output matrix; None if it is none we know.
 
     Example:
         >>> output_name(nn.Linear(2, 2)) is None
@@ -72,7 +71,7 @@ def output_name(module: nn.Module) -> str | None:
 
 
 def output_matrix(module: nn.Module) -> nn.Module | None:
-    """The matrix behind attention, see `output_name`.
+    """The output matrix of an attention module; None if it has none we know (see `output_name`).
 
     Example:
         >>> output_matrix(nn.Linear(2, 2)) is None
@@ -94,7 +93,7 @@ class Packed(Segment):
         keys, values: [B, 1, n, sum of ranks].
         bases: of the layer, on the device of the keys.
         ranks: of the layer.
-        folded: give the values as they are stored, for an output matrix that has taken over the way back.
+        folded: return mixed values as they are stored, for an output matrix that rebuilds them itself.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, bases: Bases, ranks: Ranks, folded: bool) -> None:
@@ -103,6 +102,7 @@ class Packed(Segment):
         self.index = range(keys.shape[2])
 
     def scores(self, query: Tensor, slots: range) -> Tensor:
+        # q (k - mu)^T = (q Q)(k~)^T over the first r columns; q mu^T is the same for all keys and leaves the softmax alone
         turned = query @ self.bases.Q_K[:, None]  # [B, H, G, Q, d]
         heads = self.packed_keys.float().split(self.ranks[0], -1)
         return torch.stack([_by_group(turned[:, h, :, :, : key.shape[-1]], key.mT) for h, key in enumerate(heads)], 1)
@@ -112,7 +112,7 @@ class Packed(Segment):
         mixed = [_by_group(weights[:, h], value) for h, value in enumerate(heads)]  # [B, G, Q, r]
         if self.folded:  # query heads side by side, as the output matrix reads them
             return torch.cat([m.transpose(1, 2).flatten(2) for m in mixed], -1)[:, None, None]
-        Q, mu = self.bases.Q_V, self.bases.mu_V  # the weights of a query sum to one
+        Q, mu = self.bases.Q_V, self.bases.mu_V  # (sum of p v~) Q[:, :r]^T + mu: the weights p of a query sum to one
         return torch.stack([m @ Q[h, :, : m.shape[-1]].T + mu[h] for h, m in enumerate(mixed)], 1)
 
 
@@ -145,22 +145,25 @@ class MatryoshkaLayer(KVLayer):
         return [Packed(self.parts["keys"], self.parts["values"], self.bases, self.ranks, folded)]
 
     def kernel_inputs(self, incoming: Incoming) -> Inputs | None:
-        """What `refimpl.kernels.ragged_decode` needs for one decoded token; None for anything else."""
+        """Arguments of `refimpl.kernels.ragged_decode` for one decoded token; None for anything it does not do."""
         if len(incoming.slots) > 1 or incoming.softcap is not None:
             return None
         incoming.mask.block(incoming.slots, range(0))  # refuses masks that are more than causal
-        first = None
-        padding = incoming.mask.valid(range(incoming.slots.stop))
-        if padding is not None:
-            first = padding.int().argmax(-1)
-            if read((padding.sum(-1) + first < padding.shape[-1]).any()):
-                return None  # not all of it is on the left
+        if not incoming.mask.padded_on_the_left:
+            return None
         b, p = self.bases, self.parts
         query = (incoming.query.unflatten(1, (self.heads, -1)).float() @ b.Q_K[:, None]).flatten(1, 2)
         folded = isinstance(output_matrix(incoming.module), FoldedOutput)
         basis, mean = (None, None) if folded else (b.Q_V, b.mu_V)
         return Inputs(
-            query.to(incoming.query.dtype), p["keys"], p["values"], *self.ranks, incoming.scaling, basis, mean, first
+            query.to(incoming.query.dtype),
+            p["keys"],
+            p["values"],
+            *self.ranks,
+            incoming.scaling,
+            basis,
+            mean,
+            incoming.mask.first_real,
         )
 
     def _attend(self, incoming: Incoming) -> tuple[Tensor, Tensor | None]:

@@ -962,7 +962,7 @@ def test_wrong_options(make: Callable[[str], PreTrainedModel]) -> None:
             replace(good, **options)
     with pytest.raises(OptionError, match=r"rank=0: the heads of layer 0 have 16 channels; use 1 to 16"):
         replace(good, density=0.05).cache(model)
-    with pytest.raises(OptionError, match="factors: there are 2, but the model has a layer 2"):
+    with pytest.raises(OptionError, match="factors: there are 2, but the model has a layer 2; call fit"):
         good.cache(make("gemma3"))
     with pytest.raises(OptionError, match="map 64 channels to 32, its projections 64 to 64"):
         replace(good, factors=good.factors * 2).cache(make("qwen3"))

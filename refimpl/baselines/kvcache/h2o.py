@@ -3,8 +3,8 @@
 Source: Zhang et al., 2023, arXiv 2306.14048, section 4 and algorithm 1.
 
 Every entry carries the attention it has received, summed over all queries so far. When there are more entries than
-the capacity, the one with the least leaves, the newest excepted; each head keeps its own. What has left is gone, and
-what came early had more queries to collect from: the rule favours old tokens, as in the paper.
+the capacity, the one with the least attention leaves, the newest excepted; each head keeps its own. An entry that has
+left is gone. Early entries had more queries to collect from: the rule favours old tokens, as in the paper.
 
 With grouped queries an entry belongs to a key head and collects from all query heads that share it. A prompt is first
 attended to as a whole, then cut to the capacity at once, as in the authors' code.
@@ -34,7 +34,7 @@ class H2OLayer(KVLayer):
     def append(self, incoming: Incoming) -> None:
         rows, heads, count, _ = incoming.keys.shape
         slots = torch.arange(incoming.slots.start, incoming.slots.stop, dtype=torch.int32, device=incoming.keys.device)
-        # padding has less than nothing and leaves first
+        # padding starts at minus infinity and leaves first
         mass = torch.zeros(rows, heads, count, device=incoming.keys.device)
         if incoming.valid is not None:
             mass = mass.masked_fill(~incoming.valid.unsqueeze(1), -torch.inf)
@@ -59,11 +59,12 @@ class H2OLayer(KVLayer):
         count = self.parts["keys"].shape[2]
         if self.capacity is None or count <= self.capacity:
             return
+        # algorithm 1: the newest stay; of the older entries, those with the most attention so far
         older = count - self.recent
         best = self.parts["mass"][..., :older].topk(self.capacity - self.recent, dim=-1).indices.sort(-1).values
         newest = torch.arange(older, count, device=best.device).expand(*best.shape[:2], -1)
         kept = torch.cat([best, newest], -1)  # [B, H, capacity]
-        # whole rows of a flat tensor: several times faster than gathering number by number
+        # whole rows of a flattened tensor: several times faster than `gather` along one dimension
         rows = torch.arange(kept.shape[0] * kept.shape[1], device=best.device).view(*kept.shape[:2], 1)
         index = (rows * count + kept).flatten()
         for name, tensor in self.parts.items():
@@ -82,7 +83,7 @@ class H2O(Policy):
     """Keep the heavy hitters and the newest entries of each key head.
 
     Args:
-        capacity: entries kept per key head; None keeps all; what a budget sets. (The paper: a fifth of the prompt.)
+        capacity: entries kept per key head; None keeps all; a budget sets it. (The paper: a fifth of the prompt.)
         recent: share of the capacity that goes to the newest entries (the paper: a half).
 
     Example:

@@ -1,4 +1,4 @@
-"""SnapKV: what the end of the prompt looks at is what the answer will need.
+"""SnapKV: the entries that the end of the prompt attends to are those the answer will need.
 
 Source: Li et al., 2024, arXiv 2404.14469, section 4 and listing 1.
 
@@ -55,7 +55,7 @@ class ObservingLayer(TailLayer):
         self.ended = True
         queries = self.parts.pop("queries").unflatten(1, (self.heads, -1)).float()
         real = self.parts.pop("real", None)
-        if real is not None:  # what padding looks for says nothing
+        if real is not None:  # the queries of padding do not count
             queries = queries * real[:, None, None, -queries.shape[3] :, None]
         self.choose(queries, real)
 
@@ -99,10 +99,11 @@ class SnapKVLayer(ObservingLayer):
         shares = weights(queries, [self.tail], mask, slots, self.scaling, self.softcap)
         if real is not None:
             shares = shares * real[:, None, None, older:, None]
-        votes = shares[..., :older].sum((2, 3))  # [B, H, n]
-        votes = F.avg_pool1d(votes, self.kernel, stride=1, padding=self.kernel // 2)
+        votes = shares[..., :older].sum((2, 3))  # step 1: [B, H, n]
+        votes = F.avg_pool1d(votes, self.kernel, stride=1, padding=self.kernel // 2)  # step 2
         if real is not None:  # padding beside real tokens has votes now
             votes = votes.masked_fill(~real[:, None, :older], -1.0)
+        # step 3
         best = votes.topk(self.capacity - len(slots), dim=-1).indices.sort(-1).values
         index = best.unsqueeze(-1).expand(-1, -1, -1, self.parts["keys"].shape[-1])
         keys, values = self.drop(older)
@@ -118,7 +119,7 @@ class SnapKV(Policy):
     """Cut the prompt to the entries its end attends to; keep every later token.
 
     Args:
-        capacity: entries of the prompt kept per key head, the window included; None keeps all; what a budget sets.
+        capacity: entries of the prompt kept per key head, the window included; None keeps all; a budget sets it.
         window: last tokens of the prompt, which observe and stay (the paper: 16 to 64).
         kernel: entries averaged, odd (the authors' default: 5).
 

@@ -12,6 +12,8 @@ from refimpl.core.cache.host import CompressedCache, cache_argument, fingerprint
 from refimpl.core.cache.layer import Incoming, KVLayer, TailLayer, WindowLayer
 from refimpl.core.cache.policy import LayerShape, Policy, check_rank
 from refimpl.core.cache.rope import Rotary, rotate, unrotate
+from refimpl.core.cache.sinks import Sinks, keep_sinks
+from refimpl.core.cache.tap import attention_modules, full_attention_layers, hidden_states, tapped
 
 __all__ = [
     "NAME",
@@ -25,14 +27,20 @@ __all__ = [
     "Policy",
     "Rotary",
     "Segment",
+    "Sinks",
     "TailLayer",
     "WindowLayer",
     "attend",
+    "attention_modules",
     "cache_argument",
     "check_rank",
     "fingerprint",
+    "full_attention_layers",
+    "hidden_states",
+    "keep_sinks",
     "prefill",
     "rotate",
+    "tapped",
     "unrotate",
     "weights",
 ]

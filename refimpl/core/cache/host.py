@@ -23,6 +23,7 @@ from refimpl.core.cache.content import load_described, to_json
 from refimpl.core.cache.layer import KVLayer
 from refimpl.core.cache.policy import LayerShape, Policy, policy_from
 from refimpl.core.cache.rope import find_rotary
+from refimpl.core.cache.tap import attention_input, attention_modules
 from refimpl.core.errors import CheckpointError, OptionError
 from refimpl.core.io import atomic_write
 
@@ -50,17 +51,7 @@ def cache_argument(cache: Cache | None) -> dict[str, Cache | None]:
 def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     cache = kwargs.get(ARGUMENT)
     if isinstance(cache, CompressedCache):
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        cache._expect(module, hidden, kwargs.get("position_embeddings"))
-
-
-def _attention_modules(model: nn.Module) -> list[nn.Module]:
-    found: dict[Any, nn.Module] = {
-        module.layer_idx: module
-        for module in model.modules()
-        if hasattr(module, "layer_idx") and hasattr(module, "is_causal") and hasattr(module, "config")
-    }
-    return [found[index] for index in sorted(found)]
+        cache._expect(module, attention_input(args, kwargs), kwargs.get("position_embeddings"))
 
 
 class CompressedCache(Cache):
@@ -70,7 +61,7 @@ class CompressedCache(Cache):
     beams, prompt lookup, left padding and several turns. It belongs to the model it was made for.
 
     Attributes:
-        policy: with the budget worked in.
+        policy: the policy, set to the budget.
         streamed: whether prompts are compressed as they come.
     """
 
@@ -83,7 +74,7 @@ class CompressedCache(Cache):
         length: int | None = None,
         prefill: str | None = None,
     ) -> None:
-        self._modules = [weakref.ref(module) for module in _attention_modules(model)]
+        self._modules = [weakref.ref(module) for module in attention_modules(model)]
         self._model = weakref.ref(model)
         stock = DynamicCache(config=model.config).layers
         if len(stock) != len(self._modules) or not any(type(layer) is DynamicLayer for layer in stock):
@@ -107,15 +98,16 @@ class CompressedCache(Cache):
         ]
         if model.config._attn_implementation != NAME:
             model.set_attn_implementation(NAME)
-        for module in _attention_modules(model):
+        for module in attention_modules(model):
             if not hasattr(module, _HOOKED):
                 setattr(module, _HOOKED, module.register_forward_pre_hook(_before_attention, with_kwargs=True))
         super().__init__(layers=layers)
 
     @staticmethod
     def layer_shape(model: PreTrainedModel, index: int) -> LayerShape:
+        """The attention layer ``index`` of a model as policies see it."""
         config = model.config.get_text_config(decoder=True)
-        module: Any = _attention_modules(model)[index]
+        module: Any = attention_modules(model)[index]
         types = getattr(config, "layer_types", None)
         query_heads = config.num_attention_heads
         heads = getattr(config, "num_key_value_heads", None) or query_heads
@@ -144,6 +136,7 @@ class CompressedCache(Cache):
 
     @property
     def compressed_layers(self) -> list[KVLayer]:
+        """The layers a policy made; the others keep a sliding window and are the library's."""
         return [layer for layer in self.layers if isinstance(layer, KVLayer)]
 
     def _expect(self, module: nn.Module, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> None:
@@ -165,7 +158,7 @@ class CompressedCache(Cache):
 
     @contextmanager
     def prompt(self) -> Iterator[CompressedCache]:
-        """Take all that is fed inside the block as one prompt, whatever the size of its pieces; it ends with the block.
+        """Take everything fed inside the block as one prompt, whatever the size of its pieces; it ends with the block.
 
         Outside, a single token counts as decoded and ends the prompt before it.
 
@@ -197,7 +190,7 @@ class CompressedCache(Cache):
             layer.finish()
 
     def copy(self) -> CompressedCache:
-        """Another cache with the same content; memory is shared until one of the two goes on.
+        """Another cache with the same content; memory is shared until one of the two reads on.
 
         One document, many questions: prepare once, then give each question a copy.
         """
@@ -222,7 +215,7 @@ class CompressedCache(Cache):
 
     @property
     def compressed_nbytes(self) -> int:
-        """Bytes kept by the layers that are compressed: what a budget speaks of."""
+        """Bytes kept by the compressed layers; a budget bounds these."""
         return sum(layer.nbytes for layer in self.compressed_layers)
 
     @property
@@ -248,7 +241,7 @@ class CompressedCache(Cache):
         for index, layer in enumerate(self.layers):
             parts, counts = _layer_state(layer)
             numbers.append(counts)
-            # entries cut out of longer tensors, or shared by two names, must stand alone in a file
+            # safetensors refuses tensors that share memory: views are copied
             tensors |= {
                 f"{index}.{name}": tensor.detach().clone(memory_format=torch.contiguous_format)
                 for name, tensor in parts.items()
@@ -333,7 +326,7 @@ def _layer_bytes(layer: Any) -> int:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A digest of what makes a model's cache its own: the weights (a sample of each), their dtypes, and the positions.
+    """A digest of everything a model's caches depend on: weights (a sample of each), dtypes, positions.
 
     Example:
         >>> a, b = nn.Linear(3, 2), nn.Linear(3, 2)
@@ -367,10 +360,10 @@ def prefill(
 
     Args:
         model: the model of the cache.
-        cache: takes the prompt in, behind what it holds.
+        cache: takes the prompt in, after the tokens it holds.
         input_ids: int [B, T].
         chunk: tokens at a time.
-        attention_mask: 1 for real tokens, [B, what the cache holds + T]; None if there is no padding.
+        attention_mask: 1 for real tokens, [B, tokens the cache holds + T]; None if there is no padding.
 
     Returns:
         Logits of the last token, [B, vocabulary].

@@ -1,12 +1,12 @@
-"""One layer of a compressed cache: what every policy shares, so that a policy is only its rule.
+"""One layer of a compressed cache: everything that policies share, so that a policy is only its rule.
 
-Every tensor a layer keeps stands in `parts`, rows of the batch first. Reordering, repeating, selecting, copying,
+Every tensor a layer keeps is in `parts`, rows of the batch first. Reordering, repeating, selecting, copying,
 moving, saving and counting bytes are then the same few lines for all policies. Tensors are replaced, never written
 into, so a copy of a cache shares its memory until one of the two goes on.
 
 A layer meets tokens in one of two ways. A *prompt* is attended to exactly as it came, in one piece or in chunks, and
 compressed when it ends: with the first single token after it, or when the cache is told so. *Decoded* tokens are
-compressed as they come, at places that depend on how many tokens went before and never on how they were fed.
+compressed as they come, at points that depend on how many tokens went before and never on how they were fed.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ ENDLESS = 1 << 62
 
 @dataclass(frozen=True)
 class Incoming:
-    """What one forward pass, or a piece of it, brings to one layer (B rows, N tokens).
+    """The tokens that one forward pass, or a piece of it, brings to one layer (B rows, N tokens).
 
     Attributes:
-        module: the attention module that asks.
+        module: the attention module.
         query: [B, Hq, N, d], rotated.
         keys, values: [B, H, N, d]; keys are rotated.
-        hidden: [B, N, width], input of the attention module (what its projections see).
+        hidden: [B, N, width], input of the attention module and so of its projections.
         rotation: cos and sin the keys were rotated with, [B or 1, N, d] each; None in models without RoPE.
-        slots: where the tokens stand in the sequence as it was fed, padding included.
-        mask: which slots a query sees; `valid` comes from it.
+        slots: places of the tokens in the sequence as it was fed, padding included.
+        mask: the rule of which slots a query sees; `valid` comes from it.
         scaling, softcap: of the attention scores.
     """
 
@@ -80,17 +80,17 @@ class Incoming:
 
 
 class KVLayer(CacheLayerMixin, abc.ABC):
-    """Base of the layers of a `CompressedCache`.
+    """Base class of the layers of a `CompressedCache`.
 
-    A subclass gives `append`, `segments` and `crop_to`, and where it has something to compress `finish_prompt`,
+    A subclass defines `append`, `segments` and `crop_to`, and if it has something to compress `finish_prompt`,
     `compress_decoded` and `tokens_until_compress`.
 
     Attributes:
         parts: every tensor kept, [B, ...].
         seen: slots so far.
-        prompt_open: the tokens of a prompt are still as they came.
-        numbers: names of the attributes that belong to the state beside `parts`.
-        needs_mass: `compress_decoded` and `observe` want to know how much attention each entry got.
+        prompt_open: a prompt is being read, and its tokens are uncompressed.
+        numbers: names of the integer attributes that belong to the state, beside `parts`.
+        needs_mass: `compress_decoded` and `observe` are to be told how much attention each entry received.
     """
 
     is_sliding = False
@@ -107,7 +107,7 @@ class KVLayer(CacheLayerMixin, abc.ABC):
         self.record_past = False
         self.reset()
 
-    # -- what a policy says ----------------------------------------------------------------------------------------
+    # -- defined by a policy ----------------------------------------------------------------------------------------
 
     @abc.abstractmethod
     def append(self, incoming: Incoming) -> None:
@@ -122,7 +122,7 @@ class KVLayer(CacheLayerMixin, abc.ABC):
         """Forget all slots from ``length`` on, further back than the last forward pass; or refuse."""
 
     def observe(self, incoming: Incoming, mass: Tensor | None) -> None:
-        """Look at a chunk of a prompt that has been attended to; nothing may be compressed yet."""
+        """Take note of a chunk of a prompt that has been attended to; nothing may be compressed yet."""
 
     def finish_prompt(self) -> None:
         """Compress the prompt that has ended."""
@@ -131,7 +131,7 @@ class KVLayer(CacheLayerMixin, abc.ABC):
         """Compress after decoded tokens have been attended to."""
 
     def tokens_until_compress(self) -> int:
-        """How many decoded tokens may be attended to before `compress_decoded` must be called, at least 1."""
+        """Decoded tokens that may be attended to before `compress_decoded` must be called, at least 1."""
         return ENDLESS
 
     # -- what transformers calls -----------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ class KVLayer(CacheLayerMixin, abc.ABC):
         self.is_initialized = True
 
     def expect(self, module: torch.nn.Module, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> None:
-        """What the attention module was called with: comes just before `update`."""
+        """Take note of the arguments of the attention module; called just before `update`."""
         self._call = module, hidden, rotation
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -165,7 +165,7 @@ class KVLayer(CacheLayerMixin, abc.ABC):
     def attend(
         self, module: torch.nn.Module, query: Tensor, mask: Mask, scaling: float, softcap: float | None
     ) -> Tensor:
-        """Take in what `update` brought and attend to it: [B, Hq, N, d]."""
+        """Take in the tokens that `update` brought and attend to all entries: [B, Hq, N, d]."""
         (_, hidden, rotation), (keys, values) = self._call, self._states
         self._call = self._states = None
         incoming = Incoming(
@@ -260,14 +260,14 @@ class KVLayer(CacheLayerMixin, abc.ABC):
         return -1
 
     def activate_past_recording(self) -> None:
-        """Remember what a forward pass brings, so that `crop` can take any part of it back."""
+        """Remember the tokens of each forward pass, so that `crop` can take back any part of the last one."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` slots.
 
-        While recording, what the last forward pass brought is taken back exactly, with all that it caused: the state
-        before it comes back and the tokens that stay are taken in again. Further back it is up to the policy.
+        While recording, the tokens of the last forward pass are taken back exactly, with everything they caused: the
+        state before it returns, and the tokens that stay are taken in again. Further back it is up to the policy.
 
         Raises:
             OptionError: a positive count, more than there are, or entries that are gone would have to come back.
@@ -308,7 +308,7 @@ class KVLayer(CacheLayerMixin, abc.ABC):
         return sum(tensor.nbytes for tensor in self.parts.values())
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """All that a layer knows; tensors are shared, not copied."""
+        """Everything a layer knows; tensors are shared, not copied."""
         return dict(self.parts), {name: getattr(self, name) for name in self.numbers}
 
     def set_state(self, state: tuple[dict[str, Tensor], dict[str, int]]) -> None:
@@ -345,7 +345,7 @@ class KVLayer(CacheLayerMixin, abc.ABC):
 
 
 class TailLayer(KVLayer):
-    """Keeps its newest tokens, slots `start` to `seen`, as they came: parts "keys" and "values" [B, H, n, d]."""
+    """Keeps its newest tokens, slots `start` to `seen`, uncompressed: parts "keys" and "values" [B, H, n, d]."""
 
     numbers = (*KVLayer.numbers, "start")
 
@@ -381,9 +381,9 @@ class TailLayer(KVLayer):
             self.parts[name] = self.parts[name][:, :, : length - self.start].clone()
 
     def reach_back(self, length: int) -> None:
-        """Bring slots from ``length`` on back into the tail, or refuse (the default: what they were is gone)."""
+        """Bring slots from ``length`` on back into the tail, or refuse (the default: their content is gone)."""
         raise OptionError(
-            f"crop: {self.seen - length} tokens reach behind slot {self.start}, where this cache has given up what it "
+            f"crop: {self.seen - length} tokens reach back before slot {self.start}, where this cache has given up what it "
             "would need; take cache.copy() before the tokens you want to take back"
         )
 

@@ -23,43 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from refimpl.core.cache import (
-    CompressedCache,
-    Incoming,
-    KVLayer,
-    LayerShape,
-    Policy,
-    TailLayer,
-    cache_argument,
-    prefill,
-)
+from refimpl.core.cache import CompressedCache, Incoming, KVLayer, cache_argument, prefill
+from refimpl.core.cache.tap import Recording, RecordingLayer
 from refimpl.core.errors import CalibrationError, OptionError
 from refimpl.lab.longtext.made import Article, Context
 from refimpl.lab.metrics import Perplexity, Tokens
 
 Factory = Callable[[PreTrainedModel], CompressedCache]
-
-
-class _RecordingLayer(TailLayer):
-    """An uncompressed layer that remembers what it was shown since it was last asked."""
-
-    shown: list[Incoming]
-
-    def append(self, incoming: Incoming) -> None:
-        super().append(incoming)
-        self.shown = [*getattr(self, "shown", []), incoming]
-
-    def take(self) -> list[Incoming]:
-        shown, self.shown = self.shown, []
-        return shown
-
-
-class _Recording(Policy):
-    def layer(self, shape: LayerShape, streamed: bool) -> TailLayer:
-        return _RecordingLayer(shape.heads, streamed)
-
-    def nbytes(self, shape: LayerShape, length: int) -> int:
-        return length * shape.token_bytes
 
 
 class Reading:
@@ -89,7 +59,7 @@ class Reading:
     @cached_property
     def _exact(self) -> CompressedCache:
         """Read when a cache first needs it: those that compress a prompt as it comes read it themselves."""
-        cache = _Recording().cache(self.model)
+        cache = Recording().cache(self.model)
         prefill(self.model, cache, self.ids, chunk=self.ids.shape[1])
         return cache
 
@@ -99,7 +69,7 @@ class Reading:
 
     @staticmethod
     def _take(cache: CompressedCache) -> list[list[Incoming]]:
-        return [layer.take() if isinstance(layer, _RecordingLayer) else [] for layer in cache.layers]
+        return [layer.take() if isinstance(layer, RecordingLayer) else [] for layer in cache.layers]
 
     def cache(self, factory: Factory, ask: Tensor | None = None) -> CompressedCache:
         """A cache that has taken the contexts in and compressed them.
@@ -131,7 +101,7 @@ class Reading:
 def _fork(cache: CompressedCache) -> CompressedCache:
     other = cache.copy()
     for layer in other.layers:
-        if isinstance(layer, _RecordingLayer):
+        if isinstance(layer, RecordingLayer):
             layer.shown = []
     return other
 
