@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from refimpl.baselines.adaround import AdaRound
     from refimpl.baselines.kvcache import H2O, KIVI, SnapKV, StreamingLLM, ThinK
     from refimpl.continual import ContinualPretraining, ReplayBuffer, Reptile
-    from refimpl.core.compress import Plan, Report, compress, plan
-    from refimpl.core.export import export_compressed_tensors, export_dense, export_peft
-    from refimpl.core.io import load, save
-    from refimpl.core.serve import serve
-    from refimpl.data import RS2, LossReweighting
+    from refimpl.core.compress.driver import Plan, Report, compress, plan
+    from refimpl.core.files.export import export_compressed_tensors, export_dense, export_peft
+    from refimpl.core.files.io import load, save
+    from refimpl.core.files.serve import serve
     from refimpl.kvcache import CSKV, MatryoshkaKV
     from refimpl.lowrank import EoRA
     from refimpl.methods import METHODS
     from refimpl.quantization import AdaQuant
+    from refimpl.training_data import RS2, LossReweighting
 
 __version__ = "0.1.0"
 
@@ -35,11 +35,11 @@ _WHERE = {
     "baselines.adaround": ("AdaRound",),
     "baselines.kvcache": ("H2O", "KIVI", "SnapKV", "StreamingLLM", "ThinK"),
     "continual": ("ContinualPretraining", "ReplayBuffer", "Reptile"),
-    "core.compress": ("Plan", "Report", "compress", "plan"),
-    "core.export": ("export_compressed_tensors", "export_dense", "export_peft"),
-    "core.io": ("load", "save"),
-    "core.serve": ("serve",),
-    "data": ("RS2", "LossReweighting"),
+    "core.compress.driver": ("Plan", "Report", "compress", "plan"),
+    "core.files.export": ("export_compressed_tensors", "export_dense", "export_peft"),
+    "core.files.io": ("load", "save"),
+    "core.files.serve": ("serve",),
+    "training_data": ("RS2", "LossReweighting"),
     "kvcache": ("CSKV", "MatryoshkaKV"),
     "lowrank": ("EoRA",),
     "methods": ("METHODS",),

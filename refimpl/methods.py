@@ -10,8 +10,8 @@ from typing import Any
 from refimpl.baselines import GPTQ, RTN, ActSVD, LoftQ, Magnitude, PlainSVD, SparseGPT, Wanda
 from refimpl.baselines.activations import QuantizeActivations
 from refimpl.baselines.adaround import AdaRound
+from refimpl.core.compress.method import Method
 from refimpl.core.errors import OptionError, nearest
-from refimpl.core.method import Method
 from refimpl.lowrank import EoRA
 from refimpl.quantization import AdaQuant
 

@@ -77,6 +77,11 @@ class Paper:
     gpu: bool = False
 
     @property
+    def package(self) -> str:
+        """The package that holds the method, such as ``refimpl.lowrank``."""
+        return package(self.part)
+
+    @property
     def notebook(self) -> str:
         """Path of the notebook in a checkout."""
         return f"notebooks/{self.part}/{self.slug}.ipynb"
@@ -85,6 +90,16 @@ class Paper:
     def url(self) -> str:
         """Address of the paper's abstract."""
         return f"https://arxiv.org/abs/{self.arxiv}"
+
+
+def package(part: str) -> str:
+    """The package of a part: its name, but for "data", which would collide with the folder ``data/``.
+
+    Example:
+        >>> package("lowrank"), package("data")
+        ('refimpl.lowrank', 'refimpl.training_data')
+    """
+    return f"refimpl.{'training_data' if part == 'data' else part}"
 
 
 @cache

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.core.io import data_path
-from refimpl.lab import ledger, plots
-from refimpl.lab.ledger import markdown
-from refimpl.lab.records import Results
-from refimpl.lab.statistics import compare
+from refimpl.core.files.io import data_path
+from refimpl.lab.measure.statistics import compare
+from refimpl.lab.show import plots
+from refimpl.lab.study import ledger
+from refimpl.lab.study.ledger import markdown
+from refimpl.lab.study.records import Results
 from refimpl.studies import caches as study
 
 Chart = Callable[[dict, str], str]

@@ -29,10 +29,11 @@ from transformers import DynamicCache
 
 from refimpl.baselines.kvcache import KIVI, Full, SnapKV
 from refimpl.core.cache import NAME, CompressedCache, cache_argument
-from refimpl.core.io import data_path, write_json
+from refimpl.core.files.io import data_path, write_json
 from refimpl.kvcache.cskv import factorise, moments
 from refimpl.kvcache.matryoshka_kv import calibrate, pca
-from refimpl.lab import models, text
+from refimpl.lab import models
+from refimpl.lab.data import text
 from refimpl.studies import cskv, matryoshka_kv
 
 LIBRARY, OURS = "full, transformers", "full"

@@ -37,7 +37,7 @@ def main(notebook: Path) -> int:
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
 
-    from refimpl.core.io import atomic_write
+    from refimpl.core.files.io import atomic_write
 
     # Inherited by the kernel: threads that spin starve each other on a shared machine (numbers in the Makefile).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

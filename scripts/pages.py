@@ -22,10 +22,11 @@ import courses
 import task_pages
 
 import refimpl
-from refimpl.core.io import data_path
-from refimpl.lab import ledger, plots
-from refimpl.lab.records import Results
-from refimpl.papers import PARTS, Paper, papers
+from refimpl.core.files.io import data_path
+from refimpl.lab.show import plots
+from refimpl.lab.study import ledger
+from refimpl.lab.study.records import Results
+from refimpl.papers import PARTS, Paper, package, papers
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -458,7 +459,7 @@ def choosing_classifiers() -> str:
 #: Page of book/api -> packages whose modules it documents.
 API = {
     "core": ["refimpl.core"],
-    "methods": ["refimpl.methods", "refimpl.baselines", *(f"refimpl.{part}" for part in PARTS)],
+    "methods": ["refimpl.methods", "refimpl.baselines", *map(package, PARTS)],
     "kernels": ["refimpl.kernels"],
     "lab": ["refimpl.lab", "refimpl.papers"],
 }
@@ -475,9 +476,9 @@ def modules(package: str) -> Iterator[ModuleType]:
 
 def documented(page: str) -> Iterator[ModuleType]:
     """The modules of a page that have something public."""
-    for package in API[page]:
-        if (ROOT / Path(*package.split("."))).is_dir() or (ROOT / f"{package.replace('.', '/')}.py").exists():
-            for module in modules(package):
+    for name in API[page]:
+        if (ROOT / Path(*name.split("."))).is_dir() or (ROOT / f"{name.replace('.', '/')}.py").exists():
+            for module in modules(name):
                 if public(module):
                     yield module
 

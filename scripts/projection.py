@@ -21,7 +21,7 @@ HARD_LIMIT_MINUTES = 90  # a slow or busy machine must not fail a change; a suit
 
 def belongs(case: ET.Element, paper: Paper) -> bool:
     place = (case.get("file") or "").replace("\\", "/")
-    own = (f"tests/{paper.part}/test_{paper.slug}", f"tests/studies/test_{paper.slug}")
+    own = (f"tests/{paper.package.removeprefix('refimpl.')}/test_{paper.slug}", f"tests/studies/test_{paper.slug}")
     return place == paper.notebook or place.startswith(own)
 
 

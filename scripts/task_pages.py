@@ -7,10 +7,12 @@ from functools import cache
 
 from scipy.stats import kendalltau
 
-from refimpl.core.io import data_path
-from refimpl.lab import ledger, plots, tasks
-from refimpl.lab.ledger import markdown
-from refimpl.lab.records import Results
+from refimpl.core.files.io import data_path
+from refimpl.lab.measure import tasks
+from refimpl.lab.show import plots
+from refimpl.lab.study import ledger
+from refimpl.lab.study.ledger import markdown
+from refimpl.lab.study.records import Results
 from refimpl.studies import tasks as study
 
 Chart = Callable[[dict, str], str]

@@ -24,10 +24,10 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from refimpl.core.loop import History, Recipe, batches, train
-from refimpl.lab.classifiers import resnet, vit
-from refimpl.lab.classify import Scores, classify, cross_entropy_loss, flops
-from refimpl.lab.images import IMAGE_SIZE, MEAN_STD, SIZES, SPLITS, images
+from refimpl.core.train.loop import History, Recipe, batches, train
+from refimpl.lab.data.images import IMAGE_SIZE, MEAN_STD, SIZES, SPLITS, images
+from refimpl.lab.measure.classify import Scores, classify, cross_entropy_loss, flops
+from refimpl.lab.models.classifiers import resnet, vit
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 50
@@ -178,11 +178,11 @@ A classifier of handwritten digits, trained from scratch for this book. It exist
 measured in seconds on a CPU.
 
 - Architecture: `{type(model).__name__}`, built by
-  `refimpl.lab.classifiers.{plan.make.__name__}(image_size={side})`.
+  `refimpl.lab.models.classifiers.{plan.make.__name__}(image_size={side})`.
 - Parameters: {parameters:,}, stored in fp32; {operations / 1e6:.1f} MFLOP an image in linear layers and convolutions.
 - Reads: float pixels `[n, 1, {side}, {side}]`, intensities from 0 (paper) to 1 (ink), minus {mean}, divided by {std}:
-  what `refimpl.lab.images.images("{plan.dataset}", split)` gives. Returns logits for the digits 0 to 9.
-- Load: `refimpl.lab.small.load("{name}")`, or transformers'
+  what `refimpl.lab.data.images.images("{plan.dataset}", split)` gives. Returns logits for the digits 0 to 9.
+- Load: `refimpl.lab.models.small.load("{name}")`, or transformers'
   `AutoModelForImageClassification.from_pretrained` on this folder.
 
 ## Data

@@ -23,9 +23,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from refimpl.core.loop import History, Recipe, batches, train
-from refimpl.lab.lstm import LSTMLanguageModel, bits_per_byte, language_model_loss, windows
-from refimpl.lab.text import documents
+from refimpl.core.train.loop import History, Recipe, batches, train
+from refimpl.lab.data.text import documents
+from refimpl.lab.models.lstm import LSTMLanguageModel, bits_per_byte, language_model_loss, windows
 
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS = "wikipedia"
@@ -250,12 +250,12 @@ CARD = """# {name}
 - Architecture: `{architecture}`, {sizes}{tied}.
 - Parameters: {parameters:,}, stored in bf16.
 - Alphabet: {alphabet}. Window: {context} {symbol}s.
-- Load: `refimpl.lab.small.load("{name}")`.
+- Load: `refimpl.lab.models.small.load("{name}")`.
 
 ## Data
 
 The calibration split of the book's English Wikipedia sample ({articles} articles, {size:,} bytes of text), as
-`refimpl.lab.text.documents("{corpus}", "calibration")` gives it; no window crosses from one article into another.
+`refimpl.lab.data.text.documents("{corpus}", "calibration")` gives it; no window crosses from one article into another.
 The text is by the authors of Wikipedia under CC BY-SA; the articles lie in the test data of the gensim package.
 The weights are under CC BY-SA 4.0 too, so whether weights are an adaptation of their text need not be settled.
 

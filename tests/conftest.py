@@ -36,7 +36,7 @@ def _seeded() -> None:
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
     """The converted SmolLM2 folder; the first test run on a machine downloads it."""
-    from refimpl.lab.models import smollm2_path
+    from refimpl.lab.models.language import smollm2_path
 
     return smollm2_path()
 

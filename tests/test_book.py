@@ -124,7 +124,7 @@ def test_ledger_page_escapes_filters_and_counts(script, monkeypatch: pytest.Monk
         "scale": "s",
         "mde": 0.1,
         "rule": "r",
-        "stale": ["refimpl.core.io"],
+        "stale": ["refimpl.core.files.io"],
         "problems": [],
     }
     monkeypatch.setattr(pages, "ledger_rows", lambda: (row, {**row, "id": "b", "verdict": "partly", "stale": []}))

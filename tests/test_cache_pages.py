@@ -10,8 +10,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from refimpl.lab.metrics import Perplexity
-from refimpl.lab.records import Record, Results
+from refimpl.lab.measure.metrics import Perplexity
+from refimpl.lab.study.records import Record, Results
 
 ROOT = Path(__file__).resolve().parent.parent
 ARTICLES = [f"article {k}" for k in range(4)]

@@ -64,23 +64,23 @@ ROWS: list[dict[str, Any]] = [
         "scale": "135M",
         "verdict": verdict,
         "problems": [],
-        "stale": ["refimpl.core.grid"] if paper == "eora" else [],
+        "stale": ["refimpl.core.layers.grid"] if paper == "eora" else [],
     }
     for paper, verdict in [("eora", "holds"), ("gradual_magnitude", "partly"), ("gradual_magnitude", "holds")]
 ]
 
 
 def test_ledger_filters_by_part_paper_and_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("refimpl.lab.ledger.table", lambda: ROWS)
+    monkeypatch.setattr("refimpl.lab.study.ledger.table", lambda: ROWS)
     assert run("ledger").stdout.count("verdict:") == 3
-    assert "stale: refimpl.core.grid changed" in run("ledger", "--part", "lowrank").stdout
+    assert "stale: refimpl.core.layers.grid changed" in run("ledger", "--part", "lowrank").stdout
     assert run("ledger", "--part", "pruning").stdout.count("helps") == 2
     assert run("ledger", "--paper", "gradual_magnitude", "--verdict", "holds").stdout.count("helps") == 1
     shown = run("ledger", "--paper", "slim")
     assert shown.exit_code == 0 and "None of the 3 claims fits" in shown.stdout
     rows = json.loads(run("ledger", "--verdict", "holds", "--json").stdout)
     assert [(row["paper"], row["part"]) for row in rows] == [("eora", "lowrank"), ("gradual_magnitude", "pruning")]
-    monkeypatch.setattr("refimpl.lab.ledger.table", lambda: [])
+    monkeypatch.setattr("refimpl.lab.study.ledger.table", lambda: [])
     assert "No results recorded yet" in run("ledger").stdout
     assert json.loads(run("ledger", "--json").stdout) == []
 
@@ -118,10 +118,12 @@ def test_study_writes_where_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_names_on_the_command_line_are_those_of_the_package() -> None:
     from refimpl.cli import charts, compress, models
-    from refimpl.core.io import data_path
-    from refimpl.lab import fetch, ledger, text
-    from refimpl.lab.models import _is_causal, small
-    from refimpl.lab.records import Results
+    from refimpl.core.files.io import data_path
+    from refimpl.lab import fetch
+    from refimpl.lab.data import text
+    from refimpl.lab.models.language import _is_causal, small
+    from refimpl.lab.study import ledger
+    from refimpl.lab.study.records import Results
     from refimpl.methods import METHODS
 
     assert book.RESOURCES == fetch.NAMES

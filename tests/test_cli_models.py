@@ -49,7 +49,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory, tiny_qwen3: Factory, tiny_gpt2: Factory) -> dict[str, Path]:
     """A Qwen-like and a GPT-2-like checkpoint with a tokenizer, as a user would have them."""
-    from refimpl.lab import small
+    from refimpl.lab.models import small
 
     folders = {}
     for name, factory in (("qwen3", tiny_qwen3), ("gpt2", tiny_gpt2)):
@@ -140,7 +140,8 @@ def test_calibration_text_of_your_own(tmp_path: Path, own: dict[str, Path], text
 
 def test_windows_of_your_own_text_come_from_all_of_it_and_differ_between_methods(text_file: Path) -> None:
     from refimpl.cli.models import own_text
-    from refimpl.lab import small, text
+    from refimpl.lab.data import text
+    from refimpl.lab.models import small
 
     tokenizer = small.tokenizer()
     every = text.from_texts(text_file, tokenizer, 64).ids
@@ -164,7 +165,8 @@ PIPELINE = [
 
 def test_a_pipeline_is_the_same_as_its_steps_in_python(tmp_path: Path) -> None:
     from refimpl import GPTQ, EoRA, SparseGPT, compress
-    from refimpl.lab import small, text
+    from refimpl.lab.data import text
+    from refimpl.lab.models import small
 
     ran("compress", "llama-small", *PIPELINE, *FIRST, "--dtype", "float32", "--out", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "the folders in between are gone"
@@ -213,7 +215,9 @@ def test_the_same_call_resumes_where_it_was_interrupted(tmp_path: Path, monkeypa
 
 
 def test_evaluate_measures_what_python_measures(dense: Path) -> None:
-    from refimpl.lab import metrics, models, text
+    from refimpl.lab import models
+    from refimpl.lab.data import text
+    from refimpl.lab.measure import metrics
 
     content = json.loads(dense.read_text())
     model, tokenizer = models.load("llama-small")
@@ -246,9 +250,10 @@ def test_evaluate_refuses_what_it_cannot_measure(tmp_path: Path, own: dict[str, 
 
 def test_evaluate_adds_the_score_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """With one task: all of them together are tested with the tasks."""
-    from refimpl.lab import models, tasks
+    from refimpl.lab import models
+    from refimpl.lab.measure import tasks
 
-    monkeypatch.setattr("refimpl.lab.tasks.card.TASKS", ("copying",))
+    monkeypatch.setattr("refimpl.lab.measure.tasks.card.TASKS", ("copying",))
     content = json.loads(ran("evaluate", "llama-small", "--tasks", "--json", *FIRST))
     model, tokenizer = models.load("llama-small")
     card = tasks.score(model, tokenizer, ["copying"], progress=False)

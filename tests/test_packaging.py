@@ -46,7 +46,7 @@ def test_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
         capture_output=True,
     )
     code = (
-        "import refimpl, refimpl.papers, refimpl.core.io as io\n"
+        "import refimpl, refimpl.papers, refimpl.core.files.io as io\n"
         "from refimpl import RTN, compress\n"
         "print(refimpl.__file__)\n"
         "print(len(refimpl.papers.papers()))\n"

@@ -58,7 +58,7 @@ def test_a_chapter_has_all_its_parts(entry: Paper) -> None:
         assert (ROOT / "refimpl" / file).exists(), file
     for kernel in entry.kernels:
         assert (ROOT / "refimpl" / "kernels" / f"{kernel}.py").is_file(), kernel
-    assert list((ROOT / "tests" / entry.part).glob(f"test_{entry.slug}*.py"))
+    assert list((ROOT / "tests" / entry.package.removeprefix("refimpl.")).glob(f"test_{entry.slug}*.py"))
     assert (ROOT / "refimpl" / "studies" / f"{entry.slug}.py").is_file()
     assert entry.notebook.removesuffix(".ipynb") in toc_files()
     assert f"book/{entry.part}" in toc_files()

@@ -12,13 +12,14 @@ from transformers import AutoModelForCausalLM
 
 from refimpl.continual.continual_pretraining import next_token_loss
 from refimpl.core.layers import PackedLinear
-from refimpl.lab import small
+from refimpl.lab.models import small
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf8")
 
 
 def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from refimpl.lab import models, text
+    from refimpl.lab import models
+    from refimpl.lab.data import text
 
     code, exports, caches, *_ = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     calibration = text.calibration

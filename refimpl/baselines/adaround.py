@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from refimpl.baselines.reconstruction import Reconstruction
+from refimpl.core.compress.quantizer import snap, step_and_zero
+from refimpl.core.compress.reconstruct import QuantizedSite, reconstruct
+from refimpl.core.compress.stats import InputStats
 from refimpl.core.errors import OptionError
-from refimpl.core.grid import Grid
-from refimpl.core.loop import Recipe
-from refimpl.core.quantizer import snap, step_and_zero
-from refimpl.core.reconstruct import QuantizedSite, reconstruct
-from refimpl.core.stats import InputStats
+from refimpl.core.layers.grid import Grid
+from refimpl.core.train.loop import Recipe
 
 STRETCH = (-0.1, 1.1)  # gamma and zeta
 WARM_UP = 0.2  # share of the updates without the regulariser
@@ -34,7 +34,7 @@ class RoundedSite(QuantizedSite):
         beta: exponent of the regulariser; 0 while it is off.
 
     Example:
-        >>> from refimpl.core.sites import Site
+        >>> from refimpl.core.compress.sites import Site
         >>> layer = RoundedSite(Site("q", 0, nn.Sequential(nn.Linear(64, 16)), "0"), bits=4, group=32)
         >>> bool((layer.weight - layer.W.flatten(1)).abs().median() < 1e-6)   # not rounded yet, but a few are clipped
         True

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from refimpl.baselines.obs import Solution, inverse_root, solve
 from refimpl.baselines.rtn import mask_of, quantised_config
+from refimpl.core.compress.method import Method, check_group
+from refimpl.core.compress.sites import Site
+from refimpl.core.compress.stats import InputStats
 from refimpl.core.layers import PackedLinear
-from refimpl.core.method import Method, check_group
-from refimpl.core.sites import Site
-from refimpl.core.stats import InputStats
 
 
 @dataclass(frozen=True)

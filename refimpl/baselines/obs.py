@@ -16,8 +16,8 @@ from torch import Tensor
 
 from refimpl.core.device import read
 from refimpl.core.errors import CalibrationError
-from refimpl.core.grid import Grid, minmax_grid
 from refimpl.core.layers import parse_pattern
+from refimpl.core.layers.grid import Grid, minmax_grid
 
 BLOCK = 32  # columns updated one by one before the rest is updated by a matrix product: speed only
 MASK_BLOCK = 128  # unstructured pruning picks its zeros among this many columns at a time (SparseGPT's B_s)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from refimpl.baselines.obs import inverse_root, lowest, solve
+from refimpl.core.compress.method import Method, check_pattern
+from refimpl.core.compress.sites import Site
+from refimpl.core.compress.stats import InputStats
 from refimpl.core.errors import OptionError
 from refimpl.core.layers import CompressedLayer, PackedLinear, parse_pattern
-from refimpl.core.method import Method, check_pattern
-from refimpl.core.sites import Site
-from refimpl.core.stats import InputStats
 
 
 def prune_mask(score: Tensor, pattern: str, sparsity: float, per_row: bool) -> Tensor:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from refimpl.core.compress.inputs import collect
+from refimpl.core.compress.reconstruct import QuantizedSite, scaled_rates
+from refimpl.core.compress.sites import find_sites
+from refimpl.core.compress.whole import run
 from refimpl.core.errors import CalibrationError, OptionError
-from refimpl.core.inputs import collect
 from refimpl.core.layers import CompressedLayer
-from refimpl.core.loop import History, Recipe, batches, train
-from refimpl.core.reconstruct import QuantizedSite, scaled_rates
-from refimpl.core.sites import find_sites
-from refimpl.core.whole import run
+from refimpl.core.train.loop import History, Recipe, batches, train
 
 
 def logits_of(model: nn.Module, samples: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def towards(
             of their own.
         samples: [n, ...].
         target: logits of the float network, [n, classes].
-        recipe, parameters: see `refimpl.core.loop.train`.
+        recipe, parameters: see `refimpl.core.train.loop.train`.
         batch_size: samples per update.
         keep_best: end with the iterate of least divergence on these samples.
         progress: show a bar.
@@ -139,10 +139,10 @@ def fine_tune(
     """Quantise every site of a model and train the whole towards what it was, in place.
 
     Args:
-        model: a float classifier (see `refimpl.core.sites.has_blocks`), without batch norms: fold them first.
+        model: a float classifier (see `refimpl.core.compress.sites.has_blocks`), without batch norms: fold them first.
         samples: calibration samples [n, ...], or an object with them as ``.pixels``.
         bits, activation_bits: 2 to 8, of weights per output channel and of inputs per tensor.
-        recipe: of the training; its rate is in units of each layer (`refimpl.core.reconstruct.scaled_rates`).
+        recipe: of the training; its rate is in units of each layer (`refimpl.core.compress.reconstruct.scaled_rates`).
         batch_size: samples per update.
         keep_best: end with the iterate of least divergence on the calibration samples.
         progress: show a bar.

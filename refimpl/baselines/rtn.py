@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
+from refimpl.core.compress.method import Method, check_group
+from refimpl.core.compress.sites import Site
+from refimpl.core.compress.stats import InputStats
 from refimpl.core.errors import OptionError
-from refimpl.core.grid import minmax_grid
 from refimpl.core.layers import CompressedLayer, PackedLinear
-from refimpl.core.method import Method, check_group
-from refimpl.core.sites import Site
-from refimpl.core.stats import InputStats
+from refimpl.core.layers.grid import minmax_grid
 
 
 def quantised_config(site: Site, bits: int, group_size: int | None, symmetric: bool) -> dict[str, Any]:

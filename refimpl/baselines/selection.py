@@ -22,8 +22,8 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
 from refimpl.core.errors import OptionError, nearest
-from refimpl.core.loop import Recipe, train
-from refimpl.core.sampling import Shuffled
+from refimpl.core.train.loop import Recipe, train
+from refimpl.core.train.sampling import Shuffled
 
 Pick = Callable[[Tensor, int], Tensor]
 _ROWS = 256  # examples measured at once
@@ -293,7 +293,7 @@ def margin(probabilities: Tensor) -> Tensor:
 
 
 class Forgetting:
-    """A loss for `refimpl.core.loop.train` that counts how often each example is forgotten.
+    """A loss for `refimpl.core.train.loop.train` that counts how often each example is forgotten.
 
     An example is forgotten when it was right the last time it was in a batch and is wrong now.
 

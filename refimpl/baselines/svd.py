@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from refimpl.baselines.rtn import RTN, quantised_config
+from refimpl.core.compress.method import Method, check_rank
+from refimpl.core.compress.repair import LowRankRepair, to_layer_dtype
+from refimpl.core.compress.sites import Site
+from refimpl.core.compress.stats import InputStats
 from refimpl.core.errors import OptionError
 from refimpl.core.layers import CompensatedLinear, CompressedLayer, LowRankLinear, PackedLinear
-from refimpl.core.method import Method, check_rank
-from refimpl.core.repair import LowRankRepair, to_layer_dtype
-from refimpl.core.sites import Site
-from refimpl.core.stats import InputStats
 
 
 def truncated_svd(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

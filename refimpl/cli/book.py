@@ -18,7 +18,7 @@ from refimpl.papers import PARTS, papers
 
 #: What can be fetched; a test compares it with `refimpl.lab.fetch`, whose import is too slow for completion.
 RESOURCES = ("smollm2", "text", "mnist")
-#: As in `refimpl.lab.ledger.Verdict`.
+#: As in `refimpl.lab.study.ledger.Verdict`.
 VERDICTS = ("holds", "partly", "does not hold here", "cannot be tested at this scale")
 
 
@@ -100,7 +100,7 @@ def study(
         raise OptionError(f"slug={slug!r} has no study; use {nearest(slug, known)}")
     if importlib.util.find_spec(f"refimpl.studies.{slug}") is None:
         raise RefimplError(f"refimpl.studies.{slug} is missing from this installation; install refimpl again")
-    from refimpl.core.io import data_path
+    from refimpl.core.files.io import data_path
 
     # The ledger reads data/results only; smaller runs stay out of its way.
     target = out or (
@@ -138,7 +138,7 @@ def ledger(
 ) -> None:
     """Show the claims checked so far, with our numbers and the verdicts."""
     with waiting("Comparing results with the sources they were made from"), stdout_for_json(as_json):
-        from refimpl.lab.ledger import table
+        from refimpl.lab.study.ledger import table
 
         everything = table()
     parts = {entry.slug: entry.part for entry in papers()}

@@ -14,8 +14,8 @@ from refimpl.core.errors import OptionError, nearest, require
 from refimpl.papers import papers
 
 if TYPE_CHECKING:
-    from refimpl.lab.metrics import Perplexity
-    from refimpl.lab.plots import ClassifierPoint, Point
+    from refimpl.lab.measure.metrics import Perplexity
+    from refimpl.lab.show.plots import ClassifierPoint, Point
 
 BENCHES = ("wikipedia", "mnist resnet", "digits resnet", "mnist vit")
 FORMATS = (".html", ".png", ".svg")
@@ -64,8 +64,8 @@ def chart(
     if out.suffix not in FORMATS:
         raise OptionError(f"--out {out}: the name must end in {', '.join(FORMATS)}")
     with waiting("Loading the plotting libraries"):
-        from refimpl.core.io import atomic_write
-        from refimpl.lab import plots
+        from refimpl.core.files.io import atomic_write
+        from refimpl.lab.show import plots
     wants_recorded = recorded if recorded is not None else not files
     found: list[Any] = list(_recorded(bench, paper)) if wants_recorded else []
     if method:
@@ -129,9 +129,9 @@ def _groups(points: list[Any]) -> list[list[Any]]:
 
 def _recorded(bench: str, paper: str | None) -> list[Point] | list[ClassifierPoint]:
     """Every arm that studies recorded under a condition; one that two of them measured is shown once."""
-    from refimpl.core.io import data_path
-    from refimpl.lab import plots
-    from refimpl.lab.records import Results
+    from refimpl.core.files.io import data_path
+    from refimpl.lab.show import plots
+    from refimpl.lab.study.records import Results
 
     found: dict[tuple[str, str], Any] = {}
     for path in sorted(data_path("results").glob("*.json")):
@@ -152,8 +152,8 @@ def _recorded(bench: str, paper: str | None) -> list[Point] | list[ClassifierPoi
 
 def _own(files: list[Path], bench: str) -> list[Point]:
     """Points of evaluated models; intervals are paired with the first file where both read the same documents."""
-    from refimpl.lab import plots
-    from refimpl.lab.statistics import compare
+    from refimpl.lab.measure.statistics import compare
+    from refimpl.lab.show import plots
 
     read = [_read(file, bench) for file in files]
     base = read[0][2]
@@ -174,7 +174,7 @@ def _read(file: Path, bench: str) -> tuple[str, float, Perplexity]:
     """Name, bits per weight and perplexity of what `refimpl evaluate --json` wrote."""
     import numpy as np
 
-    from refimpl.lab.metrics import Perplexity
+    from refimpl.lab.measure.metrics import Perplexity
 
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

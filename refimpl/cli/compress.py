@@ -32,8 +32,8 @@ from refimpl.core.errors import CheckpointError, OptionError, nearest
 if TYPE_CHECKING:
     import torch
 
-    from refimpl.core.method import Method
-    from refimpl.lab.text import TokenSet
+    from refimpl.core.compress.method import Method
+    from refimpl.lab.data.text import TokenSet
 
 # For help and completion, which must not wait for the imports that know these names; tests compare them.
 METHODS = (
@@ -181,7 +181,7 @@ def _run(
 ) -> None:
     """One method after the other, each from the folder the last one wrote."""
     import refimpl
-    from refimpl.core.io import atomic_write
+    from refimpl.core.files.io import atomic_write
 
     steps = [out.with_name(f"{out.name}.step{k}") for k in range(1, len(chosen))]
     source = folder
@@ -215,7 +215,7 @@ def _already_there(out: Path, call: dict[str, Any], steps: int) -> bool:
 
     Of one method the driver can tell by itself; of several, the folders in between are gone by then.
     """
-    from refimpl.core.io import is_compressed
+    from refimpl.core.files.io import is_compressed
 
     if steps == 1 or not is_compressed(out):
         return False
@@ -283,10 +283,10 @@ def _plan(
 ) -> None:
     """Print what each method would do. The layers it would make are put in place before the next one is planned."""
     import refimpl
-    from refimpl.core import io
-    from refimpl.core.checkpoint import empty_model
+    from refimpl.core.compress.sites import unfuse_experts
+    from refimpl.core.files import io
+    from refimpl.core.files.checkpoint import empty_model
     from refimpl.core.layers import empty_layer
-    from refimpl.core.sites import unfuse_experts
 
     config, folder = _configuration(name)
     model = empty_model(config, dtype)
@@ -317,7 +317,7 @@ def _plan(
 
 
 def _calibration(source: str, folder: Path, sequences: int, length: int, draw: int) -> TokenSet:
-    from refimpl.lab import text
+    from refimpl.lab.data import text
 
     tokenizer = tokenizer_of(folder, f"--calibration {source}")
     if source in text.CORPORA:

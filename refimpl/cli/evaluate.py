@@ -28,8 +28,8 @@ from refimpl.cli.models import (
 from refimpl.core.errors import OptionError
 
 if TYPE_CHECKING:
-    from refimpl.lab.tasks import ScoreCard
-    from refimpl.lab.text import TokenSet
+    from refimpl.lab.data.text import TokenSet
+    from refimpl.lab.measure.tasks import ScoreCard
 
 
 def evaluate(
@@ -56,7 +56,9 @@ def evaluate(
     with stdout_for_json(as_json):
         with waiting("Loading torch and transformers"):
             import refimpl
-            from refimpl.lab import metrics, models, text
+            from refimpl.lab import models
+            from refimpl.lab.data import text
+            from refimpl.lab.measure import metrics
 
             precision = precision_of(dtype)
         with waiting(f"Loading {model}"):
@@ -83,7 +85,7 @@ def evaluate(
         }
         card = None
         if tasks:
-            from refimpl.lab import tasks as task_set
+            from refimpl.lab.measure import tasks as task_set
 
             card = task_set.score(loaded, tokenizer, size="card")
     if as_json:

@@ -69,8 +69,8 @@ def export(
         )
     with waiting(f"Loading {folder}"):
         from refimpl import load
-        from refimpl.core import export as exporting
-        from refimpl.lab.small import quietly
+        from refimpl.core.files import export as exporting
+        from refimpl.lab.models.small import quietly
 
         model = load(folder)
     if to is None or out is None:

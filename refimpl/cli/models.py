@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from refimpl.lab.text import TokenSet
+    from refimpl.lab.data.text import TokenSet
 
 MODELS = ("smollm2", "llama-small", "llama-medium", "llama-large")
 CORPORA = ("wikipedia", "news", "python", "prose")
@@ -60,7 +60,7 @@ Length = Annotated[
 def precision_of(dtype: DType) -> torch.dtype:
     import torch
 
-    from refimpl.lab.models import compute_dtype
+    from refimpl.lab.models.language import compute_dtype
 
     return compute_dtype() if dtype is DType.auto else getattr(torch, dtype.value)
 
@@ -77,7 +77,7 @@ def checkpoint(model: str) -> Path:
 
 
 def read_config(folder: Path) -> Any:
-    from refimpl.core.checkpoint import read_config
+    from refimpl.core.files.checkpoint import read_config
 
     try:
         return read_config(folder)
@@ -113,7 +113,7 @@ def own_text(option: str, source: str, tokenizer: PreTrainedTokenizerBase, lengt
     """Windows of the user's own texts in a random but repeatable order, so that the first n come from all of them."""
     import torch
 
-    from refimpl.lab import text
+    from refimpl.lab.data import text
 
     path = Path(source).expanduser()
     if not path.exists():

@@ -15,7 +15,7 @@ New data $D_1$ for a model that was trained on $D_0$ with a warm-up and a cosine
 Claim: with r of 5 % (weak shift) or 25 % (strong shift) this reaches the average loss of training on the union from
 scratch, at about half the compute.
 
-The infinite schedules of the same paper need no re-warming: `refimpl.core.schedules.Infinite` holds the rate constant
+The infinite schedules of the same paper need no re-warming: `refimpl.core.train.schedules.Infinite` holds the rate constant
 while data come, and a checkpoint of that phase is annealed when a model is wanted (`infinite`, `extended`).
 
 Where sources are silent, ours: the optimiser's moments begin anew with a phase (released checkpoints have none) and are
@@ -33,10 +33,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from refimpl.core.errors import OptionError
-from refimpl.core.loop import History, Loss, train
-from refimpl.core.losses import sequence_losses
-from refimpl.core.sampling import interleave, mixture_loader
-from refimpl.core.schedules import Cosine, Infinite, Scheduled
+from refimpl.core.train.loop import History, Loss, train
+from refimpl.core.train.losses import sequence_losses
+from refimpl.core.train.sampling import interleave, mixture_loader
+from refimpl.core.train.schedules import Cosine, Infinite, Scheduled
 
 # -- 2, 3: the learning rate --
 
@@ -159,7 +159,7 @@ def replay_loader(
     holds an old one. Rounding batch by batch would replay nothing.
 
     Args:
-        new: rows as in `refimpl.core.sampling.loader`: tensors, or a dataset that knows its length.
+        new: rows as in `refimpl.core.train.sampling.loader`: tensors, or a dataset that knows its length.
         old: the old data sets.
         r: replayed share. With 0 the batches are those of a loader over `new` alone with this seed.
         batch_size: rows per batch and process.
@@ -213,7 +213,7 @@ def phases(*parts: tuple[int, Sequence[float]]) -> Callable[[int], Sequence[floa
             follows.
 
     Returns:
-        A function for ``shares`` in `refimpl.core.sampling.mixture_loader`.
+        A function for ``shares`` in `refimpl.core.train.sampling.mixture_loader`.
 
     Raises:
         OptionError: no phases, or a length that is not positive.
@@ -284,11 +284,11 @@ class ContinualPretraining:
         return rewarm_redecay(steps, self.eta_max, low, self.warmup)
 
     def recipe(self, steps: int, **options: Any) -> Scheduled:
-        """Optimiser and rates for `refimpl.core.loop.train`.
+        """Optimiser and rates for `refimpl.core.train.loop.train`.
 
         Args:
             steps: updates of the phase.
-            options: other fields of `refimpl.core.loop.Recipe`, such as precision, accumulate or seed.
+            options: other fields of `refimpl.core.train.loop.Recipe`, such as precision, accumulate or seed.
         """
         own = {"betas": self.betas, "weight_decay": self.weight_decay, "clip": self.clip}
         return Scheduled.of(self.schedule(steps), **{**own, **options})
@@ -314,11 +314,11 @@ class ContinualPretraining:
             steps: updates of the phase.
             loss: ``loss(model, batch)``; None: mean cross-entropy of the next token, for causal models.
             seed: of the order of the rows and of whatever is random in the model.
-            recipe: other fields of `refimpl.core.loop.Recipe`.
-            options: of `refimpl.core.loop.train`, such as folder, evaluate and evaluate_every.
+            recipe: other fields of `refimpl.core.train.loop.Recipe`.
+            options: of `refimpl.core.train.loop.train`, such as folder, evaluate and evaluate_every.
 
         Raises:
-            OptionError: see `replay_loader` and `refimpl.core.loop.train`.
+            OptionError: see `replay_loader` and `refimpl.core.train.loop.train`.
         """
         settings = self.recipe(steps, seed=seed, **(recipe or {}))
         data = replay_loader(new, old, self.replay, batch_size, steps * settings.accumulate, seed)
@@ -329,7 +329,7 @@ def next_token_loss(model: nn.Module, batch: Any) -> Tensor:
     """Step 5: mean cross-entropy in nats over the sequences of a batch, all of one length.
 
     Args:
-        model, batch: as in `refimpl.core.losses.sequence_losses`.
+        model, batch: as in `refimpl.core.train.losses.sequence_losses`.
 
     Example:
         >>> import torch

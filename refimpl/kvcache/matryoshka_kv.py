@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from refimpl.core.cache import ByContent, LayerShape, Policy, cache_argument, check_rank, full_attention_layers, tapped
 from refimpl.core.device import read, read_all
 from refimpl.core.errors import CalibrationError, OptionError, nearest
-from refimpl.core.loop import History, Recipe, batches, train
+from refimpl.core.train.loop import History, Recipe, batches, train
 from refimpl.kvcache.ragged import OUTPUTS, Bases, FoldedOutput, MatryoshkaLayer, Ranks, output_matrix, output_name
 
 if TYPE_CHECKING:
@@ -419,7 +419,7 @@ def divergence(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 def distillation(share: float = 1.0) -> Callable[[Any, Any], Tensor]:
-    """Step 3: the loss for `refimpl.core.loop.train`, of a `Projections` and a batch of tokens.
+    """Step 3: the loss for `refimpl.core.train.loop.train`, of a `Projections` and a batch of tokens.
 
     Args:
         share: of the divergence from the model as it is; the rest is the cross-entropy of the text. 1 is the paper's
@@ -467,7 +467,7 @@ def fit_bases(
         batch_size: rows a step (times ``recipe.accumulate``).
         rank, orthogonal: see `Projections`.
         share: see `distillation`.
-        folder, progress: see `refimpl.core.loop.train`.
+        folder, progress: see `refimpl.core.train.loop.train`.
 
     Returns:
         The bases, fp32 on the model's device, and the history of the loss.

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from refimpl.baselines.gptq import GPTQ
 from refimpl.baselines.svd import balanced, truncated_svd
+from refimpl.core.compress.repair import LowRankRepair, to_layer_dtype
+from refimpl.core.compress.sites import Site
+from refimpl.core.compress.stats import InputStats
 from refimpl.core.errors import OptionError
 from refimpl.core.layers import CompensatedLinear, PackedLinear
-from refimpl.core.repair import LowRankRepair, to_layer_dtype
-from refimpl.core.sites import Site
-from refimpl.core.stats import InputStats
 
 EPSILON = 1e-8  # eigenvalues below this fraction of the largest are noise, or directions no token took
 

@@ -4,7 +4,7 @@ Source: Zhu and Gupta, 2017, "To prune, or not to prune", arXiv 1710.01878, sect
 
 One sparsity s_t for every layer follows a cubic curve from s_i at step t_0 to s_f at step t_0 + n dt. Every dt steps
 the mask of a layer is set anew to the weights of largest magnitude; between updates, training goes on with M * W
-(`refimpl.core.masks`). No threshold and nothing else is tuned per layer. The claim: at an equal number of non-zero
+(`refimpl.core.train.masks`). No threshold and nothing else is tuned per layer. The claim: at an equal number of non-zero
 weights a large network pruned this way beats a small dense one.
 """
 
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from refimpl.core.device import read, read_all
 from refimpl.core.errors import OptionError, nearest
 from refimpl.core.layers import parse_pattern
-from refimpl.core.loop import Recipe
-from refimpl.core.masks import MaskedWeight, bake, find_masks, mask_weights, pack, stored_weight, weight_matrices
+from refimpl.core.train.loop import Recipe
+from refimpl.core.train.masks import MaskedWeight, bake, find_masks, mask_weights, pack, stored_weight, weight_matrices
 
 POOLINGS = ("avg", "max")
 SCOPES = ("layer", "global")
@@ -199,14 +199,14 @@ class GradualMagnitude:
     value it had when it was masked, so that it comes back, if it does, as it left; biases and live weights are
     the optimiser's own business. Each mask costs one byte per weight and a copy of the weight while training.
 
-    Masks, kept values and counts are buffers of the model: checkpoints of `refimpl.core.loop.train` hold them. Do not
+    Masks, kept values and counts are buffers of the model: checkpoints of `refimpl.core.train.loop.train` hold them. Do not
     use ``keep_best`` with it: the best loss may be that of a model not yet pruned.
 
     Raises:
         OptionError: a value outside its range, or values that contradict one another.
 
     Example:
-        >>> from refimpl.core.loop import Recipe, batches, train
+        >>> from refimpl.core.train.loop import Recipe, batches, train
         >>> _ = torch.manual_seed(0)
         >>> x, model = torch.randn(64, 8), nn.Sequential(nn.Linear(8, 1))
         >>> recipe = Recipe(steps=100, lr=0.05)
@@ -460,7 +460,7 @@ class MaskUpdates:
         return found
 
     def export(self) -> list[str]:
-        """Step 5: replace the masked layers by packed ones that store M * W; see `refimpl.core.masks.pack`.
+        """Step 5: replace the masked layers by packed ones that store M * W; see `refimpl.core.train.masks.pack`.
 
         Returns:
             Names of the packed layers. Save the model with `refimpl.save`.
@@ -473,7 +473,7 @@ class MaskUpdates:
             reached = f"step {done[-1].step}" if done else "none"
             raise OptionError(
                 f"the last mask update, of step {self.method.last_step}, has not come yet (last: {reached}); train on, "
-                "or export earlier masks with refimpl.core.masks.pack"
+                "or export earlier masks with refimpl.core.train.masks.pack"
             )
         kind = parse_structure(self.method.structure)[0]
         return pack(self.model, self.method.structure if kind == "n:m" else "unstructured")

@@ -24,13 +24,15 @@ from tqdm.auto import tqdm
 from refimpl.baselines.kvcache import H2O, KIVI, Full, SnapKV, StreamingLLM, ThinK
 from refimpl.core.cache import CompressedCache, Policy
 from refimpl.core.errors import OptionError
-from refimpl.lab import longtext, models, text
-from refimpl.lab.jobs import in_processes
-from refimpl.lab.ledger import Claim, Outcome, Verdict, judge
-from refimpl.lab.metrics import Perplexity
-from refimpl.lab.records import Record, Results
-from refimpl.lab.statistics import Interval, compare, difference, paired_bootstrap
-from refimpl.lab.tasks.items import group
+from refimpl.lab import models
+from refimpl.lab.data import text
+from refimpl.lab.measure import longtext
+from refimpl.lab.measure.metrics import Perplexity
+from refimpl.lab.measure.statistics import Interval, compare, difference, paired_bootstrap
+from refimpl.lab.measure.tasks.items import group
+from refimpl.lab.study.jobs import in_processes
+from refimpl.lab.study.ledger import Claim, Outcome, Verdict, judge
+from refimpl.lab.study.records import Record, Results
 from refimpl.studies import cskv, matryoshka_kv
 
 # What computes the numbers. The host of caches is left out as in the chapters' studies: tests compare it with plain
@@ -41,8 +43,8 @@ DEPENDS = [
     "refimpl.studies.cskv",
     "refimpl.studies.matryoshka_kv",
     *(f"refimpl.baselines.kvcache.{name}" for name in ("full", "h2o", "snapkv", "streaming", "think")),
-    "refimpl.lab.longtext",
-    "refimpl.lab.tasks.made",
+    "refimpl.lab.measure.longtext",
+    "refimpl.lab.measure.tasks.made",
 ]
 
 SCALE = "SmolLM2, 135M weights, 3 key/value heads of 64 channels, 2048 tokens"

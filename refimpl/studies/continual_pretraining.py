@@ -29,25 +29,26 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from refimpl.continual.continual_pretraining import phases, replay_loader, rewarm_redecay
-from refimpl.core.loop import History, train
-from refimpl.core.sampling import mixture_loader
-from refimpl.core.schedules import Constant, Infinite, Schedule, Scheduled
-from refimpl.lab import domains, fetch
-from refimpl.lab.jobs import in_processes
-from refimpl.lab.ledger import Claim, Outcome, Verdict, judge
-from refimpl.lab.lstm import language_model_loss
-from refimpl.lab.records import Record, Results
-from refimpl.lab.sources import module_hash
-from refimpl.lab.statistics import Interval, seeds_ratio, t_interval
+from refimpl.core.train.loop import History, train
+from refimpl.core.train.sampling import mixture_loader
+from refimpl.core.train.schedules import Constant, Infinite, Schedule, Scheduled
+from refimpl.lab import wheels
+from refimpl.lab.data import domains
+from refimpl.lab.measure.statistics import Interval, seeds_ratio, t_interval
+from refimpl.lab.models.lstm import language_model_loss
+from refimpl.lab.study.jobs import in_processes
+from refimpl.lab.study.ledger import Claim, Outcome, Verdict, judge
+from refimpl.lab.study.records import Record, Results
+from refimpl.lab.study.sources import module_hash
 
 DEPENDS = [
     "refimpl.continual.continual_pretraining",
-    "refimpl.core.loop",
-    "refimpl.core.sampling",
-    "refimpl.core.schedules",
-    "refimpl.lab.domains",
-    "refimpl.lab.lstm",
-    "refimpl.lab.text",
+    "refimpl.core.train.loop",
+    "refimpl.core.train.sampling",
+    "refimpl.core.train.schedules",
+    "refimpl.lab.data.domains",
+    "refimpl.lab.models.lstm",
+    "refimpl.lab.data.text",
 ]
 
 SLUG = "continual_pretraining"
@@ -626,7 +627,7 @@ def run(out: Path, profile: str = "study") -> Results:
     rates = _chosen(results, SIZES[profile]) if profile == "study" else dict.fromkeys(TUNED, RATES[-1])
     sources = " ".join(module_hash(name) for name in [__name__, *DEPENDS]) + profile + json.dumps(rates)
     key = hashlib.sha256(sources.encode()).hexdigest()[:12]
-    folder = fetch.cache_folder() / "studies" / SLUG / key
+    folder = wheels.cache_folder() / "studies" / SLUG / key
     before, after = jobs_of(profile, rates, str(folder))
     workers = 1 if profile == "quick" else None
     with tqdm(total=len(before) + len(after), desc=f"{SLUG} ({profile})", unit="training") as bar:

@@ -27,15 +27,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from refimpl.core.cache import CompressedCache, Policy, cache_argument, fingerprint
-from refimpl.core.io import atomic_write
-from refimpl.core.loop import Recipe
+from refimpl.core.files.io import atomic_write
+from refimpl.core.train.loop import Recipe
 from refimpl.kvcache.cskv import CSKV, Factors, Moments, factorise, moments, reconstruct
-from refimpl.lab import fetch, models, text
-from refimpl.lab.ledger import Claim, Outcome, Verdict, judge
-from refimpl.lab.metrics import Perplexity
-from refimpl.lab.records import Record, Results
-from refimpl.lab.sources import module_hash
-from refimpl.lab.statistics import Interval, compare, difference, paired_bootstrap
+from refimpl.lab import models, wheels
+from refimpl.lab.data import text
+from refimpl.lab.measure.metrics import Perplexity
+from refimpl.lab.measure.statistics import Interval, compare, difference, paired_bootstrap
+from refimpl.lab.study.ledger import Claim, Outcome, Verdict, judge
+from refimpl.lab.study.records import Record, Results
+from refimpl.lab.study.sources import module_hash
 
 # What computes the numbers. The host of caches is left out: tests compare every pair of query and key with the rule
 # written out, so a new message there must not make the results stale.
@@ -43,9 +44,9 @@ DEPENDS = [
     "refimpl.kvcache.cskv",
     "refimpl.baselines.kvcache.kivi",
     "refimpl.baselines.svd",
-    "refimpl.core.loop",
-    "refimpl.core.stats",
-    "refimpl.lab.text",
+    "refimpl.core.train.loop",
+    "refimpl.core.compress.stats",
+    "refimpl.lab.data.text",
 ]
 
 SCALE = "SmolLM2, 135M weights, 3 key/value heads of 64 channels, 1024 tokens; the paper: 7B, up to 32k tokens"
@@ -375,7 +376,7 @@ def relative_errors(held_out: Sequence[Moments], factors: Sequence[Factors], ran
 def _folder(profile: str, model: Any) -> Path:
     marks = "".join(module_hash(name) for name in DEPENDS) + fingerprint(model)
     digest = hashlib.sha256(marks.encode()).hexdigest()[:12]  # other code or another model: other factors
-    folder = fetch.cache_folder() / "studies" / "cskv" / f"{profile}-{digest}"
+    folder = wheels.cache_folder() / "studies" / "cskv" / f"{profile}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

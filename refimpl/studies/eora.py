@@ -22,16 +22,17 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from refimpl import GPTQ, RTN, ActSVD, EoRA, LoftQ, Magnitude, PlainSVD, SparseGPT, Wanda, compress, load, save
+from refimpl.core.compress.method import Method
+from refimpl.core.compress.repair import base_of
+from refimpl.core.compress.sites import find_sites
+from refimpl.core.compress.stats import Collector, InputStats
 from refimpl.core.layers import CompensatedLinear
-from refimpl.core.method import Method
-from refimpl.core.repair import base_of
-from refimpl.core.sites import find_sites
-from refimpl.core.stats import Collector, InputStats
-from refimpl.lab import fetch, models, text
-from refimpl.lab.ledger import Claim, Outcome, Verdict, judge
-from refimpl.lab.metrics import PeakMemory, Perplexity, footprint, perplexity
-from refimpl.lab.records import Record, Results
-from refimpl.lab.statistics import Interval, compare, paired_bootstrap
+from refimpl.lab import models, wheels
+from refimpl.lab.data import text
+from refimpl.lab.measure.metrics import PeakMemory, Perplexity, footprint, perplexity
+from refimpl.lab.measure.statistics import Interval, compare, paired_bootstrap
+from refimpl.lab.study.ledger import Claim, Outcome, Verdict, judge
+from refimpl.lab.study.records import Record, Results
 
 # What computes the numbers. The driver (core.compress) is left out on purpose: its order of work is pinned by tests
 # against a loop written out, and a new error message there must not make every result of the book stale.
@@ -42,12 +43,12 @@ DEPENDS = [
     "refimpl.baselines.pruning",
     "refimpl.baselines.rtn",
     "refimpl.baselines.svd",
-    "refimpl.core.grid",
+    "refimpl.core.layers.grid",
     "refimpl.core.layers.lowrank",
     "refimpl.core.layers.packed",
-    "refimpl.core.stats",
-    "refimpl.lab.metrics",
-    "refimpl.lab.text",
+    "refimpl.core.compress.stats",
+    "refimpl.lab.measure.metrics",
+    "refimpl.lab.data.text",
 ]
 
 RANK = 64
@@ -276,7 +277,7 @@ class _Run:
         }
         marks = "-".join(value[:8] for value in (*results.header["sources"].values(), *results.header["data"].values()))
         digest = hashlib.sha256(marks.encode()).hexdigest()[:12]  # other code or data: other compressed models
-        self.work = fetch.cache_folder() / "studies" / "eora" / f"{profile}-{digest}"
+        self.work = wheels.cache_folder() / "studies" / "eora" / f"{profile}-{digest}"
         self.forward = self._forward_seconds()
 
     def dense(self) -> Any:

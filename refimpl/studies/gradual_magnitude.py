@@ -20,28 +20,30 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from refimpl.core.loop import Recipe, batches, train
-from refimpl.core.masks import bake
-from refimpl.lab import fetch, small, text
-from refimpl.lab.classifiers import resnet
-from refimpl.lab.classify import add_scores, classify, cross_entropy_loss, flops
-from refimpl.lab.images import dataset_hash, images
-from refimpl.lab.jobs import in_processes
-from refimpl.lab.ledger import Claim, Outcome, Verdict, judge
-from refimpl.lab.lstm import LSTMLanguageModel, bits_per_byte, language_model_loss, windows
-from refimpl.lab.metrics import footprint
-from refimpl.lab.records import Record, Results
-from refimpl.lab.statistics import seeds_ratio, t_interval
+from refimpl.core.train.loop import Recipe, batches, train
+from refimpl.core.train.masks import bake
+from refimpl.lab import wheels
+from refimpl.lab.data import text
+from refimpl.lab.data.images import dataset_hash, images
+from refimpl.lab.measure.classify import add_scores, classify, cross_entropy_loss, flops
+from refimpl.lab.measure.metrics import footprint
+from refimpl.lab.measure.statistics import seeds_ratio, t_interval
+from refimpl.lab.models import small
+from refimpl.lab.models.classifiers import resnet
+from refimpl.lab.models.lstm import LSTMLanguageModel, bits_per_byte, language_model_loss, windows
+from refimpl.lab.study.jobs import in_processes
+from refimpl.lab.study.ledger import Claim, Outcome, Verdict, judge
+from refimpl.lab.study.records import Record, Results
 from refimpl.pruning.gradual_magnitude import GradualMagnitude, MaskUpdates, model_storage, sparsity_for
 
 DEPENDS = [
     "refimpl.pruning.gradual_magnitude",
-    "refimpl.core.loop",
-    "refimpl.core.masks",
-    "refimpl.lab.classifiers",
-    "refimpl.lab.images",
-    "refimpl.lab.lstm",
-    "refimpl.lab.text",
+    "refimpl.core.train.loop",
+    "refimpl.core.train.masks",
+    "refimpl.lab.models.classifiers",
+    "refimpl.lab.data.images",
+    "refimpl.lab.models.lstm",
+    "refimpl.lab.data.text",
 ]
 
 SLUG = "gradual_magnitude"
@@ -537,7 +539,7 @@ def run(out: Path, profile: str = "study") -> Results:
     """
     size, arms = SIZES[profile], arms_of(profile)
     data = {"mnist": dataset_hash("mnist"), "wikipedia": text.corpus_hash("wikipedia")}
-    data["llama-small"] = fetch.sha256(small.path("llama-small") / "model.safetensors")
+    data["llama-small"] = wheels.sha256(small.path("llama-small") / "model.safetensors")
     results = Results.start(
         out, paper=SLUG, study=__name__, depends=DEPENDS, data=data, profile=profile, provisional=profile != "study"
     )

@@ -24,17 +24,19 @@ from refimpl import GPTQ, RTN, compress
 from refimpl.baselines.activations import QuantizeActivations
 from refimpl.baselines.adaround import AdaRound
 from refimpl.baselines.qat import all_logits, divergence, fine_tune
-from refimpl.core.fold import FoldedNorms, fold_batch_norms
-from refimpl.core.loop import Recipe
-from refimpl.core.method import Method
-from refimpl.lab import fetch, models, small, text
-from refimpl.lab.classify import Scores, add_scores, bit_operations, classify, flops, kl
-from refimpl.lab.images import ImageSet, dataset_hash, images
-from refimpl.lab.jobs import in_processes
-from refimpl.lab.ledger import Claim, Outcome, Verdict, judge
-from refimpl.lab.metrics import footprint, perplexity
-from refimpl.lab.records import Record, Results
-from refimpl.lab.statistics import Interval, compare, difference, paired_bootstrap, seeds_ratio
+from refimpl.core.compress.fold import FoldedNorms, fold_batch_norms
+from refimpl.core.compress.method import Method
+from refimpl.core.train.loop import Recipe
+from refimpl.lab import models, wheels
+from refimpl.lab.data import text
+from refimpl.lab.data.images import ImageSet, dataset_hash, images
+from refimpl.lab.measure.classify import Scores, add_scores, bit_operations, classify, flops, kl
+from refimpl.lab.measure.metrics import footprint, perplexity
+from refimpl.lab.measure.statistics import Interval, compare, difference, paired_bootstrap, seeds_ratio
+from refimpl.lab.models import small
+from refimpl.lab.study.jobs import in_processes
+from refimpl.lab.study.ledger import Claim, Outcome, Verdict, judge
+from refimpl.lab.study.records import Record, Results
 from refimpl.quantization.layerwise_calibration import (
     AdaQuant,
     allocate_bits,
@@ -57,18 +59,18 @@ DEPENDS = [
     "refimpl.baselines.qat",
     "refimpl.baselines.reconstruction",
     "refimpl.baselines.rtn",
-    "refimpl.core.fold",
-    "refimpl.core.grid",
+    "refimpl.core.compress.fold",
+    "refimpl.core.layers.grid",
     "refimpl.core.layers.activation",
     "refimpl.core.layers.packed",
-    "refimpl.core.loop",
-    "refimpl.core.quantizer",
-    "refimpl.core.reconstruct",
-    "refimpl.core.stats",
-    "refimpl.lab.classify",
-    "refimpl.lab.images",
-    "refimpl.lab.metrics",
-    "refimpl.lab.text",
+    "refimpl.core.train.loop",
+    "refimpl.core.compress.quantizer",
+    "refimpl.core.compress.reconstruct",
+    "refimpl.core.compress.stats",
+    "refimpl.lab.measure.classify",
+    "refimpl.lab.data.images",
+    "refimpl.lab.measure.metrics",
+    "refimpl.lab.data.text",
 ]
 
 SLUG = "layerwise_calibration"
@@ -703,7 +705,7 @@ def run(out: Path, profile: str = "study") -> Results:
     size = SIZES[profile]
     data = {name: dataset_hash(name) for name in ("digits", "mnist")}
     data |= {"wikipedia": text.corpus_hash("wikipedia"), "smollm2": models.smollm2_hash()}
-    data |= {name: fetch.sha256(small.path(name) / "model.safetensors") for name, _ in CONDITIONS.values()}
+    data |= {name: wheels.sha256(small.path(name) / "model.safetensors") for name, _ in CONDITIONS.values()}
     dtype = str(models.compute_dtype()).removeprefix("torch.")
     results = Results.start(
         out,

@@ -35,22 +35,22 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from refimpl.core.errors import CalibrationError
-from refimpl.core.loop import Recipe, batches, train
-from refimpl.core.losses import Weighted, sequence_losses
-from refimpl.data.loss_reweighting import Focal, LossReweighting, OnLoss, Permuted, Thinned
-from refimpl.lab.domains import domain_hash, llama, measured, windows
-from refimpl.lab.jobs import in_processes
-from refimpl.lab.ledger import Claim, Outcome, Verdict, judge
-from refimpl.lab.records import Record, Results
-from refimpl.lab.statistics import Interval, seeds_ratio, t_interval
+from refimpl.core.train.loop import Recipe, batches, train
+from refimpl.core.train.losses import Weighted, sequence_losses
+from refimpl.lab.data.domains import domain_hash, llama, measured, windows
+from refimpl.lab.measure.statistics import Interval, seeds_ratio, t_interval
+from refimpl.lab.study.jobs import in_processes
+from refimpl.lab.study.ledger import Claim, Outcome, Verdict, judge
+from refimpl.lab.study.records import Record, Results
+from refimpl.training_data.loss_reweighting import Focal, LossReweighting, OnLoss, Permuted, Thinned
 
 DEPENDS = [
-    "refimpl.data.loss_reweighting",
-    "refimpl.core.losses",
-    "refimpl.core.loop",
-    "refimpl.lab.domains",
-    "refimpl.lab.lstm",
-    "refimpl.lab.text",
+    "refimpl.training_data.loss_reweighting",
+    "refimpl.core.train.losses",
+    "refimpl.core.train.loop",
+    "refimpl.lab.data.domains",
+    "refimpl.lab.models.lstm",
+    "refimpl.lab.data.text",
 ]
 
 SLUG = "loss_reweighting"

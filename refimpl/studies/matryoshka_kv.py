@@ -28,8 +28,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from refimpl.core.cache import Policy, cache_argument, fingerprint
-from refimpl.core.io import atomic_write
-from refimpl.core.loop import History, Recipe
+from refimpl.core.files.io import atomic_write
+from refimpl.core.train.loop import History, Recipe
 from refimpl.kvcache.matryoshka_kv import (
     MatryoshkaKV,
     Moments,
@@ -42,17 +42,24 @@ from refimpl.kvcache.matryoshka_kv import (
     search,
 )
 from refimpl.kvcache.ragged import Bases
-from refimpl.lab import fetch, models, small, text
-from refimpl.lab.jobs import in_processes
-from refimpl.lab.ledger import Claim, Outcome, Verdict, judge
-from refimpl.lab.lstm import token_bytes, windows
-from refimpl.lab.metrics import Perplexity
-from refimpl.lab.records import Record, Results
-from refimpl.lab.sources import module_hash
-from refimpl.lab.statistics import Interval, seeds_ratio, t_interval
+from refimpl.lab import models, wheels
+from refimpl.lab.data import text
+from refimpl.lab.measure.metrics import Perplexity
+from refimpl.lab.measure.statistics import Interval, seeds_ratio, t_interval
+from refimpl.lab.models import small
+from refimpl.lab.models.lstm import token_bytes, windows
+from refimpl.lab.study.jobs import in_processes
+from refimpl.lab.study.ledger import Claim, Outcome, Verdict, judge
+from refimpl.lab.study.records import Record, Results
+from refimpl.lab.study.sources import module_hash
 
 # The packed cache is left out: tests compare it with the masks that this measures with.
-DEPENDS = ["refimpl.kvcache.matryoshka_kv", "refimpl.core.loop", "refimpl.lab.lstm", "refimpl.lab.text"]
+DEPENDS = [
+    "refimpl.kvcache.matryoshka_kv",
+    "refimpl.core.train.loop",
+    "refimpl.lab.models.lstm",
+    "refimpl.lab.data.text",
+]
 
 SLUG = "matryoshka_kv"
 SEEDS = (1, 2, 3, 4, 5)
@@ -527,7 +534,7 @@ def _path(model: Any, profile: str, arm: str) -> Path:
     marks = [fingerprint(model), text.corpus_hash("wikipedia"), repr(SIZES[profile]), arm]
     marks += [module_hash(name) for name in (__name__, *DEPENDS)]
     digest = hashlib.sha256(" ".join(marks).encode()).hexdigest()[:16]
-    folder = fetch.cache_folder() / "studies" / SLUG
+    folder = wheels.cache_folder() / "studies" / SLUG
     return folder / f"{profile}-{arm}-{digest}.safetensors"
 
 
@@ -643,7 +650,7 @@ def run(out: Path, profile: str = "study") -> Results:
     """
     size = SIZES[profile]
     data = {"wikipedia": text.corpus_hash("wikipedia"), "smollm2": models.smollm2_hash()}
-    data["llama-medium"] = fetch.sha256(small.path("llama-medium") / "model.safetensors")
+    data["llama-medium"] = wheels.sha256(small.path("llama-medium") / "model.safetensors")
     dtype = str(models.compute_dtype()).removeprefix("torch.")  # of SmolLM2; the small Llama computes in fp32
     results = Results.start(
         out,

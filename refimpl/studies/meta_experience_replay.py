@@ -36,25 +36,25 @@ from refimpl.continual.meta_experience_replay import (
     chain_scores,
     gradient_alignment,
 )
-from refimpl.core.loop import Recipe, train
-from refimpl.lab.domains import DOMAINS, domain_hash, llama, measured, windows
-from refimpl.lab.jobs import in_processes
-from refimpl.lab.ledger import Claim, Outcome, Verdict, judge
-from refimpl.lab.lstm import language_model_loss
-from refimpl.lab.records import Record, Results
-from refimpl.lab.statistics import t_interval
+from refimpl.core.train.loop import Recipe, train
+from refimpl.lab.data.domains import DOMAINS, domain_hash, llama, measured, windows
+from refimpl.lab.measure.statistics import t_interval
+from refimpl.lab.models.lstm import language_model_loss
+from refimpl.lab.study.jobs import in_processes
+from refimpl.lab.study.ledger import Claim, Outcome, Verdict, judge
+from refimpl.lab.study.records import Record, Results
 
 DEPENDS = [
     "refimpl.continual.meta_experience_replay.buffer",
     "refimpl.continual.meta_experience_replay.stream",
     "refimpl.continual.meta_experience_replay.reptile",
     "refimpl.continual.meta_experience_replay.measures",
-    "refimpl.core.loop",
-    "refimpl.core.outer",
-    "refimpl.core.sampling",
-    "refimpl.lab.domains",
-    "refimpl.lab.lstm",
-    "refimpl.lab.text",
+    "refimpl.core.train.loop",
+    "refimpl.core.train.outer",
+    "refimpl.core.train.sampling",
+    "refimpl.lab.data.domains",
+    "refimpl.lab.models.lstm",
+    "refimpl.lab.data.text",
 ]
 
 SLUG = "meta_experience_replay"

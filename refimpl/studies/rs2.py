@@ -28,27 +28,27 @@ from tqdm.auto import tqdm
 
 from refimpl.baselines.selection import SELECTORS, Cost, Selection, random_subset, select, train_proxy
 from refimpl.core.errors import TrainingError
-from refimpl.core.io import atomic_write
-from refimpl.core.loop import Recipe, train
-from refimpl.core.sampling import EpochSampler, Shuffled
-from refimpl.core.schedules import Cosine, Scheduled
-from refimpl.data.rs2 import RS2, steps, subset_size
-from refimpl.lab import fetch
-from refimpl.lab.classify import cross_entropy_loss
-from refimpl.lab.images import dataset_hash, images
-from refimpl.lab.jobs import in_processes
-from refimpl.lab.ledger import Claim, Outcome, Verdict, judge
-from refimpl.lab.records import Record, Results
-from refimpl.lab.sources import module_hashes
-from refimpl.lab.statistics import Interval, seeds_ratio, t_interval
+from refimpl.core.files.io import atomic_write
+from refimpl.core.train.loop import Recipe, train
+from refimpl.core.train.sampling import EpochSampler, Shuffled
+from refimpl.core.train.schedules import Cosine, Scheduled
+from refimpl.lab import wheels
+from refimpl.lab.data.images import dataset_hash, images
+from refimpl.lab.measure.classify import cross_entropy_loss
+from refimpl.lab.measure.statistics import Interval, seeds_ratio, t_interval
+from refimpl.lab.study.jobs import in_processes
+from refimpl.lab.study.ledger import Claim, Outcome, Verdict, judge
+from refimpl.lab.study.records import Record, Results
+from refimpl.lab.study.sources import module_hashes
+from refimpl.training_data.rs2 import RS2, steps, subset_size
 
 DEPENDS = [
-    "refimpl.data.rs2",
+    "refimpl.training_data.rs2",
     "refimpl.baselines.selection",
-    "refimpl.core.loop",
-    "refimpl.core.sampling",
-    "refimpl.core.schedules",
-    "refimpl.lab.images",
+    "refimpl.core.train.loop",
+    "refimpl.core.train.sampling",
+    "refimpl.core.train.schedules",
+    "refimpl.lab.data.images",
 ]
 
 SLUG = "rs2"
@@ -735,7 +735,7 @@ def run(out: Path, profile: str = "study") -> Results:
     )
     workers = 1 if profile == "quick" else None
     digest = hashlib.sha256(json.dumps([module_hashes([__name__, *DEPENDS]), data], sort_keys=True).encode())
-    folder = str(fetch.cache_folder() / "studies" / SLUG / f"{profile}-{digest.hexdigest()[:12]}")
+    folder = str(wheels.cache_folder() / "studies" / SLUG / f"{profile}-{digest.hexdigest()[:12]}")
     wanted: dict[tuple[str, int], set[float]] = {}
     choices = []
     if BRIEF[0] in [arm.name for arm in arms]:

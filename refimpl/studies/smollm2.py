@@ -30,35 +30,36 @@ from tqdm.auto import tqdm
 
 from refimpl.continual.continual_pretraining import ContinualPretraining, next_token_loss, replay_loader
 from refimpl.continual.meta_experience_replay import ReplayBuffer, ReplayLoader, Reptile, Stage
-from refimpl.core.loop import History, train
-from refimpl.core.losses import Weighted, sequence_losses
-from refimpl.core.sampling import Shuffled, loader, mixture_loader
-from refimpl.core.schedules import Constant, Cosine, Schedule, Scheduled
-from refimpl.data.loss_reweighting import LossReweighting
-from refimpl.data.rs2 import RS2, steps, subset_size
-from refimpl.lab import domains, models, text
-from refimpl.lab.jobs import in_processes
-from refimpl.lab.ledger import Claim, Outcome, Verdict, judge
-from refimpl.lab.lstm import BitsPerByte, bits_per_byte
-from refimpl.lab.records import Record, Results
-from refimpl.lab.statistics import Interval, difference, paired_bootstrap
+from refimpl.core.train.loop import History, train
+from refimpl.core.train.losses import Weighted, sequence_losses
+from refimpl.core.train.sampling import Shuffled, loader, mixture_loader
+from refimpl.core.train.schedules import Constant, Cosine, Schedule, Scheduled
+from refimpl.lab import models
+from refimpl.lab.data import domains, text
+from refimpl.lab.measure.statistics import Interval, difference, paired_bootstrap
+from refimpl.lab.models.lstm import BitsPerByte, bits_per_byte
+from refimpl.lab.study.jobs import in_processes
+from refimpl.lab.study.ledger import Claim, Outcome, Verdict, judge
+from refimpl.lab.study.records import Record, Results
+from refimpl.training_data.loss_reweighting import LossReweighting
+from refimpl.training_data.rs2 import RS2, steps, subset_size
 
 DEPENDS = [
     "refimpl.continual.continual_pretraining",
     "refimpl.continual.meta_experience_replay.buffer",
     "refimpl.continual.meta_experience_replay.stream",
     "refimpl.continual.meta_experience_replay.reptile",
-    "refimpl.core.loop",
-    "refimpl.core.losses",
-    "refimpl.core.outer",
-    "refimpl.core.sampling",
-    "refimpl.core.schedules",
-    "refimpl.data.loss_reweighting",
-    "refimpl.data.rs2",
-    "refimpl.lab.domains",
-    "refimpl.lab.lstm",
-    "refimpl.lab.models",
-    "refimpl.lab.text",
+    "refimpl.core.train.loop",
+    "refimpl.core.train.losses",
+    "refimpl.core.train.outer",
+    "refimpl.core.train.sampling",
+    "refimpl.core.train.schedules",
+    "refimpl.training_data.loss_reweighting",
+    "refimpl.training_data.rs2",
+    "refimpl.lab.data.domains",
+    "refimpl.lab.models.lstm",
+    "refimpl.lab.models.language",
+    "refimpl.lab.data.text",
 ]
 
 SLUG = "smollm2"
@@ -152,7 +153,7 @@ def measured(results: Results, chapter: str, arm: str, kinds: Sequence[str]) -> 
         results: of this study.
         chapter: slug, or `BEFORE` for the model as it came.
         arm: its label.
-        kinds: among `refimpl.lab.domains.DOMAINS`.
+        kinds: among `refimpl.lab.data.domains.DOMAINS`.
     """
     found = [
         {metric: results.values(arm, _place(chapter, kind), metric=metric) for metric in ("bits", "bytes")}

@@ -1,7 +1,7 @@
 """Does perplexity order compressed models as tasks do? The measurement behind "Why perplexity misleads".
 
 SmolLM2-135M is compressed in several ways, each calibrated on the same Wikipedia tokens. Every model is then measured
-twice: perplexity on Wikipedia (and Python) test documents, and the six tasks of `refimpl.lab.tasks`, whose items no
+twice: perplexity on Wikipedia (and Python) test documents, and the six tasks of `refimpl.lab.measure.tasks`, whose items no
 method saw. This is no paper's experiment; it serves the language-model bench and all chapters on language models.
 """
 
@@ -20,15 +20,17 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from refimpl import GPTQ, RTN, EoRA, SparseGPT, Wanda, compress, load, save
+from refimpl.core.compress.method import Method
 from refimpl.core.layers import PackedLinear
-from refimpl.core.method import Method
-from refimpl.lab import fetch, models, tasks, text
-from refimpl.lab.ledger import Claim, Outcome, Verdict, judge
-from refimpl.lab.metrics import footprint, perplexity
-from refimpl.lab.records import Results
-from refimpl.lab.sources import module_hashes
-from refimpl.lab.statistics import compare
-from refimpl.lab.tasks.items import group
+from refimpl.lab import models, wheels
+from refimpl.lab.data import text
+from refimpl.lab.measure import tasks
+from refimpl.lab.measure.metrics import footprint, perplexity
+from refimpl.lab.measure.statistics import compare
+from refimpl.lab.measure.tasks.items import group
+from refimpl.lab.study.ledger import Claim, Outcome, Verdict, judge
+from refimpl.lab.study.records import Results
+from refimpl.lab.study.sources import module_hashes
 
 COMPRESSION = [
     "refimpl.lowrank.eora",
@@ -36,18 +38,18 @@ COMPRESSION = [
     "refimpl.baselines.obs",
     "refimpl.baselines.pruning",
     "refimpl.baselines.rtn",
-    "refimpl.core.grid",
+    "refimpl.core.layers.grid",
     "refimpl.core.layers.lowrank",
     "refimpl.core.layers.packed",
-    "refimpl.core.stats",
-    "refimpl.lab.text",
+    "refimpl.core.compress.stats",
+    "refimpl.lab.data.text",
 ]
 DEPENDS = [
     *COMPRESSION,
-    "refimpl.lab.metrics",
-    "refimpl.lab.tasks.items",
-    "refimpl.lab.tasks.made",
-    "refimpl.lab.tasks.scoring",
+    "refimpl.lab.measure.metrics",
+    "refimpl.lab.measure.tasks.items",
+    "refimpl.lab.measure.tasks.made",
+    "refimpl.lab.measure.tasks.scoring",
 ]
 
 RANK = 64
@@ -206,7 +208,7 @@ class _Run:
         }
         made_by = [*module_hashes(COMPRESSION).values(), models.smollm2_hash(), text.corpus_hash("wikipedia")]
         digest = hashlib.sha256("-".join(made_by).encode()).hexdigest()[:12]
-        self.work = fetch.cache_folder() / "studies" / "tasks" / f"{profile}-{self.dtype}-{digest}"
+        self.work = wheels.cache_folder() / "studies" / "tasks" / f"{profile}-{self.dtype}-{digest}"
 
     def dense(self) -> Any:
         return models.smollm2(self.dtype, layers=self.size.layers)

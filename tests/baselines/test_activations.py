@@ -11,9 +11,9 @@ import torch
 
 from refimpl import GPTQ, RTN, EoRA, SparseGPT, compress, plan
 from refimpl.baselines.activations import QuantizeActivations
+from refimpl.core.compress.sites import find_sites
 from refimpl.core.errors import OptionError
 from refimpl.core.layers import ActivationQuantizer, QuantizedInput
-from refimpl.core.sites import find_sites
 
 Factory = Callable[..., Any]
 TOKENS = torch.randint(3, 256, (6, 12), generator=torch.Generator().manual_seed(0))

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from refimpl import GPTQ, RTN, SparseGPT
 from refimpl.baselines import obs
 from refimpl.baselines.obs import Solution, inverse_root, solve
+from refimpl.core.compress.sites import Site
+from refimpl.core.compress.stats import InputStats
 from refimpl.core.layers import PackedLinear
-from refimpl.core.sites import Site
-from refimpl.core.stats import InputStats
 
 
 def problem(m: int = 12, d: int = 32, seed: int = 0, tokens: int | None = None) -> tuple[Tensor, Tensor]:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from refimpl import Magnitude, SparseGPT, Wanda
 from refimpl.baselines.pruning import prune_mask
+from refimpl.core.compress.sites import Site
+from refimpl.core.compress.stats import InputStats
 from refimpl.core.errors import OptionError
 from refimpl.core.layers import empty_layer
-from refimpl.core.sites import Site
-from refimpl.core.stats import InputStats
 
 few = settings(max_examples=20, deadline=None)
 

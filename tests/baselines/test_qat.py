@@ -12,10 +12,10 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from refimpl import RTN, compress
 from refimpl.baselines.qat import all_logits, divergence, fine_tune, logits_of, towards
+from refimpl.core.compress.sites import find_sites
 from refimpl.core.errors import CalibrationError, OptionError
 from refimpl.core.layers import PackedConv2d, QuantizedInput
-from refimpl.core.loop import Recipe
-from refimpl.core.sites import find_sites
+from refimpl.core.train.loop import Recipe
 
 
 def cnn(seed: int = 0) -> nn.Sequential:

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from refimpl import GPTQ, RTN
+from refimpl.core.compress.sites import Site
 from refimpl.core.errors import OptionError
-from refimpl.core.grid import minmax_grid
-from refimpl.core.sites import Site
+from refimpl.core.layers.grid import minmax_grid
 
 
 def site_of(W: Tensor) -> Site:

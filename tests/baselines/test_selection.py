@@ -26,7 +26,7 @@ from refimpl.baselines.selection import (
     train_proxy,
 )
 from refimpl.core.errors import OptionError
-from refimpl.core.loop import Recipe
+from refimpl.core.train.loop import Recipe
 
 
 def points(n: int, d: int = 3, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from refimpl import RTN, ActSVD, LoftQ, Magnitude, PlainSVD
 from refimpl.baselines.svd import balanced, truncated_svd
+from refimpl.core.compress.sites import Site
+from refimpl.core.compress.stats import InputStats
 from refimpl.core.errors import OptionError
 from refimpl.core.layers import CompensatedLinear
-from refimpl.core.sites import Site
-from refimpl.core.stats import InputStats
 
 
 def site_of(W: Tensor) -> Site:

@@ -24,10 +24,10 @@ from refimpl.continual.continual_pretraining import (
     shares,
 )
 from refimpl.core.errors import OptionError
-from refimpl.core.loop import train
-from refimpl.core.sampling import mixture_loader
-from refimpl.core.schedules import Constant, Scheduled, trainer_callback
-from refimpl.lab.jobs import in_group
+from refimpl.core.train.loop import train
+from refimpl.core.train.sampling import mixture_loader
+from refimpl.core.train.schedules import Constant, Scheduled, trainer_callback
+from refimpl.lab.study.jobs import in_group
 
 NEW, OLD = torch.arange(0, 500), torch.arange(1000, 1300)  # a row says where it is from
 

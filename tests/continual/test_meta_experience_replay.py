@@ -22,8 +22,8 @@ from refimpl.continual.meta_experience_replay import (
     merge,
 )
 from refimpl.core.errors import CheckpointError, OptionError
-from refimpl.core.loop import Recipe, train
-from refimpl.lab.jobs import in_group
+from refimpl.core.train.loop import Recipe, train
+from refimpl.lab.study.jobs import in_group
 
 # -- the merge --
 

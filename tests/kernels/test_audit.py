@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from refimpl.core.io import data_path
+from refimpl.core.files.io import data_path
 from refimpl.kernels import audit
 
 pytest.importorskip("triton")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from refimpl.core.io import data_path
+from refimpl.core.files.io import data_path
 from refimpl.kernels import audit, traffic
 from refimpl.kernels import cross_entropy as ce
 from refimpl.kernels.cross_entropy import sequence_cross_entropy

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from refimpl.core.io import data_path
+from refimpl.core.files.io import data_path
 from refimpl.kernels import audit, traffic
 from refimpl.kernels import lowrank_decode as lowrank
 from refimpl.kernels.launch import warn_once

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from refimpl.core.io import data_path
+from refimpl.core.files.io import data_path
 from refimpl.kernels import audit, cross_entropy, quant_matmul, ragged_decode, sparse_matvec, traffic
 from refimpl.kernels.launch import Launch
 

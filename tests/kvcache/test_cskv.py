@@ -24,9 +24,9 @@ from transformers import (
 
 from refimpl.baselines import RTN
 from refimpl.core.cache import CompressedCache, LayerShape, Mask, Rotary, cache_argument, prefill, rotate
-from refimpl.core.compress import compress
+from refimpl.core.compress.driver import compress
 from refimpl.core.errors import CalibrationError, CheckpointError, OptionError
-from refimpl.core.loop import Recipe, batches, train
+from refimpl.core.train.loop import Recipe, batches, train
 from refimpl.kernels.lowrank_decode import reference
 from refimpl.kvcache.cskv import (
     CSKV,
@@ -786,7 +786,7 @@ def test_how_ranks_are_shared() -> None:
 
 
 def test_five_percent_of_smollm2(smollm2_folder: Path) -> None:
-    from refimpl.lab.models import smollm2
+    from refimpl.lab.models.language import smollm2
 
     model = smollm2(torch.bfloat16, layers=1)
     policy = CSKV(factorise(moments(model, TEXT)), bits=4)

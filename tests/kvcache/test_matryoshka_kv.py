@@ -14,7 +14,7 @@ from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, PreT
 
 from refimpl.core.cache import CompressedCache, Policy, cache_argument, prefill
 from refimpl.core.errors import CalibrationError, CheckpointError, OptionError
-from refimpl.core.loop import Recipe, batches, train
+from refimpl.core.train.loop import Recipe, batches, train
 from refimpl.kernels.ragged_decode import reference
 from refimpl.kvcache.matryoshka_kv import (
     MatryoshkaKV,
@@ -39,8 +39,8 @@ from refimpl.kvcache.matryoshka_kv import (
     truncate,
 )
 from refimpl.kvcache.ragged import Bases, FoldedOutput, MatryoshkaLayer, Packed, output_matrix
-from refimpl.lab import small
-from refimpl.lab.lstm import windows
+from refimpl.lab.models import small
+from refimpl.lab.models.lstm import windows
 
 Make = Callable[[str], PreTrainedModel]
 NAMES = ("llama", "qwen3", "gemma3", "gpt2")

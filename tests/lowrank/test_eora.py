@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from refimpl import GPTQ, RTN, EoRA, PlainSVD, SparseGPT, compress
 from refimpl.baselines.svd import balanced, truncated_svd
+from refimpl.core.compress.sites import Site, find_blocks, find_sites
+from refimpl.core.compress.stats import InputStats
 from refimpl.core.errors import OptionError
 from refimpl.core.layers import CompensatedLinear, LowRankLinear, PackedLinear
-from refimpl.core.sites import Site, find_blocks, find_sites
-from refimpl.core.stats import InputStats
 from refimpl.lowrank.eora import EPSILON, eigenspace, eora
 
 Factory = Callable[..., PreTrainedModel]

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from refimpl import load, save
 from refimpl.core.errors import OptionError
-from refimpl.core.loop import Recipe, batches, train
-from refimpl.core.masks import bake, find_masks, stored_weight
+from refimpl.core.train.loop import Recipe, batches, train
+from refimpl.core.train.masks import bake, find_masks, stored_weight
 from refimpl.pruning.gradual_magnitude import (
     GradualMagnitude,
     Storage,
@@ -631,7 +631,7 @@ def test_language_models_prune_export_save_and_load(layout, structure, tmp_path,
 
 
 def test_an_lstm_is_pruned_in_all_four_gate_matrices() -> None:
-    from refimpl.lab.lstm import LSTMLanguageModel, language_model_loss
+    from refimpl.lab.models.lstm import LSTMLanguageModel, language_model_loss
 
     torch.manual_seed(0)
     model = LSTMLanguageModel(embedding=8, hidden=12)
@@ -678,8 +678,8 @@ import sys, torch
 import torch.distributed as dist
 from torch import nn
 from refimpl.core.errors import OptionError
-from refimpl.core.loop import Recipe, batches, train
-from refimpl.core.masks import find_masks, mask_weights
+from refimpl.core.train.loop import Recipe, batches, train
+from refimpl.core.train.masks import find_masks, mask_weights
 from refimpl.pruning import GradualMagnitude
 dist.init_process_group("gloo")
 torch.manual_seed(0)

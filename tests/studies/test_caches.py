@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from refimpl.core.errors import OptionError
-from refimpl.core.io import data_path
+from refimpl.core.files.io import data_path
 from refimpl.lab import fetch, models
-from refimpl.lab.ledger import Verdict, judge
-from refimpl.lab.metrics import Perplexity
-from refimpl.lab.records import Record, Results
+from refimpl.lab.measure.metrics import Perplexity
+from refimpl.lab.study.ledger import Verdict, judge
+from refimpl.lab.study.records import Record, Results
 from refimpl.studies import caches
 
 ARTICLES = [f"article {k}" for k in range(8)]

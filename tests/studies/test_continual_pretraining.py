@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from refimpl.core.io import data_path
-from refimpl.core.schedules import Infinite
-from refimpl.lab.ledger import Outcome, Verdict, judge
-from refimpl.lab.records import Record, Results
+from refimpl.core.files.io import data_path
+from refimpl.core.train.schedules import Infinite
+from refimpl.lab.study.ledger import Outcome, Verdict, judge
+from refimpl.lab.study.records import Record, Results
 from refimpl.studies import continual_pretraining as study
 
 HOLDS, PARTLY, NOT = Verdict.HOLDS, Verdict.PARTLY, Verdict.DOES_NOT_HOLD

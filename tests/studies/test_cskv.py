@@ -10,12 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from refimpl.core.io import data_path
+from refimpl.core.files.io import data_path
 from refimpl.kvcache.cskv import CSKV
-from refimpl.lab import fetch, text
-from refimpl.lab.ledger import Outcome, Verdict, judge
-from refimpl.lab.metrics import Perplexity
-from refimpl.lab.records import Record, Results
+from refimpl.lab import wheels
+from refimpl.lab.data import text
+from refimpl.lab.measure.metrics import Perplexity
+from refimpl.lab.study.ledger import Outcome, Verdict, judge
+from refimpl.lab.study.records import Record, Results
 from refimpl.studies import cskv
 from refimpl.studies.cskv import Arm
 
@@ -170,7 +171,7 @@ def test_a_quick_run_records_its_arms_once(
 ) -> None:
     cache = tmp_path / "cache"  # with its models and texts, without the factors of an earlier run
     cache.mkdir()
-    for item in fetch.cache_folder().iterdir():
+    for item in wheels.cache_folder().iterdir():
         if item.is_dir() and item.name not in ("studies", "downloads"):
             (cache / item.name).symlink_to(item.resolve())
     monkeypatch.setenv("REFIMPL_CACHE", str(cache))
@@ -208,7 +209,7 @@ def test_a_quick_run_records_its_arms_once(
     again = Results.load(out)
     assert list(again.records()) == list(first.records()) and len(again.header["runs"]) == 2
 
-    from refimpl.lab.models import compute_dtype, smollm2
+    from refimpl.lab.models.language import compute_dtype, smollm2
 
     model = smollm2(compute_dtype(), layers=2)
     policy = cskv.fitted(model, "quick", "fit")
@@ -219,7 +220,7 @@ def test_a_quick_run_records_its_arms_once(
 
 def test_the_streamed_perplexity_of_a_full_cache_is_the_ordinary_one(smollm2_folder: Path) -> None:
     from refimpl.baselines.kvcache import Full
-    from refimpl.lab.models import smollm2
+    from refimpl.lab.models.language import smollm2
 
     model = smollm2(torch.float32, layers=1)
     ids = torch.randint(0, 49000, (2, 600), generator=torch.Generator().manual_seed(0))

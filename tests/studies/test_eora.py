@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refimpl.core.io import data_path
-from refimpl.lab import fetch
-from refimpl.lab.ledger import Outcome, Verdict, judge
-from refimpl.lab.metrics import Perplexity
-from refimpl.lab.records import Record, Results
+from refimpl.core.files.io import data_path
+from refimpl.lab import wheels
+from refimpl.lab.measure.metrics import Perplexity
+from refimpl.lab.study.ledger import Outcome, Verdict, judge
+from refimpl.lab.study.records import Record, Results
 from refimpl.studies import eora
 
 UNITS = [f"article {k}" for k in range(24)]
@@ -149,7 +149,7 @@ def test_a_quick_run_records_its_arms_once(smollm2_folder: Path, tmp_path: Path,
     # The cache with its models and texts, without what an earlier run compressed.
     cache = tmp_path / "cache"
     cache.mkdir()
-    for item in fetch.cache_folder().iterdir():
+    for item in wheels.cache_folder().iterdir():
         if item.is_dir() and item.name not in ("studies", "downloads"):
             (cache / item.name).symlink_to(item.resolve())
     monkeypatch.setenv("REFIMPL_CACHE", str(cache))

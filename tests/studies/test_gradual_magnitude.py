@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refimpl.core.io import data_path
-from refimpl.lab.ledger import Outcome, Verdict, judge
-from refimpl.lab.records import Record, Results
+from refimpl.core.files.io import data_path
+from refimpl.lab.study.ledger import Outcome, Verdict, judge
+from refimpl.lab.study.records import Record, Results
 from refimpl.studies import gradual_magnitude as study
 
 HOLDS, PARTLY, NOT = Verdict.HOLDS, Verdict.PARTLY, Verdict.DOES_NOT_HOLD

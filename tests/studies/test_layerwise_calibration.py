@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refimpl.core.io import data_path
-from refimpl.lab.ledger import Outcome, Verdict, judge
-from refimpl.lab.metrics import Perplexity
-from refimpl.lab.records import Record, Results
+from refimpl.core.files.io import data_path
+from refimpl.lab.measure.metrics import Perplexity
+from refimpl.lab.study.ledger import Outcome, Verdict, judge
+from refimpl.lab.study.records import Record, Results
 from refimpl.studies import layerwise_calibration as study
 
 HOLDS, PARTLY, NOT = Verdict.HOLDS, Verdict.PARTLY, Verdict.DOES_NOT_HOLD

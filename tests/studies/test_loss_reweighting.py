@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from refimpl.core.errors import CalibrationError
-from refimpl.core.io import data_path
-from refimpl.core.loop import Recipe, batches, train
-from refimpl.core.losses import sequence_losses
-from refimpl.lab.domains import llama, windows
-from refimpl.lab.ledger import Outcome, Verdict, judge
-from refimpl.lab.records import Record, Results
+from refimpl.core.files.io import data_path
+from refimpl.core.train.loop import Recipe, batches, train
+from refimpl.core.train.losses import sequence_losses
+from refimpl.lab.data.domains import llama, windows
+from refimpl.lab.study.ledger import Outcome, Verdict, judge
+from refimpl.lab.study.records import Record, Results
 from refimpl.studies import loss_reweighting as study
 
 HOLDS, PARTLY, NOT = Verdict.HOLDS, Verdict.PARTLY, Verdict.DOES_NOT_HOLD

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from refimpl.core.io import data_path
+from refimpl.core.files.io import data_path
 from refimpl.kvcache.matryoshka_kv import MatryoshkaKV
-from refimpl.lab import models, small
-from refimpl.lab.ledger import Outcome, Verdict, judge
-from refimpl.lab.records import Record, Results
+from refimpl.lab import models
+from refimpl.lab.models import small
+from refimpl.lab.study.ledger import Outcome, Verdict, judge
+from refimpl.lab.study.records import Record, Results
 from refimpl.studies import matryoshka_kv as study
 
 HOLDS, PARTLY, NOT = Verdict.HOLDS, Verdict.PARTLY, Verdict.DOES_NOT_HOLD
@@ -139,7 +140,7 @@ def test_measures_are_those_of_the_model():
     exact = study.exact_scores(model, rows)
     found = study.measure(model, rows, None, exact)
     assert found["divergence"] == 0
-    from refimpl.lab.lstm import bits_per_byte
+    from refimpl.lab.models.lstm import bits_per_byte
 
     expected = bits_per_byte(model, rows, ["a"] * len(rows), small.tokenizer()).value
     assert found["bits per byte"] == pytest.approx(expected, rel=1e-6)

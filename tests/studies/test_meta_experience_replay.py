@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from refimpl.core.io import data_path
-from refimpl.lab.domains import DOMAINS
-from refimpl.lab.ledger import Outcome, Verdict, judge
-from refimpl.lab.records import Record, Results
+from refimpl.core.files.io import data_path
+from refimpl.lab.data.domains import DOMAINS
+from refimpl.lab.study.ledger import Outcome, Verdict, judge
+from refimpl.lab.study.records import Record, Results
 from refimpl.studies import meta_experience_replay as study
 
 HOLDS, PARTLY, NOT, CANNOT = (Verdict.HOLDS, Verdict.PARTLY, Verdict.DOES_NOT_HOLD, Verdict.CANNOT_BE_TESTED)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from refimpl.core.io import data_path
-from refimpl.lab.ledger import Outcome, Verdict, judge
-from refimpl.lab.records import Record, Results
+from refimpl.core.files.io import data_path
+from refimpl.lab.study.ledger import Outcome, Verdict, judge
+from refimpl.lab.study.records import Record, Results
 from refimpl.studies import rs2 as study
 
 HOLDS, PARTLY, NOT = Verdict.HOLDS, Verdict.PARTLY, Verdict.DOES_NOT_HOLD
@@ -235,7 +235,7 @@ def test_the_clock_stands_still_while_it_looks():
 def test_it_runs_and_takes_up_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     out = tmp_path / "r.json"
     folder = SimpleNamespace(cache_folder=lambda: tmp_path)  # of the subsets; images stay where they are
-    monkeypatch.setattr(study, "fetch", folder)
+    monkeypatch.setattr(study, "wheels", folder)
     first = study.run(out, "quick")
     assert first.header["rule"] is None and not first.claims
     for arm in study.arms_of("quick"):

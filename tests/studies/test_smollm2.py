@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refimpl.core.io import data_path
-from refimpl.data.rs2 import RS2
-from refimpl.lab import lstm
-from refimpl.lab.domains import DOMAINS
-from refimpl.lab.ledger import Outcome, Verdict, judge
-from refimpl.lab.records import Record, Results
+from refimpl.core.files.io import data_path
+from refimpl.lab.data.domains import DOMAINS
+from refimpl.lab.models import lstm
+from refimpl.lab.study.ledger import Outcome, Verdict, judge
+from refimpl.lab.study.records import Record, Results
 from refimpl.studies import smollm2 as study
+from refimpl.training_data.rs2 import RS2
 
 HOLDS, PARTLY, NOT, CANNOT = (Verdict.HOLDS, Verdict.PARTLY, Verdict.DOES_NOT_HOLD, Verdict.CANNOT_BE_TESTED)
 MERGED, CONTROL = "MER 25 %, 10 x rate", "replay 25 %, 3 x rate"

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refimpl.core.io import data_path
+from refimpl.core.files.io import data_path
 from refimpl.lab import fetch
-from refimpl.lab import tasks as lab_tasks
-from refimpl.lab.ledger import Verdict, judge
-from refimpl.lab.metrics import Perplexity
-from refimpl.lab.records import Results
+from refimpl.lab.measure import tasks as lab_tasks
+from refimpl.lab.measure.metrics import Perplexity
+from refimpl.lab.study.ledger import Verdict, judge
+from refimpl.lab.study.records import Results
 from refimpl.studies import tasks
 
 ARTICLES = [f"article {k}" for k in range(24)]

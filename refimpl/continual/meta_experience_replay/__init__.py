@@ -6,7 +6,7 @@ Source: Abbes et al., "Revisiting Replay and Gradient Alignment for Continual Pr
 
 1. Initialise theta, an empty buffer M, theta_slow = theta.
 2. In every step: (1 - alpha) B new rows and alpha B rows of M; the new ones are added to M; one step of the
-   optimiser on all (`ReplayLoader`, `ReplayBuffer`, and `refimpl.core.loop.train`).
+   optimiser on all (`ReplayLoader`, `ReplayBuffer`, and `refimpl.core.train.loop.train`).
 3. After every k-th step: theta = theta_slow + epsilon (theta - theta_slow), then theta_slow = theta (`Reptile`).
 4. Next domain: nothing is reset.
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from refimpl.core.errors import CheckpointError, OptionError, nearest
-from refimpl.core.io import read_json, write_json
+from refimpl.core.files.io import read_json, write_json
 
 DTYPES = ("uint8", "uint16", "int32", "int64", "float32")
 

@@ -80,7 +80,7 @@ def gradient_alignment(
 
     Args:
         model: whole on one device, not sharded.
-        loss: as for `refimpl.core.loop.train`.
+        loss: as for `refimpl.core.train.loop.train`.
         old, new: batches.
 
     Returns:

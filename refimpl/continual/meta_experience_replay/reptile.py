@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from refimpl.core.errors import OptionError
-from refimpl.core.outer import OuterStep
+from refimpl.core.train.outer import OuterStep
 
 
 @torch.no_grad()
@@ -78,7 +78,7 @@ class Reptile:
             )
 
     def attach(self, model: nn.Module) -> Merges:
-        """The hook for `refimpl.core.loop.train`; it keeps the weights of k updates ago in buffers of the model.
+        """The hook for `refimpl.core.train.loop.train`; it keeps the weights of k updates ago in buffers of the model.
 
         Raises:
             OptionError: trained weights in 16 bits, in which a merge would be lost by rounding.

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from refimpl.continual.meta_experience_replay.buffer import ReplayBuffer
 from refimpl.core.errors import OptionError
-from refimpl.core.sampling import Mixture
+from refimpl.core.train.sampling import Mixture
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Stage:
 
 
 class ReplayLoader(DataLoader):
-    """Step 2 of MER: what `refimpl.core.loop.train` reads.
+    """Step 2 of MER: what `refimpl.core.train.loop.train` reads.
 
     Of the batches from number `begin` on, a share `replay` of the rows comes from the buffer, exact to one row at every
-    step (`refimpl.core.sampling.Mixture`). A batch is drawn before its new rows are stored. New rows come in seeded
+    step (`refimpl.core.train.sampling.Mixture`). A batch is drawn before its new rows are stored. New rows come in seeded
     permutations of their stage.
 
     Batch t is a function of the stages, the seed and the buffer at the start. A resumed training walks the stream again

@@ -25,7 +25,7 @@ from refimpl.core.cache.policy import LayerShape, Policy, policy_from
 from refimpl.core.cache.rope import find_rotary
 from refimpl.core.cache.tap import attention_input, attention_modules
 from refimpl.core.errors import CheckpointError, OptionError
-from refimpl.core.io import atomic_write
+from refimpl.core.files.io import atomic_write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

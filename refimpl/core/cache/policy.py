@@ -18,7 +18,7 @@ from refimpl.core.cache.content import ByContent, current_modules, from_json, lo
 from refimpl.core.cache.layer import KVLayer
 from refimpl.core.cache.rope import Rotary
 from refimpl.core.errors import CheckpointError, OptionError
-from refimpl.core.io import atomic_write
+from refimpl.core.files.io import atomic_write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

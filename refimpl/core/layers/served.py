@@ -1,7 +1,7 @@
 """Layers in the layout that the GPU kernels read, for running a compressed model rather than keeping it.
 
 A `PackedLinear` stores any number of bits and any pattern in one dense stream, which is what a file should do; a kernel
-wants words of neighbouring outputs side by side. `refimpl.core.serve.serve` changes one into the other. On a GPU these
+wants words of neighbouring outputs side by side. `refimpl.core.files.serve.serve` changes one into the other. On a GPU these
 layers call a Triton kernel, elsewhere the same operator computes in PyTorch.
 
 The kernels are imported when a layer is made or called: `refimpl` works without Triton.

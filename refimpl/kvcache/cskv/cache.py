@@ -28,11 +28,11 @@ from refimpl.core.cache import (
     keep_sinks,
     rotate,
 )
-from refimpl.core.compress import BATCH
+from refimpl.core.compress.driver import BATCH
 from refimpl.core.device import read
 from refimpl.core.errors import OptionError
 from refimpl.core.layers.packing import pack_bits, unpack_bits
-from refimpl.core.loop import Recipe
+from refimpl.core.train.loop import Recipe
 from refimpl.kernels.lowrank_decode import Inputs, lowrank_decode, unsupported
 from refimpl.kvcache.cskv.factors import (
     Factors,

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from refimpl.baselines.kvcache.kivi import quantise
 from refimpl.baselines.svd import balanced, truncated_svd
 from refimpl.core.cache import CompressedCache, attention_modules, hidden_states
-from refimpl.core.compress import BATCH, block_inputs, calibration_batches
+from refimpl.core.compress.driver import BATCH, block_inputs, calibration_batches
+from refimpl.core.compress.sites import Site, find_blocks
+from refimpl.core.compress.stats import Collector
 from refimpl.core.errors import OptionError, nearest
-from refimpl.core.loop import Recipe, batches, train
-from refimpl.core.sites import Site, find_blocks
-from refimpl.core.stats import Collector
+from refimpl.core.train.loop import Recipe, batches, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from refimpl.baselines.reconstruction import Reconstruction
+from refimpl.core.compress.reconstruct import QuantizedSite, reconstruct, scaled_rates
+from refimpl.core.compress.stats import InputStats
 from refimpl.core.errors import OptionError, nearest
-from refimpl.core.loop import Recipe
-from refimpl.core.reconstruct import QuantizedSite, reconstruct, scaled_rates
-from refimpl.core.stats import InputStats
+from refimpl.core.train.loop import Recipe
 
 RATES = ("scaled", "published")
 
@@ -27,7 +27,7 @@ def learning_rates(layer: QuantizedSite, rates: str = "scaled", speed: float = 1
 
     "published" are the authors' absolute values, tuned for ImageNet networks at 8 bits: 1e-5 for weights, 1e-3 for
     biases and weight ranges, 1e-1 for input ranges. In a small layer on a coarse grid such weights never leave their
-    bin. "scaled" (ours) says it in units of the layer, see `refimpl.core.reconstruct.scaled_rates`.
+    bin. "scaled" (ours) says it in units of the layer, see `refimpl.core.compress.reconstruct.scaled_rates`.
 
     Args:
         layer: the layer to train.
@@ -36,7 +36,7 @@ def learning_rates(layer: QuantizedSite, rates: str = "scaled", speed: float = 1
 
     Example:
         >>> from torch import nn
-        >>> from refimpl.core.sites import Site
+        >>> from refimpl.core.compress.sites import Site
         >>> layer = QuantizedSite(Site("q", 0, nn.Sequential(nn.Linear(64, 16)), "0"), bits=4, group=32)
         >>> [group["lr"] for group in learning_rates(layer, "published")]
         [1e-05, 0.001]

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from refimpl.core.compress.sites import find_sites
 from refimpl.core.errors import OptionError, require
 from refimpl.core.layers import CompressedLayer
-from refimpl.core.sites import find_sites
 
 SMALLEST_DELTA = 1e-6  # not 0: between equals the program then prefers the reference precision
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from refimpl.baselines.qat import towards
+from refimpl.core.compress.fold import FoldedNorms
+from refimpl.core.compress.whole import run
 from refimpl.core.errors import CalibrationError, OptionError
-from refimpl.core.fold import FoldedNorms
-from refimpl.core.loop import History, Recipe
-from refimpl.core.whole import run
+from refimpl.core.train.loop import History, Recipe
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def retune_batch_norms(
 
     Args:
         model: with its batch norms folded, its convolutions compressed.
-        folded: from `refimpl.core.fold.fold_batch_norms` of the float model.
+        folded: from `refimpl.core.compress.fold.fold_batch_norms` of the float model.
         samples: calibration samples [n, ...], or an object with them as ``.pixels``.
         momentum: None averages over all batches. A number is the weight of each new batch, as in the authors' code
             (0.1): after m batches a share 0.9^m of the float statistics is left, 66 % after four.
@@ -39,7 +39,7 @@ def retune_batch_norms(
 
     Example:
         >>> from refimpl import RTN, compress
-        >>> from refimpl.core.fold import fold_batch_norms
+        >>> from refimpl.core.compress.fold import fold_batch_norms
         >>> model = nn.Sequential(nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(),
         ...     nn.Linear(144, 10)).eval()
         >>> images = torch.randn(8, 1, 5, 5)

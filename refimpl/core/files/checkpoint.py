@@ -1,0 +1,279 @@
+"""Reading a Hugging Face checkpoint tensor by tensor, and building a model without its weights.
+
+`Checkpoint` opens safetensors files memory-mapped: a tensor costs memory only while somebody holds it. That is
+what lets a repair method see the original weights without a second model, and a model larger than memory be
+compressed block by block.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from refimpl.core.compress.sites import Site, UnfusedExperts, is_conv1d
+from refimpl.core.errors import CheckpointError
+
+MANIFEST = "refimpl.json"  # what makes a folder one of ours: layers, files and the run that wrote them
+_EXPERT = re.compile(r"^(?P<experts>.*)\.(?P<index>\d+)\.(?P<map>gate_up_proj|down_proj)\.weight$")
+
+
+class Checkpoint:
+    """The tensors of a folder of safetensors files, read on demand.
+
+    Args:
+        folder: a local folder as written by ``save_pretrained``.
+
+    Raises:
+        CheckpointError: no folder, no safetensors (pickle is refused), or a damaged file.
+
+    Example:
+        >>> import tempfile
+        >>> from safetensors.torch import save_file
+        >>> folder = tempfile.mkdtemp()
+        >>> save_file({"w": torch.ones(2, 3)}, f"{folder}/model.safetensors")
+        >>> Checkpoint(folder).tensor("w").shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise CheckpointError(f"checkpoint={str(folder)!r} is not a folder; pass the path of a saved model")
+        files = self._listed() or sorted(self.folder.glob("*.safetensors"))
+        if not files:
+            pickled = sorted(path.name for path in self.folder.glob("*.bin"))
+            raise CheckpointError(
+                f"checkpoint={str(folder)!r} has no safetensors file"
+                + (
+                    f"; {pickled[0]} is a pickle, which can run code when read and is refused: "
+                    "convert it with save_pretrained in an environment you trust"
+                    if pickled
+                    else ""
+                )
+            )
+        self._files: dict[str, Path] = {}
+        for path in files:
+            try:
+                with safe_open(path, framework="pt") as handle:
+                    self._files.update(dict.fromkeys(handle.keys(), path))
+            except SafetensorError as error:
+                raise CheckpointError(f"{path} is truncated or not safetensors ({error}); fetch it again") from error
+
+    def _listed(self) -> list[Path]:
+        """The files an index names: that of transformers, or our own manifest; [] without one."""
+        for index in (self.folder / MANIFEST, self.folder / "model.safetensors.index.json"):
+            if not index.exists():
+                continue
+            try:
+                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError) as error:
+                raise CheckpointError(f"{index} cannot be read ({error!r}); copy or download it again") from error
+            for name in names:
+                if not (self.folder / name).exists():
+                    raise CheckpointError(f"checkpoint={str(self.folder)!r} lacks {name}; copy or download it again")
+            return [self.folder / name for name in names]
+        return []
+
+    def __contains__(self, key: str) -> bool:
+        return self._find(key) is not None
+
+    def keys(self) -> list[str]:
+        """Names of all tensors, as stored."""
+        return list(self._files)
+
+    def _find(self, key: str) -> str | None:
+        # base models are saved without the prefix of the causal-LM wrapper ("transformer.h.0" as "h.0")
+        for candidate in (key, key.partition(".")[2]):
+            if candidate in self._files:
+                return candidate
+        return None
+
+    def tensor(self, key: str, index: int | None = None) -> Tensor:
+        """One tensor, or one slice along its first dimension, read now.
+
+        Raises:
+            CheckpointError: there is none of that name.
+        """
+        found = self._find(key)
+        if found is None:
+            raise CheckpointError(
+                f"checkpoint={str(self.folder)!r} has no tensor {key!r}: it belongs to another model, or keeps the "
+                "names of an older layout; load it with from_pretrained and save it again with "
+                "save_pretrained(..., save_original_format=False)"
+            )
+        # opened anew each time: an open file stays mapped as a whole, and the shards together may exceed memory
+        with safe_open(self._files[found], framework="pt") as handle:
+            return handle.get_tensor(found) if index is None else handle.get_slice(found)[index]
+
+
+def weight_key(name: str, model: nn.Module) -> tuple[str, int | None]:
+    """Where a parameter of `model` stands in a checkpoint: its name, and the expert's index if it was fused.
+
+    Example:
+        >>> weight_key("0.weight", nn.Sequential(nn.Linear(2, 2)))
+        ('0.weight', None)
+    """
+    match = _EXPERT.match(name)
+    if match and isinstance(model.get_submodule(match["experts"]), UnfusedExperts):
+        return f"{match['experts']}.{match['map']}", int(match["index"])
+    return name, None
+
+
+class Reference:
+    """The uncompressed model a repair method compares with: a folder (read lazily) or a model in memory.
+
+    Args:
+        source: path of the original checkpoint, or the original model.
+        model: the model being compressed, whose names are used.
+
+    Example:
+        >>> dense = nn.Sequential(nn.Linear(4, 16))
+        >>> Reference(dense, dense).weight(Site("0", 0, dense, "0")).shape
+        torch.Size([16, 4])
+    """
+
+    def __init__(self, source: str | Path | nn.Module, model: nn.Module) -> None:
+        self.model = model
+        self.checkpoint: Checkpoint | None = None
+        if isinstance(source, nn.Module):
+            self.layout = source
+        else:
+            self.checkpoint = Checkpoint(source)
+            self.layout = empty_model(read_config(source), torch.float32)
+
+    def weight(self, site: Site) -> Tensor:
+        """The original weight of `site`, [out, in].
+
+        Raises:
+            CheckpointError: the reference has no such weight, or one of another shape.
+        """
+        key, index = weight_key(f"{site.name}.weight", self.model)
+        transposed = False
+        try:
+            if index is None or isinstance(self.layout.get_submodule(key.rpartition(".")[0]), UnfusedExperts):
+                module = self.layout.get_submodule(site.name)
+                transposed = is_conv1d(module)
+                key, index = (f"{site.name}.weight", None) if self.checkpoint is None else (key, index)
+            weight = self.checkpoint.tensor(key, index) if self.checkpoint else self.layout.get_parameter(key).detach()
+        except AttributeError as error:
+            raise CheckpointError(
+                f"reference: it has no uncompressed weight {key!r}; pass the model (or its folder) as it was before "
+                "any compression"
+            ) from error
+        if self.checkpoint is None and index is not None:
+            weight = weight[index]
+        weight = weight.T if transposed else weight.flatten(1)
+        shape = (site.out_features, site.in_features)
+        if tuple(weight.shape) != shape:
+            raise CheckpointError(
+                f"reference: {site.name!r} is {tuple(weight.shape)} there and {shape} in the model; it is another model"
+            )
+        if site.geometry is not None and (biased := self._has_bias(site)) != (site.bias is not None):
+            raise CheckpointError(
+                f"reference: {site.name!r} has {'a' if biased else 'no'} bias there, unlike in the model: batch norms "
+                "are folded in one of them only; pass the folded float model"
+            )
+        return weight
+
+    def _has_bias(self, site: Site) -> bool:
+        if self.checkpoint is not None:
+            return f"{site.name}.bias" in self.checkpoint
+        return getattr(self.layout.get_submodule(site.name), "bias", None) is not None
+
+
+def read_config(folder: str | Path) -> Any:
+    """The transformers configuration of a local checkpoint.
+
+    Raises:
+        CheckpointError: there is no readable config.json.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import GPT2Config
+        >>> folder = tempfile.mkdtemp(); GPT2Config().save_pretrained(folder)
+        >>> read_config(folder).model_type
+        'gpt2'
+    """
+    from transformers import AutoConfig
+
+    if not (Path(folder) / "config.json").is_file():
+        raise CheckpointError(f"checkpoint={str(folder)!r} has no config.json; pass a folder saved by save_pretrained")
+    config = AutoConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):  # our own mark, or a format that transformers would unpack itself
+        format_name = config.quantization_config.get("quant_method")
+        if format_name != "refimpl":
+            raise CheckpointError(
+                f"checkpoint={str(folder)!r} is already quantised by {format_name!r}; start from the unquantised model"
+            )
+        del config.quantization_config
+    return config
+
+
+def empty_model(config: Any, dtype: torch.dtype, folder: str | Path | None = None) -> nn.Module:
+    """A model of this configuration with its weights on "meta" and its computed buffers (rotary tables) real.
+
+    A causal language model, or of the class that the configuration names, if that takes something else than token ids.
+
+    Args:
+        config: a transformers configuration.
+        dtype: dtype of the weights.
+        folder: where to look for a generation_config.json (end-of-text ids, sampling defaults).
+
+    Raises:
+        CheckpointError: transformers knows no causal language model of this configuration, and it names no class.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> model = empty_model(LlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1,
+        ...     intermediate_size=32, vocab_size=9), torch.bfloat16)
+        >>> model.lm_head.weight.device.type, model.model.rotary_emb.inv_freq.device.type
+        ('meta', 'cpu')
+    """
+    import transformers
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    named: Any = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    try:
+        with torch.device("meta"):
+            if named is None or getattr(named, "main_input_name", "input_ids") == "input_ids":
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            else:
+                model = named._from_config(config, dtype=dtype)
+    except ValueError as error:
+        raise CheckpointError(
+            f"config={type(config).__name__}: no causal language model, and config.architectures names no other class "
+            f"of transformers ({error})"
+        ) from error
+    if folder is not None and (Path(folder) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    for module in model.modules():
+        computed = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        if computed and set(computed) <= module._non_persistent_buffers_set:
+            # the buffers only: a scaled embedding holds one beside its weight, which must stay on "meta"
+            for name in computed:
+                module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+            model._init_weights(module)
+    return model.eval()
+
+
+def set_tensor(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+    """Replace parameter or buffer `name` (dotted) of `module`; None puts it back on "meta".
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> set_tensor(layer, "weight", None); layer.weight.device.type
+        'meta'
+    """
+    parent, _, attribute = name.rpartition(".")
+    owner = module.get_submodule(parent)
+    old = getattr(owner, attribute)
+    new = old.to("meta") if tensor is None else tensor
+    if attribute in owner._parameters:
+        new = nn.Parameter(new.detach(), requires_grad=False)
+    setattr(owner, attribute, new)

@@ -1,0 +1,471 @@
+"""Saving and loading compressed models (safetensors only), and the few file habits everything shares."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from refimpl.core.compress.sites import experts_put_back, find_blocks, has_blocks, unfuse_experts
+from refimpl.core.errors import CheckpointError
+from refimpl.core.files.checkpoint import MANIFEST, Checkpoint, empty_model, read_config, set_tensor
+from refimpl.core.layers import CompressedLayer, PackedLinear, ServedLinear, ServedSparseLinear, empty_layer
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it into place only if the block succeeds.
+
+    A reader therefore never sees half a file, and an interruption leaves the old one untouched.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> target = pathlib.Path(tempfile.mkdtemp()) / "a.txt"
+        >>> with atomic_write(target) as temporary:
+        ...     _ = temporary.write_text("done")
+        >>> target.read_text()
+        'done'
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o644)  # mkstemp makes files private; a shared cache must stay readable
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def data_path(*parts: str) -> Path:
+    """A file of data/: beside the package in a checkout, inside it in an installed wheel.
+
+    Example:
+        >>> data_path("results").name
+        'results'
+    """
+    package = Path(__file__).resolve().parents[2]
+    inside = package / "_data"
+    return (inside if inside.is_dir() else package.parent / "data").joinpath(*parts)
+
+
+_PROGRESS = "refimpl-progress.json"
+_SAVING = "refimpl-saving"  # stands in a folder while `save` is at work there
+_SINGLE_FILE_LIMIT = 5_000_000_000  # bytes; above it one file per block, as hubs and small memories prefer
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON under a temporary name, then rename it.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "a.json"
+        >>> write_json(path, {"rank": 4}); read_json(path)
+        {'rank': 4}
+    """
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1))
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+
+    Example:
+        >>> read_json(Path("/nowhere"))
+        Traceback (most recent call last):
+        ...
+        refimpl.core.errors.CheckpointError: /nowhere cannot be read ([Errno 2] No such file or directory: \
+'/nowhere'); save the model again
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); save the model again") from error
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as one safetensors file under a temporary name, then rename it.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "a.safetensors"
+        >>> write_tensors(path, {"w": torch.ones(2)}); load_file(path)
+        {'w': tensor([1., 1.])}
+    """
+    with atomic_write(path) as temporary:
+        save_file(
+            {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
+            temporary,
+            metadata={"format": "pt"},
+        )
+
+
+def compressed_layers(model: nn.Module) -> dict[str, CompressedLayer]:
+    """The outermost compressed layers of a model, by name.
+
+    Example:
+        >>> compressed_layers(nn.Sequential(PackedLinear(values=torch.eye(2)), nn.ReLU()))
+        {'0': PackedLinear(2 -> 2)}
+    """
+    found: dict[str, CompressedLayer] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, CompressedLayer) and not any(name.startswith(outer + ".") for outer in found):
+            found[name] = module
+    return found
+
+
+def _layers(model: nn.Module, prefix: str = "") -> dict[str, dict[str, Any]]:
+    """Configurations of the outermost compressed layers, by name."""
+    return {prefix + name: layer.config() for name, layer in compressed_layers(model).items()}
+
+
+def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with shared storage (tied embeddings) listed once."""
+    seen: set[tuple[int, int]] = set()
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tensor.numel())
+        if tensor.is_meta or (place in seen and tensor.numel()):
+            continue
+        seen.add(place)
+        tensors[name] = tensor
+    return tensors
+
+
+def is_compressed(folder: str | Path) -> bool:
+    """Whether `folder` holds a finished model written by `save` or `compress(..., out=)`.
+
+    Example:
+        >>> is_compressed("/nowhere")
+        False
+    """
+    return (Path(folder) / MANIFEST).is_file()
+
+
+def check_transformers(model: nn.Module) -> None:
+    """Raise `CheckpointError` if `model` has no transformers configuration to build it again from.
+
+    Example:
+        >>> check_transformers(nn.Linear(2, 2))
+        Traceback (most recent call last):
+        ...
+        refimpl.core.errors.CheckpointError: model=Linear: it has no transformers configuration, so it could not be \
+built again; keep its state_dict() with safetensors.torch.save_file, and call compress again on a fresh one to load it
+    """
+    if not hasattr(getattr(model, "config", None), "to_dict"):
+        raise CheckpointError(
+            f"model={type(model).__name__}: it has no transformers configuration, so it could not be built again; keep "
+            "its state_dict() with safetensors.torch.save_file, and call compress again on a fresh one to load it"
+        )
+
+
+def _write_config(model: nn.Module, folder: Path) -> None:
+    config: Any = model.config
+    value = config.to_diff_dict()
+    value["architectures"] = [type(model).__name__]
+    # transformers warns of a format it does not know, then finds no file of a name it knows and stops; under its own
+    # names it would take what fits and fill in random weights for the rest
+    value["quantization_config"] = {"quant_method": "refimpl"}
+    write_json(folder / "config.json", value)
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None:
+        write_json(folder / "generation_config.json", generation.to_diff_dict())
+
+
+def save(model: nn.Module, folder: str | Path) -> Path:
+    """Write a compressed (or plain) transformers model, of language or of images, as safetensors that `load` reads.
+
+    Every file is written under a temporary name first. Save the tokenizer beside it with its own ``save_pretrained``.
+
+    Args:
+        model: a transformers model, with any number of compressed layers and folded batch norms.
+        folder: made if missing; a model of ours that is there is replaced.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: the folder holds another checkpoint, or the model has no transformers configuration.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from refimpl import RTN, compress, load, save
+        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1,
+        ...     intermediate_size=64, vocab_size=50)).eval()
+        >>> _ = compress(model, RTN(bits=4, group_size=32), progress=False)
+        >>> again = load(save(model, tempfile.mkdtemp()))
+        >>> tokens = torch.arange(8)[None]
+        >>> torch.equal(model(tokens).logits, again(tokens).logits)
+        True
+    """
+    check_transformers(model)
+    folder = Path(folder)
+    ours = is_compressed(folder) or (folder / _SAVING).exists()
+    if any(folder.glob("*.safetensors")) and not ours:
+        raise CheckpointError(f"folder={str(folder)!r} holds a checkpoint that is not ours; choose another folder")
+    with experts_put_back(model, always=True):
+        unfuse_experts(model)  # one format, whether any expert was compressed or not
+        _save(model, folder)
+    return folder
+
+
+def _save(model: nn.Module, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _SAVING).touch()
+    (folder / MANIFEST).unlink(missing_ok=True)  # half replaced, the old model must not load
+    tensors = _own_tensors(model)
+    prefix = find_blocks(model)[0] if has_blocks(model) else ""
+    shards: dict[str, dict[str, Tensor]] = {"weights.safetensors": tensors}
+    if sum(tensor.nbytes for tensor in tensors.values()) > _SINGLE_FILE_LIMIT:
+        shards = {}
+        for name, tensor in tensors.items():
+            inside = prefix and name.startswith(prefix + ".")
+            file = f"block-{int(name[len(prefix) + 1 :].partition('.')[0]):05d}" if inside else "rest"
+            shards.setdefault(f"{file}.safetensors", {})[name] = tensor
+    for file, content in shards.items():
+        write_tensors(folder / file, content)
+    _finish(model, folder, {name: file for file, content in shards.items() for name in content}, _layers(model), {})
+    (folder / _SAVING).unlink()
+
+
+def _finish(
+    model: nn.Module, folder: Path, weight_map: dict[str, str], layers: dict[str, Any], run: dict[str, Any]
+) -> None:
+    """Write what describes the tensors, the manifest last: it is what makes the folder a model."""
+    for stale in {path.name for path in folder.glob("*.safetensors")} - set(weight_map.values()):
+        (folder / stale).unlink()
+    _write_config(model, folder)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    manifest = {
+        "format": 1,
+        "dtype": str(dtype).removeprefix("torch."),
+        "layers": layers,
+        "weight_map": weight_map,
+        **run,
+    }
+    identities = [name for name, module in model.named_modules() if type(module) is nn.Identity]
+    if identities:
+        manifest["identities"] = identities
+    write_json(folder / MANIFEST, manifest)
+
+
+def restore_layers(
+    model: nn.Module, folder: str | Path, device: torch.device | str = "meta", dtype: torch.dtype | None = None
+) -> None:
+    """Give `model` the compressed layers recorded in `folder`, with uninitialised tensors (of `dtype`, or as stored).
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1,
+        ...     intermediate_size=64, vocab_size=50))
+        >>> restore_layers(model, save(model, tempfile.mkdtemp()))   # nothing was compressed: nothing to do
+    """
+    manifest = read_json(Path(folder) / MANIFEST)
+    if manifest.get("format") != 1:
+        raise CheckpointError(f"{folder}: format {manifest.get('format')!r} is not 1; it needs a newer refimpl")
+    unfuse_experts(model)
+    for name in manifest.get("identities", []):  # where a batch norm was folded, the architecture still has it
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, nn.Identity())
+    for key in manifest["weight_map"]:  # and what it was folded into has a bias now
+        name, _, tensor = key.rpartition(".")
+        module = _submodule(model, name)
+        if tensor == "bias" and isinstance(module, nn.Conv2d) and module.bias is None:
+            bias = torch.empty(module.out_channels, device="meta", dtype=module.weight.dtype)
+            module.bias = nn.Parameter(bias, requires_grad=False)
+    _place_layers(model, manifest["layers"], dtype or getattr(torch, manifest["dtype"]), device)
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:  # inside a compressed layer that is not there yet
+        return None
+
+
+def _place_layers(model: nn.Module, layers: dict[str, Any], dtype: torch.dtype, device: torch.device | str) -> None:
+    for name, config in layers.items():
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, empty_layer(config, dtype, device))
+
+
+def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> nn.Module:
+    """Read a model written by `save` or by `compress(..., out=)`.
+
+    Args:
+        folder: the folder.
+        dtype: dtype of the tensors that are not packed; default: as stored.
+        device: where to put it.
+
+    Returns:
+        The model in evaluation mode, ready for ``generate``.
+
+    Raises:
+        CheckpointError: not one of ours, unfinished, truncated, or with tensors missing or left over.
+
+    Example:
+        >>> load("/nowhere")
+        Traceback (most recent call last):
+        ...
+        refimpl.core.errors.CheckpointError: folder='/nowhere' was not written by refimpl (no refimpl.json); \
+use transformers' from_pretrained for plain checkpoints
+    """
+    folder = Path(folder)
+    if not is_compressed(folder):
+        raise CheckpointError(
+            f"folder={str(folder)!r} holds an unfinished run; call compress again with out= to finish it"
+            if (folder / _PROGRESS).exists()
+            else f"folder={str(folder)!r} holds half a model, its saving was interrupted; save it again"
+            if (folder / _SAVING).exists()
+            else f"folder={str(folder)!r} was not written by refimpl (no {MANIFEST}); "
+            "use transformers' from_pretrained for plain checkpoints"
+        )
+    source = Checkpoint(folder)
+    stored = getattr(torch, read_json(folder / MANIFEST)["dtype"])
+    model = empty_model(read_config(folder), stored, folder)
+    restore_layers(model, folder)
+    left = set(source.keys())
+    for name, tensor in list(model.state_dict().items()):
+        if tensor.is_meta and name in left:
+            value = source.tensor(name)
+            if value.shape != tensor.shape:
+                raise CheckpointError(
+                    f"{folder}: {name!r} is {tuple(value.shape)}, expected {tuple(tensor.shape)}; save the model again"
+                )
+            set_tensor(model, name, value)
+            left.discard(name)
+    model.tie_weights()  # type: ignore[operator]
+    missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if missing or left:
+        what = f"lacks {missing[0]!r}" if missing else f"has a tensor of no use, {sorted(left)[0]!r}"
+        raise CheckpointError(f"{folder} {what}: it is damaged or was written by another version; save the model again")
+    if dtype is not None:
+        _cast(model, dtype)
+    return model.to(device).eval()
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Change the dtype of weights, but not of quantisation scales, which are part of the format."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            set_tensor(module, name, parameter.to(dtype))
+        if isinstance(module, (PackedLinear, ServedLinear)):
+            module.dtype = dtype
+        if isinstance(module, ServedSparseLinear) or (isinstance(module, PackedLinear) and module.bits is None):
+            module.values = module.values.to(dtype)
+
+
+def _runs(marks: list[str]) -> list[str]:
+    """The part of each mark that stands for options and tokens."""
+    return [mark.partition(":")[0] for mark in marks]
+
+
+class ShardWriter:
+    """Writes a model block by block, and picks up where an interrupted run stopped.
+
+    Args:
+        folder: target; made if missing.
+        model: the model being compressed.
+        marks: one text per block, ``run:state``: digests of the options and tokens, and of the block as it was before.
+
+    Raises:
+        CheckpointError: the folder holds another run, or something that is not ours.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module, marks: list[str]) -> None:
+        self.folder, self.marks = folder, marks
+        self.prefix, _ = find_blocks(model)
+        self.state: dict[str, Any] = {"done": 0, "marks": marks, "reports": [], "layers": {}, "weight_map": {}}
+        finished, unfinished = folder / MANIFEST, folder / _PROGRESS
+        if unfinished.exists():
+            state = read_json(unfinished)
+            done = state["done"]
+            if _runs(state["marks"]) != _runs(marks) or state["marks"][done:] != marks[done:]:
+                raise CheckpointError(
+                    f"out={str(folder)!r} holds an unfinished run with other options, tokens or weights; "
+                    "repeat that call to finish it, or choose another folder"
+                )
+            self.state = state
+        elif finished.exists():
+            manifest = read_json(finished)
+            if manifest.get("marks") != marks and not self._already(manifest, model):
+                raise CheckpointError(f"out={str(folder)!r} holds another compressed model; choose another folder")
+            self.state |= {
+                "done": len(marks),
+                "reports": manifest["reports"],
+                "layers": manifest["layers"],
+                "weight_map": manifest["weight_map"],
+            }
+        elif folder.exists() and any(folder.iterdir()):
+            raise CheckpointError(f"out={str(folder)!r} is not empty and not one of our runs; choose another folder")
+
+    def _already(self, manifest: dict[str, Any], model: nn.Module) -> bool:
+        # the same call made again on the very model it has already compressed; a next step has another run digest
+        return _runs(self.marks) == _runs(manifest.get("marks", [])) and manifest["layers"] == _layers(model)
+
+    @property
+    def done(self) -> int:
+        """Number of finished blocks."""
+        return int(self.state["done"])
+
+    def reports(self, kind: Any) -> list[Any]:
+        """Entries of the finished blocks, as `kind`."""
+        return [kind(**entry) for entry in self.state["reports"]]
+
+    def add_block(self, index: int, block: nn.Module, hidden: list[Tensor], entries: list[dict[str, Any]]) -> None:
+        """Write one finished block and the activations behind it; the progress file last."""
+        prefix = f"{self.prefix}.{index}."
+        tensors = {prefix + name: tensor for name, tensor in block.state_dict().items()}
+        file = f"block-{index:05d}.safetensors"
+        write_tensors(self.folder / file, tensors)
+        if hidden:
+            write_tensors(self.folder / f"hidden-{index:05d}.safetensors", {str(i): h for i, h in enumerate(hidden)})
+        self.state["layers"] |= _layers(block, prefix)
+        self.state["weight_map"] |= dict.fromkeys(tensors, file)
+        self.state["reports"] += entries
+        self.state["done"] = index + 1
+        write_json(self.folder / _PROGRESS, self.state)
+        (self.folder / f"hidden-{index - 1:05d}.safetensors").unlink(missing_ok=True)
+
+    def hidden(self, like: list[Tensor]) -> list[Tensor]:
+        """The activations behind the last finished block."""
+        stored = load_file(self.folder / f"hidden-{self.done - 1:05d}.safetensors")
+        return [stored[str(i)].to(tensor) for i, tensor in enumerate(like)]
+
+    def restore(self, model: nn.Module) -> None:
+        """Give an in-memory model the finished blocks."""
+        unfuse_experts(model)
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        device = next(model.parameters()).device
+        source = Checkpoint(self.folder)
+        _place_layers(model, self.state["layers"], dtype, "meta")
+        for name in self.state["layers"]:
+            layer = model.get_submodule(name)
+            for tensor in list(layer.state_dict()):
+                set_tensor(layer, tensor, source.tensor(f"{name}.{tensor}").to(device))
+
+    def finish(self, model: nn.Module) -> None:
+        """Write what lies outside the blocks, and make the folder a loadable model."""
+        if (self.folder / MANIFEST).exists():
+            return
+        rest = {n: t for n, t in _own_tensors(model).items() if not n.startswith(self.prefix + ".")}
+        write_tensors(self.folder / "rest.safetensors", rest)
+        weight_map = self.state["weight_map"] | dict.fromkeys(rest, "rest.safetensors")
+        run = {"marks": self.state["marks"], "reports": self.state["reports"]}
+        _finish(model, self.folder, weight_map, self.state["layers"], run)
+        (self.folder / _PROGRESS).unlink(missing_ok=True)

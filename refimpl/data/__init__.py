@@ -1,6 +1,0 @@
-"""Training data: which examples to train on, and with what weight; one file per paper."""
-
-from refimpl.data.loss_reweighting import LossReweighting
-from refimpl.data.rs2 import RS2
-
-__all__ = ["RS2", "LossReweighting"]

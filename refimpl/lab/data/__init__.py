@@ -1,0 +1,1 @@
+"""Texts and images to calibrate, train and evaluate on, with fixed splits."""

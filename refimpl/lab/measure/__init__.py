@@ -1,0 +1,1 @@
+"""Perplexity, accuracy, question sets and long texts; intervals for what was measured."""

@@ -1,0 +1,1 @@
+"""Charts, tables and checked exercises for the chapters."""

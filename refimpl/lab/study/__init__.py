@@ -1,0 +1,1 @@
+"""Experiments: arms and claims, records, the ledger, and the proof that records still stand."""

@@ -1,0 +1,457 @@
+"""Results of a study: tidy records in one small JSON file, with everything needed to tell whether they still hold.
+
+A record is one number about one *unit* (a document, an item, an image), because intervals resample units. The file
+keeps the records by column (an arm's values over a shared list of units), so twenty thousand rows stay below 1 MB
+and an added arm is one added line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import platform
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from refimpl.core.errors import OptionError, RefimplError
+from refimpl.core.files.io import atomic_write
+from refimpl.lab.measure.metrics import Perplexity
+from refimpl.lab.study.sources import module_hashes
+
+if TYPE_CHECKING:
+    from refimpl.core.train.loop import History
+
+_FORMAT = 1
+_PACKAGES = ("torch", "transformers", "refimpl")
+_SMALLER = "a smaller size with `--profile live` (the ledger does not take such results)"
+
+
+class ResultsError(RefimplError):
+    """A results file cannot be read, or must not be appended to."""
+
+
+class RuleNotCommitted(RefimplError):
+    """The rule of a verdict is not in the history yet, so it could still be bent to the numbers."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One number.
+
+    Attributes:
+        paper: slug of the paper, e.g. "eora".
+        arm: what was done, e.g. "gptq-3bit+eora".
+        condition: the point of a curve, or the data it was measured on, e.g. "rank=64 python".
+        seed: of calibration draw or training.
+        unit: document, item or image the number belongs to; "" for the arm as a whole (seconds, bytes).
+        metric: e.g. "nll" (nats, summed over the unit's tokens), "tokens", "seconds", "bytes".
+        value: kept to six significant digits.
+        cost: what the arm spends, in bits per weight; the x axis.
+    """
+
+    paper: str
+    arm: str
+    condition: str
+    seed: int
+    unit: str
+    metric: str
+    value: float
+    cost: float | None = None
+
+
+class Results:
+    """The records of one study and their header.
+
+    Attributes:
+        path: where `save` writes.
+        header: paper, study, profile, rule commit, hashes of sources and data, and one entry for each run that
+            added to the file (start, git HEAD and whether the package was modified, versions, CPU, threads, dtype).
+        claims: judged claims, filled from `refimpl.lab.study.ledger.judge`.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "demo.json"
+        >>> results = Results.start(path, paper="demo", study="refimpl.lab.study.records", provisional=True)
+        >>> results.add(Record("demo", "dense", "", 0, "doc 1", "nll", 12.3456789))
+        >>> results.save()
+        >>> again = Results.load(path)
+        >>> again.has("dense"), again.values("dense", metric="nll")
+        (True, {'doc 1': 12.3457})
+    """
+
+    def __init__(self, path: str | Path, header: dict[str, Any]) -> None:
+        self.path = Path(path)
+        self.header = header
+        self.claims: list[dict[str, Any]] = []
+        self._series: dict[tuple[str, str, int, str], tuple[float | None, dict[str, float]]] = {}
+
+    @classmethod
+    def start(
+        cls,
+        path: str | Path,
+        *,
+        paper: str,
+        study: str,
+        depends: Iterable[str] = (),
+        data: Mapping[str, str] | None = None,
+        profile: str = "study",
+        dtype: str = "float32",
+        provisional: bool = False,
+    ) -> Results:
+        """Begin a results file, or go on with the one that is there.
+
+        Args:
+            path: the JSON file.
+            paper: slug of the paper; every record carries it.
+            study: importable name of the module that holds the rules and runs the arms.
+            depends: importable names of the method and of whatever else the numbers depend on.
+            data: hashes of data and models by name.
+            profile: "quick", "live" or "study".
+            dtype: dtype of the computation.
+            provisional: go on although the rule is not committed. The file says so and the ledger refuses it.
+
+        Raises:
+            RuleNotCommitted: the study's file has changes that are not committed (unless provisional).
+            ResultsError: the file was made from other sources, data or rules, for another profile, or its last run
+                computed in another dtype.
+
+        Example:
+            >>> results = Results.start("demo.json", paper="demo", study="refimpl.lab.study.records", provisional=True)
+            >>> results.header["rule"] is None, list(results.header["sources"])
+            (True, ['refimpl.lab.study.records'])
+        """
+        path = Path(path)
+        origin = getattr(importlib.util.find_spec(study), "origin", None)
+        if origin is None:
+            raise OptionError(f"study is {study!r}, which is no importable module")
+        header: dict[str, Any] = {
+            "format": _FORMAT,
+            "paper": paper,
+            "study": study,
+            "profile": profile,
+            "rule": None if provisional else rule_commit(origin),
+            "sources": module_hashes([study, *depends]),
+            "data": dict(data or {}),
+            "runs": [],
+        }
+        results = cls(path, header)
+        if path.exists():
+            results = cls.load(path)
+            results._must_match(header, dtype)
+        results.header["runs"].append(_environment(dtype))
+        return results
+
+    def _must_match(self, header: dict[str, Any], dtype: str) -> None:
+        changed = differences(self.header["sources"], header["sources"])
+        changed += differences(self.header["data"], header["data"])
+        changed += [key for key in ("paper", "study", "profile") if self.header[key] != header[key]]
+        if (self.header["rule"] is None) != (header["rule"] is None):
+            changed.append("whether the rule is committed")
+        recorded = self.header["runs"][-1]["dtype"]
+        if recorded != dtype:  # rounding differs by more than some of the effects that are looked for
+            changed.append(f"dtype: {recorded} then, {dtype} now")
+        if changed:
+            raise ResultsError(
+                f"{self.path} was recorded with something else than now ({', '.join(changed)}), and rows of both must "
+                "not be mixed; delete the file to start again, or write to another one (`--out`)"
+            )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Results:
+        """Read a results file.
+
+        Raises:
+            ResultsError: it is missing, cut off, or of another format.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            if content["header"]["format"] != _FORMAT:
+                raise ResultsError(f"{path} has format {content['header']['format']}; this version reads {_FORMAT}")
+            results = cls(path, content["header"])
+            results.claims = content["claims"]
+            for line in content["series"]:
+                key = (line["arm"], line["condition"], line["seed"], line["metric"])
+                units = content["units"][line["units"]]
+                results._series[key] = line["cost"], dict(zip(units, line["values"], strict=True))
+        except FileNotFoundError as error:
+            raise ResultsError(f"{path} does not exist; run the study first") from error
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise ResultsError(f"{path} is not a results file ({error!r}); restore or delete it") from error
+        return results
+
+    def add(self, *records: Record) -> None:
+        """Add records; `save` writes them.
+
+        Raises:
+            OptionError: a record of another paper, a value that is not finite, a record that is already there, or
+                a second cost for one arm, condition, seed and metric.
+        """
+        for record in records:
+            if record.paper != self.header["paper"]:
+                raise OptionError(f"record.paper is {record.paper!r}; this file is about {self.header['paper']!r}")
+            if not math.isfinite(record.value):
+                raise OptionError(f"record.value is {record.value} in {record}; record why the arm failed instead")
+            key = (record.arm, record.condition, record.seed, record.metric)
+            cost = None if record.cost is None else _rounded(record.cost)
+            known, values = self._series.setdefault(key, (cost, {}))
+            if record.unit in values:
+                raise OptionError(f"{record} is already there; ask `has` before running an arm")
+            if known != cost:
+                raise OptionError(f"record.cost is {cost} in {record}, but {known} in its earlier units")
+            values[record.unit] = _rounded(record.value)
+
+    def add_perplexity(
+        self, arm: str, condition: str, seed: int, result: Perplexity, cost: float | None = None
+    ) -> None:
+        """Add a perplexity as two metrics for each document: "nll" (sum, nats) and "tokens"."""
+        result = result.by_unit()
+        for metric, values in (("nll", result.nll), ("tokens", result.counts)):
+            self.add(
+                *(
+                    Record(self.header["paper"], arm, condition, seed, unit, metric, float(value), cost)
+                    for unit, value in zip(result.units, values, strict=True)
+                )
+            )
+
+    def add_history(self, arm: str, condition: str, seed: int, history: History, every: int = 1) -> None:
+        """Add the curves of a training: each unit is a step, each metric a curve.
+
+        Args:
+            arm, condition, seed: as for a record; a condition of its own (such as "training") keeps curves apart from
+                what was measured afterwards.
+            history: what `refimpl.core.train.loop.train` returned.
+            every: means over this many steps are kept, under the last of them ("train loss", and "lr" at that step);
+                the evaluations are kept all, under their own names.
+
+        Example:
+            >>> from refimpl.core.train.loop import History
+            >>> steps = [{"step": s, "loss": 1.0 / s, "lr": 0.1} for s in (1, 2, 3, 4)]
+            >>> results = Results("demo.json", {"paper": "demo"})
+            >>> results.add_history("dense", "training", 0, History(steps), every=2)
+            >>> results.values("dense", "training", metric="train loss")
+            {'2': 0.75, '4': 0.291667}
+        """
+        rows: list[tuple[int, str, float]] = []
+        for start in range(0, len(history.steps) - every + 1, every):
+            chunk = history.steps[start : start + every]
+            step = int(chunk[-1]["step"])
+            rows.append((step, "train loss", sum(entry["loss"] for entry in chunk) / every))
+            rows.append((step, "lr", chunk[-1]["lr"]))
+        for entry in history.evaluations:
+            rows += [(int(entry["step"]), name, value) for name, value in entry.items() if name != "step"]
+        paper = self.header["paper"]
+        self.add(*(Record(paper, arm, condition, seed, str(step), name, value) for step, name, value in rows))
+
+    def has(self, arm: str, condition: str = "", seed: int = 0) -> bool:
+        """Whether an arm has been recorded, so that a resumed study can skip it."""
+        return any(key[:3] == (arm, condition, seed) for key in self._series)
+
+    def values(self, arm: str, condition: str = "", seed: int = 0, *, metric: str) -> dict[str, float]:
+        """Value of each unit.
+
+        Raises:
+            OptionError: nothing of that kind was recorded.
+        """
+        return self._get(arm, condition, seed, metric)[1]
+
+    def cost(self, arm: str, condition: str = "", seed: int = 0, *, metric: str) -> float | None:
+        """What the arm spends, in bits per weight."""
+        return self._get(arm, condition, seed, metric)[0]
+
+    def perplexity(self, arm: str, condition: str = "", seed: int = 0) -> Perplexity:
+        """A perplexity as recorded by `add_perplexity`, one entry per document."""
+        nll = self.values(arm, condition, seed, metric="nll")
+        counts = np.array([self.values(arm, condition, seed, metric="tokens")[u] for u in nll], dtype=np.int64)
+        sums = np.array(list(nll.values()))
+        return Perplexity(math.exp(sums.sum() / counts.sum()), sums, counts, list(nll))
+
+    def _get(self, *key: Any) -> tuple[float | None, dict[str, float]]:
+        if key not in self._series:
+            arm, condition, seed, metric = key
+            there = dict.fromkeys(other[0] for other in self._series)
+            if arm in there:
+                there = dict.fromkeys(f"{other[1:]}" for other in self._series if other[0] == arm)
+                raise OptionError(
+                    f"{self.path.name} has no rows for condition, seed, metric = {(condition, seed, metric)} of arm "
+                    f"{arm!r}; it has {', '.join(there)}"
+                )
+            close = difflib.get_close_matches(arm, there, n=3, cutoff=0.4)
+            raise OptionError(f"{self.path.name} has no arm {arm!r}; it has {', '.join(close or there) or 'none'}")
+        return self._series[key]
+
+    def records(self) -> Iterator[Record]:
+        """All records, in the order in which their series began."""
+        for (arm, condition, seed, metric), (cost, values) in self._series.items():
+            for unit, value in values.items():
+                yield Record(self.header["paper"], arm, condition, seed, unit, metric, value, cost)
+
+    def frame(self) -> Any:
+        """The records as a pandas DataFrame, or as a list of dicts where pandas is not installed."""
+        rows = [asdict(record) for record in self.records()]
+        try:
+            import pandas as pd  # optional: a second's import that a study does not need
+        except ModuleNotFoundError:
+            return rows
+        return pd.DataFrame(rows, columns=list(Record.__dataclass_fields__))
+
+    def save(self) -> None:
+        """Write the file; an interruption leaves the old one untouched."""
+        lists: dict[tuple[str, ...], int] = {}
+        series = []
+        for (arm, condition, seed, metric), (cost, values) in self._series.items():
+            series.append(
+                {
+                    "arm": arm,
+                    "condition": condition,
+                    "seed": seed,
+                    "metric": metric,
+                    "cost": cost,
+                    "units": lists.setdefault(tuple(values), len(lists)),
+                    "values": list(values.values()),
+                }
+            )
+        text = "{{\n{}\n}}\n".format(
+            ",\n".join(
+                [
+                    f'"header": {_dumps(self.header)}',
+                    f'"claims": {_lines(self.claims)}',
+                    f'"units": {_lines(lists)}',
+                    f'"series": {_lines(series)}',
+                ]
+            )
+        )
+        with atomic_write(self.path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def _dumps(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _lines(items: Iterable[object]) -> str:
+    """A JSON list with one item a line, so that version control shows which arm was added."""
+    return "[\n" + ",\n".join(map(_dumps, items)) + "\n]"
+
+
+def _rounded(value: float) -> float:
+    """Six significant digits; whole numbers as int, which JSON writes shorter."""
+    value = float(f"{value:.6g}")
+    return int(value) if value.is_integer() and abs(value) < 1e9 else value
+
+
+def differences(recorded: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Names whose hashes differ, or that only one side has.
+
+    Example:
+        >>> differences({"a": "1", "b": "2"}, {"a": "1", "b": "3", "c": "4"})
+        ['b', 'c']
+    """
+    return sorted(name for name in {*recorded, *now} if recorded.get(name) != now.get(name))
+
+
+def _environment(dtype: str) -> dict[str, Any]:
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"  # refimpl imported from a checkout
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **_checkout(),
+        "python": platform.python_version(),
+        **versions,
+        "cpu": _cpu_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "dtype": dtype,
+    }
+
+
+def _checkout() -> dict[str, Any]:
+    """The commit that ran, and whether any file of the package differed from it; None outside a checkout."""
+    package = Path(__file__).resolve().parents[2]
+    try:
+        git(package, "ls-files", "--error-unmatch", "--", __file__)  # not some repository around a wheel
+        head, changes = git(package, "rev-parse", "HEAD"), git(package, "status", "--porcelain", "--", ".")
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "modified": None}
+    return {"commit": head, "modified": bool(changes)}
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def rule_commit(path: str | Path) -> dict[str, str]:
+    """The commit that last changed a file, as ``{"file", "commit", "committed"}``.
+
+    A verdict means something only if its rule was fixed before the numbers were seen.
+
+    Args:
+        path: the file that holds the rule; its directory must be inside a git checkout.
+
+    Raises:
+        RuleNotCommitted: no checkout, or the file is untracked or has changes.
+
+    Example:
+        >>> import tempfile
+        >>> try:
+        ...     rule_commit(Path(tempfile.mkdtemp()) / "study.py")
+        ... except RuleNotCommitted as error:
+        ...     print("in no git checkout" in str(error))
+        True
+    """
+    path = Path(path).resolve()
+    try:
+        changes = git(path.parent, "status", "--porcelain", "--ignored", "--", path.name)
+        last = git(path.parent, "log", "-1", "--format=%H %ct", "--", path.name)
+        inside = git(path.parent, "ls-files", "--full-name", "--", path.name)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = (getattr(error, "stderr", "") or str(error)).strip()
+        raise RuleNotCommitted(
+            f"{path.name} holds the rule and is in no git checkout ({reason}); clone the repository, or run {_SMALLER}"
+        ) from error
+    if changes or not last:
+        raise RuleNotCommitted(
+            f"{path.name} holds the rule and has changes that are not committed; commit it before the run, or run "
+            f"{_SMALLER}"
+        )
+    commit, seconds = last.split()
+    return {"file": inside, "commit": commit, "committed": utc(int(seconds)).isoformat()}
+
+
+def utc(seconds: int) -> datetime:
+    """Seconds since 1970 as a time with its zone.
+
+    Example:
+        >>> utc(0).isoformat()
+        '1970-01-01T00:00:00+00:00'
+    """
+    return datetime.fromtimestamp(seconds, timezone.utc)
+
+
+def git(folder: Path, *arguments: str) -> str:
+    """Output of a git command run in `folder`, without the final newline.
+
+    Example:
+        >>> git(Path(), "--version").startswith("git version")
+        True
+    """
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8").stdout.rstrip("\n")

@@ -1,0 +1,293 @@
+"""Loss reweighting: each sequence of a batch counts by a function of its own loss (LinUpper, Quadratic, Extremes).
+
+Source: Sow et al., "Dynamic Loss-Based Sample Reweighting for Improved Large Language Model
+Pretraining", ICLR 2025, arXiv 2502.06733, and the authors' code. The claim: pre-training gets better at no extra cost
+if samples with a low loss count less and those with a high loss count no more than the middle.
+
+From the losses l of the M sequences of the batch of all processes, without a gradient:
+
+1. `normalise`: h from -1 at the lowest loss to 1 at the highest.
+2. A shape says which part of the range matters: `lin_upper` f = min(h + 1, 1), `quadratic` f = 1 - h^2, `extremes`
+   f = abs(h), `upper` f = (h + 1) / 2.
+3. `tempered`: w = softmax(f / r), which maximises ``sum w f - r KL(w, uniform)``.
+
+The training loss is ``sum w_i l_i`` (`refimpl.core.train.losses.Weighted`); the first steps are left alone (burn-in), because
+losses of an untrained model say nothing about its data.
+
+Differences from the authors' code: h is taken from two differences, ``(l - min) - (max - l)``, which is exactly -1 and
+1 at the ends; their ``2 l - max - min`` loses digits and misses an end now and then. Equal losses give h = 0, so
+uniform weights. All sequences count as one whatever their length, as in the authors' code for many GPUs; their code for
+GPT-2 multiplies by the share of tokens.
+
+Controls of ours that any such rule has to beat: `Focal` and `OnLoss` (weight grows with the loss itself), `Permuted`
+(the same weights on other samples) and `Thinned` (a smaller batch with as much noise).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refimpl.core.errors import OptionError, nearest
+
+Shape = Callable[[Tensor], Tensor]
+
+
+def normalise(losses: Tensor) -> Tensor:
+    """Step 1: losses on a scale from -1 (the lowest of the batch) to 1 (the highest).
+
+    Args:
+        losses: [..., M]; each row is a batch of its own.
+
+    Returns:
+        The same shape, fp32 or wider; 0 where all losses of a row are equal. A NaN makes its row NaN: nothing hides it.
+
+    Example:
+        >>> normalise(torch.tensor([2.0, 3.0, 6.0])).tolist()
+        [-1.0, -0.5, 1.0]
+    """
+    losses = losses if losses.dtype == torch.float64 else losses.float()
+    low, high = losses.amin(-1, keepdim=True), losses.amax(-1, keepdim=True)
+    span = high - low
+    return ((losses - low) - (high - losses)) / torch.where(span == 0, torch.ones_like(span), span)
+
+
+def lin_upper(h: Tensor) -> Tensor:
+    """Step 2, LinUpper: rises from 0 at the lowest loss to 1 at the middle of the range, and stays there.
+
+    Example:
+        >>> lin_upper(torch.tensor([-1.0, -0.5, 0.0, 1.0])).tolist()
+        [0.0, 0.5, 1.0, 1.0]
+    """
+    return (h + 1).clamp(max=1)
+
+
+def quadratic(h: Tensor) -> Tensor:
+    """Step 2, Quadratic: the middle of the range counts most, both ends least.
+
+    Example:
+        >>> quadratic(torch.tensor([-1.0, 0.0, 0.5])).tolist()
+        [0.0, 1.0, 0.75]
+    """
+    return 1 - h.square()
+
+
+def extremes(h: Tensor) -> Tensor:
+    """Step 2, Extremes: both ends count most.
+
+    Example:
+        >>> extremes(torch.tensor([-1.0, 0.0, 0.5])).tolist()
+        [1.0, 0.0, 0.5]
+    """
+    return h.abs()
+
+
+def upper(h: Tensor) -> Tensor:
+    """Step 2, pure up-weighting: rises all the way, so that the highest loss counts most.
+
+    Example:
+        >>> upper(torch.tensor([-1.0, 0.0, 1.0])).tolist()
+        [0.0, 0.5, 1.0]
+    """
+    return (h + 1) / 2
+
+
+SHAPES: dict[str, Shape] = {"linupper": lin_upper, "quadratic": quadratic, "extremes": extremes, "upper": upper}
+
+
+def tempered(f: Tensor, r: float) -> Tensor:
+    """Step 3: the weights on the simplex that maximise ``sum w f - r KL(w, uniform)``.
+
+    Args:
+        f: [..., M].
+        r: temperature; towards 0 all weight goes to the largest f, shared among equals; large is uniform.
+
+    Returns:
+        The same shape; rows sum to one.
+
+    Raises:
+        OptionError: r not positive.
+
+    Example:
+        >>> tempered(torch.tensor([0.0, 1.0, 1.0]), r=0.4).mul(3).tolist()   # the paper's usual temperature
+        [0.1182..., 1.4408..., 1.4408...]
+    """
+    _positive("r", r)
+    return (f / r).softmax(-1)
+
+
+@dataclass(frozen=True)
+class LossReweighting:
+    """Weights of a batch from its losses, for `refimpl.core.train.losses.Weighted`.
+
+    Args:
+        strategy: "linupper", "quadratic", "extremes", "upper", or "uniform" (the plain mean).
+        r: temperature (``kl_reg`` in the authors' code). The largest weight is at most e^(1/r) times the smallest.
+        burn_in: updates with the plain mean before weights begin.
+
+    Raises:
+        OptionError: an unknown strategy, r not positive, or a negative burn-in.
+
+    Example:
+        >>> rule = LossReweighting("linupper", r=0.4, burn_in=100)
+        >>> losses = torch.tensor([1.0, 2.0, 3.0])
+        >>> rule(losses, step=99) is None, [round(w, 3) for w in rule(losses, step=100).tolist()]
+        (True, [0.039, 0.48, 0.48])
+    """
+
+    strategy: str = "linupper"
+    r: float = 0.4
+    burn_in: int = 0
+
+    def __post_init__(self) -> None:
+        names = [*SHAPES, "uniform"]
+        if self.strategy not in names:
+            raise OptionError(f"strategy={self.strategy!r}: use {nearest(str(self.strategy), names)}")
+        _positive("r", self.r)
+        _burn_in(self.burn_in)
+
+    def __call__(self, losses: Tensor, step: int) -> Tensor | None:
+        """Weights [..., M] of losses [..., M] at an update (from 0); None for the plain mean."""
+        if self.strategy == "uniform" or step < self.burn_in:
+            return None
+        return tempered(SHAPES[self.strategy](normalise(losses)), self.r)
+
+
+def most_concentrated(m: int, r: float) -> float:
+    """M times the weight of one outlier that has all other losses at the bottom of its range, under LinUpper or upper.
+
+    Tends to e^(1/r) for large M; the paper's analysis wants at most 2.
+
+    Example:
+        >>> round(most_concentrated(64, 0.4), 2), round(most_concentrated(1024, 0.4), 2)
+        (10.37, 12.05)
+    """
+    _positive("r", r)
+    return m / (1 + (m - 1) * math.exp(-1 / r))
+
+
+# -- controls --
+
+
+@dataclass(frozen=True)
+class Focal:
+    """Control: weights proportional to a power of the loss, as the focal loss has them for hard examples.
+
+    Args:
+        gamma: the power.
+        burn_in: as in `LossReweighting`.
+
+    Example:
+        >>> Focal(gamma=1.0)(torch.tensor([1.0, 3.0]), step=0).tolist()
+        [0.25, 0.75]
+    """
+
+    gamma: float = 2.0
+    burn_in: int = 0
+
+    def __post_init__(self) -> None:
+        _positive("gamma", self.gamma)
+        _burn_in(self.burn_in)
+
+    def __call__(self, losses: Tensor, step: int) -> Tensor | None:
+        """Weights [..., M] of losses [..., M]; None for the plain mean."""
+        if step < self.burn_in:
+            return None
+        powers = losses.float().pow(self.gamma)
+        return powers / powers.sum(-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class OnLoss:
+    """Control: soft-max of the losses themselves, the worst case within a KL ball (distributionally robust training).
+
+    Args:
+        r: temperature in nats.
+        burn_in: as in `LossReweighting`.
+
+    Example:
+        >>> OnLoss(r=1.0)(torch.tensor([0.0, 0.0, 0.0]), step=0).mul(3).tolist()
+        [1.0, 1.0, 1.0]
+    """
+
+    r: float = 1.0
+    burn_in: int = 0
+
+    def __post_init__(self) -> None:
+        _positive("r", self.r)
+        _burn_in(self.burn_in)
+
+    def __call__(self, losses: Tensor, step: int) -> Tensor | None:
+        """Weights [..., M] of losses [..., M]; None for the plain mean."""
+        return None if step < self.burn_in else tempered(losses.float(), self.r)
+
+
+@dataclass(frozen=True)
+class Permuted:
+    """Control: the weights of another rule, handed to samples at random: as unequal, but they say nothing.
+
+    Args:
+        rule: gives the weights.
+        seed: of the order, with the step; equal on all processes, which hold equal losses.
+
+    Example:
+        >>> losses = torch.tensor([1.0, 2.0, 3.0])
+        >>> rule = LossReweighting("upper")
+        >>> mixed = Permuted(rule)(losses, step=3)
+        >>> torch.equal(mixed.sort().values, rule(losses, 3).sort().values)
+        True
+    """
+
+    rule: Any
+    seed: int = 0
+
+    def __call__(self, losses: Tensor, step: int) -> Tensor | None:
+        """Weights [M] of losses [M]; None for the plain mean."""
+        weights = self.rule(losses, step)
+        return None if weights is None else weights[_order(losses, self.seed, step)]
+
+
+@dataclass(frozen=True)
+class Thinned:
+    """Control: a smaller batch. As many samples drawn at random as another rule's weights are worth (1 / sum w^2).
+
+    Args:
+        rule: gives the weights.
+        seed: of the draw, with the step.
+
+    Example:
+        >>> weights = Thinned(LossReweighting("linupper", r=0.1))(torch.arange(10.0), step=0)
+        >>> sorted(set(weights.mul(6).tolist()))
+        [0.0, 1.0]
+    """
+
+    rule: Any
+    seed: int = 0
+
+    def __call__(self, losses: Tensor, step: int) -> Tensor | None:
+        """Weights [M] of losses [M]; None for the plain mean."""
+        weights = self.rule(losses, step)
+        if weights is None:
+            return None
+        kept = (1 / weights.square().sum()).round()
+        return (_order(losses, self.seed, step) < kept).to(weights.dtype) / kept
+
+
+def _order(losses: Tensor, seed: int, step: int) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(1_000_003 * seed + step)  # the same on all processes
+    return torch.randperm(len(losses), generator=generator, device="cpu").to(losses.device)
+
+
+def _positive(name: str, value: float) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise OptionError(f"{name}={value}: use a positive number")
+
+
+def _burn_in(value: int) -> None:
+    if value < 0:
+        raise OptionError(f"burn_in={value}: use 0 or more updates")
