@@ -688,6 +688,7 @@ class MatryoshkaKV(Policy):
         *,
         recipe: Recipe | None = None,
         batch_size: int = 2,
+        folder: str | Path | None = None,
         search_on: Tensor | None = None,
         budget: float = 0.25,
         step: int | None = None,
@@ -700,6 +701,7 @@ class MatryoshkaKV(Policy):
             tokens: int [n, T], rows without padding.
             recipe: train the bases end to end with it, as the paper does (see `fit_bases`); None stays with PCA.
             batch_size: rows in a step of the training.
+            folder: keeps the training's checkpoints, so that it resumes; None keeps none.
             search_on: other tokens, int [m, T], on which ranks are searched (algorithm 1, see `search`); None: ranks
                 are the same everywhere.
             budget: share of the full cache where that search stops.
@@ -724,7 +726,8 @@ class MatryoshkaKV(Policy):
         """
         bases = pca(calibrate(model, tokens))
         if recipe is not None:
-            bases, _ = fit_bases(model, bases, tokens, recipe, batch_size=batch_size, progress=progress)
+            options: Any = {"batch_size": batch_size, "folder": folder, "progress": progress}
+            bases, _ = fit_bases(model, bases, tokens, recipe, **options)
         path = self.path
         if search_on is not None:
             if step is None:
