@@ -166,7 +166,7 @@ class MatryoshkaLayer(KVLayer):
             incoming.mask.first_real,
         )
 
-    def _attend(self, incoming: Incoming) -> tuple[Tensor, Tensor | None]:
+    def attention(self, incoming: Incoming) -> tuple[Tensor, Tensor | None]:
         inputs = self.kernel_inputs(incoming) if incoming.keys.is_cuda else None
         if inputs is not None and unsupported(inputs) is None:
             out = ragged_decode(*inputs)
@@ -182,7 +182,7 @@ class MatryoshkaLayer(KVLayer):
             or incoming.slots != incoming.mask.queries
             or incoming.softcap is not None
         ):
-            return super()._attend(incoming)
+            return super().attention(incoming)
         # one token and heads alike: ordinary attention between narrow heads, on the cache as it lies
         b, dtype = self.bases, incoming.query.dtype
         query = incoming.query.unflatten(1, (self.heads, -1)).float() @ b.Q_K[:, None, :, :width]

@@ -590,7 +590,7 @@ def test_the_kernel_gets_what_the_layer_attends_to(
     cache = policy_for(model, **options).cache(model)
     steps(model, cache, [32], pads)
     compared = []
-    plain = CSKVLayer._attend
+    plain = CSKVLayer.attention
 
     def both(layer: CSKVLayer, incoming: Any) -> Any:
         out, mass = plain(layer, incoming)
@@ -599,7 +599,7 @@ def test_the_kernel_gets_what_the_layer_attends_to(
         compared.append((out, reference(inputs)))
         return out, mass
 
-    monkeypatch.setattr(CSKVLayer, "_attend", both)
+    monkeypatch.setattr(CSKVLayer, "attention", both)
     mask = batch(pads, 32)["attention_mask"]
     for token in range(4):
         mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
@@ -616,13 +616,13 @@ def test_the_kernel_gets_what_the_layer_attends_to(
 def test_what_the_kernel_is_not_asked(make: Callable[[str], PreTrainedModel], monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     inputs = CSKVLayer.kernel_inputs
-    plain = CSKVLayer._attend
+    plain = CSKVLayer.attention
 
     def spy(layer: CSKVLayer, incoming: Any) -> Any:
         asked.append(inputs(layer, incoming))
         return plain(layer, incoming)
 
-    monkeypatch.setattr(CSKVLayer, "_attend", spy)
+    monkeypatch.setattr(CSKVLayer, "attention", spy)
     model = make("llama")
     mask = torch.ones(2, 25, dtype=torch.long)
     mask[0, 10:13] = 0  # padding in the middle

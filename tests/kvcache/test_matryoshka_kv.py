@@ -561,7 +561,7 @@ def test_the_kernel_gets_what_the_layer_attends_to(
     if folded:
         fold(model, policy)
     compared = []
-    plain = MatryoshkaLayer._attend
+    plain = MatryoshkaLayer.attention
 
     def both(layer: MatryoshkaLayer, incoming: Any) -> Any:
         out, mass = plain(layer, incoming)
@@ -574,7 +574,7 @@ def test_the_kernel_gets_what_the_layer_attends_to(
             assert inputs is None
         return out, mass
 
-    monkeypatch.setattr(MatryoshkaLayer, "_attend", both)
+    monkeypatch.setattr(MatryoshkaLayer, "attention", both)
     steps(model, policy.cache(model), [20, 1, 1, 3, 1], pads)
     assert len(compared) == 9
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in compared)
@@ -583,13 +583,13 @@ def test_the_kernel_gets_what_the_layer_attends_to(
 def test_padding_in_the_middle_is_not_for_the_kernel(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = make("llama"), []
     bases = pca(calibrate(model, ids_of()))
-    plain = MatryoshkaLayer._attend
+    plain = MatryoshkaLayer.attention
 
     def spy(layer: MatryoshkaLayer, incoming: Any) -> Any:
         asked.append(layer.kernel_inputs(incoming))
         return plain(layer, incoming)
 
-    monkeypatch.setattr(MatryoshkaLayer, "_attend", spy)
+    monkeypatch.setattr(MatryoshkaLayer, "attention", spy)
     mask = torch.ones(2, 25, dtype=torch.long)
     mask[0, 10:13] = 0
     cache = MatryoshkaKV(bases, 5).cache(model)

@@ -191,7 +191,7 @@ class KVLayer(CacheLayerMixin, abc.ABC):
             self.append(incoming)
             self.seen = incoming.slots.stop
             self.prompt_open = True
-            out, mass = (incoming.query, None) if quiet else self._attend(incoming)
+            out, mass = (incoming.query, None) if quiet else self.attention(incoming)
             self.observe(incoming, mass)
             return out
         self.finish()
@@ -201,13 +201,18 @@ class KVLayer(CacheLayerMixin, abc.ABC):
             piece = incoming.piece(first, last)
             self.append(piece)
             self.seen = piece.slots.stop
-            out, mass = (piece.query, None) if quiet else self._attend(piece)
+            out, mass = (piece.query, None) if quiet else self.attention(piece)
             outputs.append(out)
             self.compress_decoded(piece, mass)
             first = last
         return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
 
-    def _attend(self, incoming: Incoming) -> tuple[Tensor, Tensor | None]:
+    def attention(self, incoming: Incoming) -> tuple[Tensor, Tensor | None]:
+        """Attention of the incoming tokens to all entries; a policy overrides it where it has a kernel.
+
+        Returns:
+            Output [B, Hq, N, d], and the attention each entry received, fp32 [B, H, n] (None unless `needs_mass`).
+        """
         segments = self.segments(incoming)
         whole = segments[0]
         if (

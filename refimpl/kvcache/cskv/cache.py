@@ -282,11 +282,11 @@ class CSKVLayer(WindowLayer):
             found.insert(0, Sinks(p["sink_keys"], p["sink_values"], p["sink_slots"]))
         return found
 
-    def _attend(self, incoming: Incoming) -> tuple[Tensor, Tensor | None]:
+    def attention(self, incoming: Incoming) -> tuple[Tensor, Tensor | None]:
         inputs = self.kernel_inputs(incoming) if incoming.keys.is_cuda else None
         if inputs is not None and unsupported(inputs) is None:
             return lowrank_decode(*inputs), None
-        return super()._attend(incoming)
+        return super().attention(incoming)
 
     def kernel_inputs(self, incoming: Incoming) -> Inputs | None:
         """Arguments of `refimpl.kernels.lowrank_decode` for one decoded token; None for anything it does not do."""
