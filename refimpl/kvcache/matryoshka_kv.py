@@ -8,7 +8,7 @@ instead of the rotated key k; a query is projected too, ``q Q[:, :r]``, so keys 
 rank is high; training the bases end to end, with ranks drawn anew for every head in every step, orders their columns by
 their worth to the model's answer.
 
-Ours, where it differs. One basis per key-value head (the authors keep one per query head, which gives up what grouped
+Differences from the authors' code. One basis per key-value head (the authors keep one per query head, which gives up what grouped
 queries save). Column signs are chosen so that Cayley's inverse is well conditioned (`fix_signs`); mending a negative
 determinant is not enough. The mean of the keys adds the same number to all scores of a query: it cannot change the
 softmax and is not trained, but centred keys round less in 16 bits. Teacher and student are one model: bases of full

@@ -4,7 +4,7 @@ Source: Li et al., 2024, arXiv 2404.14469, section 4 and listing 1.
 
 1. The last ``window`` queries of the prompt attend to all of it; their weights are summed, for each key head over the
    query heads that share it.
-2. The sums are averaged over ``kernel`` neighbours, so that what is kept comes in runs that can be read.
+2. The sums are averaged over ``kernel`` neighbours, so that the entries kept come in readable runs.
 3. The best entries and the window stay, ``capacity`` together, each head its own. All later tokens stay.
 
 Only the first prompt is cut: later turns are kept as they come, as the paper says nothing of them.

@@ -39,7 +39,7 @@ class ByContent:
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         methods: dict[str, Callable[..., Any]] = {"__eq__": _equal, "__hash__": _hash, "__repr__": _shown}
-        for name, method in methods.items():  # `dataclass` leaves alone what stands in the class itself
+        for name, method in methods.items():  # `dataclass` keeps a method that the class itself defines
             if name not in cls.__dict__:
                 setattr(cls, name, method)
 
@@ -206,7 +206,7 @@ def current_modules(tree: Any) -> Any:
         try:
             known["module"] = _class(tree["kind"], tree["module"]).__module__
         except CheckpointError:
-            pass  # of another program: the description says what it says
+            pass  # a class unknown here keeps its name
     return known
 
 

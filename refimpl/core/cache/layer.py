@@ -5,7 +5,7 @@ moving, saving and counting bytes are then the same few lines for all policies. 
 into, so a copy of a cache shares its memory until one of the two goes on.
 
 A layer meets tokens in one of two ways. A *prompt* is attended to exactly as it came, in one piece or in chunks, and
-compressed when it ends: with the first single token after it, or when the cache is told so. *Decoded* tokens are
+compressed when it ends: with the first single token after it, or on `CompressedCache.finish`. *Decoded* tokens are
 compressed as they come, at points that depend on how many tokens went before and never on how they were fed.
 """
 
@@ -94,12 +94,14 @@ class KVLayer(CacheLayerMixin, abc.ABC):
     """
 
     is_sliding = False
-    is_croppable = True  # what the last forward pass brought can always be taken back, see `crop`
+    is_croppable = True  # the tokens of the last forward pass can always be taken back, see `crop`
     numbers: ClassVar[tuple[str, ...]] = ("seen", "prompt_open")
     needs_mass: ClassVar[bool] = False
-    _call: Any = None  # what `expect` was told
-    _states: Any = None  # what `update` brought
-    _undo: Any = None  # while recording: the state before the last forward pass, what that brought, and how
+    _call: Any = None  # arguments of `expect`
+    _states: Any = None  # keys and values of `update`
+    _undo: Any = (
+        None  # while recording: the state before the last forward pass, its tokens, and whether they are decoded
+    )
 
     def __init__(self, heads: int, streamed: bool) -> None:
         super().__init__()
@@ -388,8 +390,8 @@ class TailLayer(KVLayer):
     def reach_back(self, length: int) -> None:
         """Bring slots from ``length`` on back into the tail, or refuse (the default: their content is gone)."""
         raise OptionError(
-            f"crop: {self.seen - length} tokens reach back before slot {self.start}, where this cache has given up what it "
-            "would need; take cache.copy() before the tokens you want to take back"
+            f"crop: {self.seen - length} tokens reach back before slot {self.start}, whose tokens this cache has "
+            "given up; take cache.copy() before the tokens you want to take back"
         )
 
 

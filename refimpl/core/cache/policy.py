@@ -121,7 +121,7 @@ class Policy(ByContent, abc.ABC):
         raise NotImplementedError
 
     def fit(self: P, model: PreTrainedModel, tokens: Any) -> P:
-        """Learn from calibration tokens what the policy needs to know of a model (factors, bases).
+        """Learn factors, bases or whatever else the policy needs of a model, from calibration tokens.
 
         Policies without anything to learn return themselves; the others take further options.
 
@@ -143,7 +143,7 @@ class Policy(ByContent, abc.ABC):
             length: tokens.
 
         Raises:
-            OptionError: not even the least fits; the message says what the least is.
+            OptionError: not even the smallest setting fits; the message says how many bytes that needs.
         """
         full = length * sum(shape.token_bytes for shape in shapes)
         if self.knob is None:
@@ -187,10 +187,10 @@ class Policy(ByContent, abc.ABC):
             budget: bytes allowed, as a share of the full cache of the layers that are compressed; 1.0 gives nothing up.
             bytes_per_token: the same in bytes per token, all compressed layers together.
             length: tokens at which the budget is to be met (windows and sinks count).
-            prefill: "exact" or "streamed"; default: what the paper does.
+            prefill: "exact" or "streamed"; None: as in the paper.
 
         Raises:
-            OptionError: a budget that cannot be met (says what the least is), a model or mode that cannot work.
+            OptionError: a budget that cannot be met (says the least that can), a model or mode that cannot work.
 
         Example:
             >>> from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,7 +1,7 @@
-"""Read, or change, what passes through a model's attention layers: hidden states, queries, keys and values.
+"""Read or change hidden states, queries, keys and values on their way through a model's attention layers.
 
 - `attention_modules`: the layers themselves.
-- `hidden_states`: what they are called with, before their projections.
+- `hidden_states`: their inputs, before the projections.
 - `tapped`: keys (rotated) and values on their way into attention, which may be changed; gradients pass.
 - `Recording`: everything at once, queries included, as a layer of a compressed cache sees it.
 """
@@ -147,7 +147,7 @@ def tapped(model: PreTrainedModel, change: Change) -> DynamicCache:
 
     Args:
         model: a decoder of transformers.
-        change: see `Change`; it may return what it got, and only look.
+        change: see `Change`; to look only, let it return its arguments.
 
     Example:
         >>> import torch
@@ -169,7 +169,7 @@ def tapped(model: PreTrainedModel, change: Change) -> DynamicCache:
 
 
 class RecordingLayer(TailLayer):
-    """An uncompressed layer that remembers what it was shown.
+    """An uncompressed layer that remembers all tokens it was shown.
 
     Attributes:
         shown: one entry for each forward pass since the list was last emptied.

@@ -259,8 +259,8 @@ class CSKVLayer(WindowLayer):
         return (seen - self.window) // self.group * self.group
 
     def segments(self, incoming: Incoming) -> list[Segment]:
-        # softmax over [sinks, rebuilt, window], each token in one of them (the paper's bi-branch cache, and sinks). While a
-        # prompt is open nothing leaves the window; else the last query of a piece has the latest window
+        # The paper's two branches, and sinks: one softmax over [sinks, rebuilt, window], each token visible in one of them.
+        # While a prompt is open nothing leaves the window; else the last query of a piece has the latest window.
         stop = self.start if self.prompt_open else max(self.start, self._begin(self.seen - 1))
         if not stop:
             return [self.tail]
@@ -340,7 +340,7 @@ class CSKVLayer(WindowLayer):
         # Features stay stored. Of codes, a group that is cut goes back to the window, as rebuilt from its codes.
         stored, start = self._stored(), length if self.bits == 16 else length // self.group * self.group
         back = [features[:, :, start:length] for features in stored]
-        if length > start and "valid" in self.parts:  # where padded rows were is not known here
+        if length > start and "valid" in self.parts:  # which of the stored tokens were padding is not known here
             raise OptionError(
                 f"crop: {self.seen - length} tokens reach into a group of {self.group} stored tokens of a padded "
                 f"batch; keep {start} or {start + self.group}, or take cache.copy() before the tokens to take back"
