@@ -117,7 +117,10 @@ class Packed(Segment):
 
 
 class MatryoshkaLayer(KVLayer):
-    """Parts: "keys" [B, 1, n, sum of the keys' ranks], "values" [B, 1, n, sum of the values' ranks]."""
+    """One layer of a MatryoshkaKV cache.
+
+    Parts: "keys" [B, 1, n, sum of the keys' ranks], "values" [B, 1, n, sum of the values' ranks].
+    """
 
     def __init__(self, bases: Bases, ranks: Ranks, heads: int) -> None:
         super().__init__(heads, streamed=True)

@@ -23,7 +23,10 @@ from refimpl.core.errors import OptionError
 
 
 class H2OLayer(KVLayer):
-    """Parts: "keys", "values" [B, H, n, d], "slots" int32 and "mass" fp32 [B, H, n], in the order of the text."""
+    """One layer of an H2O cache.
+
+    Parts: "keys", "values" [B, H, n, d], "slots" int32 and "mass" fp32 [B, H, n], in the order of the text.
+    """
 
     needs_mass = True
 

@@ -115,7 +115,11 @@ class Quantised(Segment):
 
 
 class KIVILayer(WindowLayer):
-    """Parts: "key_codes" [B, H, n / group, d, bytes of a group], "value_codes" [B, H, n, d / value_group, bytes]."""
+    """One layer of a KIVI cache.
+
+    Parts beside the window: "key_codes" [B, H, n / group, d, bytes of a group] and "value_codes" [B, H, n,
+    d / value_group, bytes], each with its step and least value, fp16.
+    """
 
     def __init__(self, policy: KIVI, shape: LayerShape, streamed: bool) -> None:
         super().__init__(shape.heads, streamed, policy.window, policy.group)

@@ -78,7 +78,10 @@ class ObservingLayer(TailLayer):
 
 
 class SnapKVLayer(ObservingLayer):
-    """Parts beside the tail: "kept_keys", "kept_values" [B, H, n, d] and "kept_slots" int32 [B, H, n]."""
+    """One layer of a SnapKV cache.
+
+    Parts beside the tail: "kept_keys", "kept_values" [B, H, n, d] and "kept_slots" int32 [B, H, n].
+    """
 
     def __init__(self, policy: SnapKV, shape: LayerShape) -> None:
         super().__init__(shape.heads, policy.window)

@@ -64,7 +64,7 @@ class DistantSinks(Sinks):
 
 
 class StreamingLayer(TailLayer):
-    """Parts beside the window: "sink_keys", "sink_values" [B, H, s, d]; "sink_slots" int32 [B, 1, s], -1: empty."""
+    """One layer of a StreamingLLM cache: the window, and the parts of `keep_sinks`."""
 
     def __init__(self, policy: StreamingLLM, shape: LayerShape, rotary: Rotary) -> None:
         super().__init__(shape.heads, streamed=True)

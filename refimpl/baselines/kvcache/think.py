@@ -36,7 +36,10 @@ class Narrow(Dense):
 
 
 class ThinKLayer(ObservingLayer):
-    """Parts beside the tail: "narrow_keys" [B, H, n, r], "wide_values" [B, H, n, d], "channels" uint8 [B, H, r]."""
+    """One layer of a ThinK cache.
+
+    Parts beside the tail: "narrow_keys" [B, H, n, r], "wide_values" [B, H, n, d], "channels" uint8 [B, H, r].
+    """
 
     def __init__(self, policy: ThinK, shape: LayerShape) -> None:
         super().__init__(shape.heads, policy.window)
@@ -54,7 +57,7 @@ class ThinKLayer(ObservingLayer):
         keys = self.parts["keys"].float()
         if real is not None:
             keys = keys * real[:, None, :, None]
-        # equation 6: the score of channel i is ||Q_i K_i^T||_F = |Q_i| |K_i|, here squared
+        # equations 5 and 6: the score of channel i is ||Q_i K_i^T||_F = |Q_i| |K_i|, here squared
         norm = queries.square().sum((2, 3)) * keys.square().sum(2)  # [B, H, d]
         self.parts["channels"] = norm.topk(self.channels, dim=-1).indices.sort(-1).values.to(torch.uint8)
 
