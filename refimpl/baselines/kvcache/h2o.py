@@ -26,6 +26,7 @@ class H2OLayer(KVLayer):
     """Parts: "keys", "values" [B, H, n, d], "slots" int32 and "mass" fp32 [B, H, n], in the order of the text."""
 
     needs_mass = True
+    wide = ("mass",)
 
     def __init__(self, policy: H2O, shape: LayerShape, streamed: bool) -> None:
         super().__init__(shape.heads, streamed)

@@ -91,12 +91,16 @@ class KVLayer(CacheLayerMixin, abc.ABC):
         prompt_open: the tokens of a prompt are still as they came.
         numbers: names of the attributes that belong to the state beside `parts`.
         needs_mass: `settle` and `observe` want to know how much attention each entry got.
+        wide: names of the parts that are fp32 in every model.
+        stored: what the other floating parts count as (`refimpl.core.stored`); None: their own dtype.
     """
 
     is_sliding = False
     is_croppable = True  # what the last forward pass brought can always be taken back, see `crop`
     numbers: ClassVar[tuple[str, ...]] = ("seen", "prompt_open")
     needs_mass: ClassVar[bool] = False
+    wide: ClassVar[tuple[str, ...]] = ()
+    stored: torch.dtype | None = None  # the cache says it
     _call: Any = None  # what `expect` was told
     _states: Any = None  # what `update` brought
     _undo: Any = None  # while recording: the state before the last forward pass, what that brought, and how
@@ -286,8 +290,14 @@ class KVLayer(CacheLayerMixin, abc.ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors kept."""
-        return sum(tensor.nbytes for tensor in self.parts.values())
+        """Bytes of all tensors kept, as stored."""
+        stored = self.stored
+
+        def itemsize(name: str, tensor: Tensor) -> int:
+            computed = tensor.dtype == self.dtype and name not in self.wide
+            return stored.itemsize if stored and computed else tensor.itemsize
+
+        return sum(tensor.numel() * itemsize(name, tensor) for name, tensor in self.parts.items())
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """All that a layer knows; tensors are shared, not copied."""

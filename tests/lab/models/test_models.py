@@ -237,7 +237,7 @@ def test_compute_dtype_is_bf16_only_where_that_clearly_wins(monkeypatch, slowdow
 
     monkeypatch.setattr(models.torch, "ones", Matrix)
     monkeypatch.setattr(models.time, "perf_counter", lambda: now)
-    assert models.compute_dtype.__wrapped__("cpu") is dtype
+    assert models.fast_dtype.__wrapped__("cpu") is dtype
 
 
 def test_compute_dtype_elsewhere():
