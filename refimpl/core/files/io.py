@@ -361,6 +361,7 @@ use transformers' from_pretrained for plain checkpoints
         raise CheckpointError(f"{folder} {what}: it is damaged or was written by another version; save the model again")
     if dtype is not None:
         _cast(model, dtype)
+        model.tie_weights()  # type: ignore[operator]  # each got a copy of its own
         declare_stored(model, min(dtype, stored, key=lambda kind: kind.itemsize))
     return model.to(device).eval()
 
