@@ -24,9 +24,9 @@ THREADS ?= 1
 # they are listed: the long ones are in tests/core, the short ones and the notebooks at the end.
 SPREAD = $(if $(filter-out 0 1,$(JOBS)),-n $(JOBS) --dist loadfile --no-loadscope-reorder)
 # What depends on the dtype that a processor is fast in: whatever loads a language model, counts bytes or autocasts.
-MODEL_TESTS := tests/core/test_stored.py tests/core/cache tests/core/files/test_io.py tests/kvcache tests/lab/models \
-	tests/lab/measure/test_metrics.py tests/lab/study/test_precision.py tests/studies tests/test_cache_speed.py \
-	tests/test_cli_models.py tests/test_readme.py tests/test_exercises.py::test_exercises[eora]
+MODEL_TESTS := tests/core/test_stored.py tests/core/cache tests/kvcache tests/lab/models tests/lab/study/test_precision.py \
+	tests/studies tests/test_cache_speed.py tests/test_cli_models.py tests/test_readme.py \
+	tests/test_exercises.py::test_exercises[eora]
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Threads that wait for each other sleep instead of spinning. On two cores that something else uses as well, an eigendecomposition
 # of size 1536 took 32 s with spinning and 0.8 s without; an idle machine loses nothing.
