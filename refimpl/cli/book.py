@@ -26,7 +26,6 @@ class Profile(str, Enum):
     """The size of an experiment."""
 
     quick = "quick"
-    live = "live"
     study = "study"
 
 
@@ -93,6 +92,9 @@ def study(
     out: Annotated[
         Path | None, typer.Option(help="Results file; data/results/<slug>.json for the study size by default.")
     ] = None,
+    again: Annotated[
+        list[str] | None, typer.Option(help="Arm to measure anew, its records dropped; may be repeated.")
+    ] = None,
 ) -> None:
     """Run a paper's experiment and write its results file. An interrupted run is resumed."""
     known = studies()
@@ -112,7 +114,11 @@ def study(
     target.parent.mkdir(parents=True, exist_ok=True)
     with waiting(f"Loading the study of {slug}"):
         module = importlib.import_module(f"refimpl.studies.{slug}")
-    module.run(target, profile.value)
+        from refimpl.lab.study.study import run
+    if hasattr(module, "STUDY"):
+        run(module.__name__, target, profile.value, again or ())
+    else:
+        module.run(target, profile.value)
     typer.echo(f"Results: {target}")
 
 

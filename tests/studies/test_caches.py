@@ -11,7 +11,7 @@ from refimpl.core.errors import OptionError
 from refimpl.core.files.io import data_path
 from refimpl.lab import fetch, models
 from refimpl.lab.measure.metrics import Perplexity
-from refimpl.lab.study.ledger import Verdict, judge
+from refimpl.lab.study.claims import Verdict, judge
 from refimpl.lab.study.records import Record, Results
 from refimpl.studies import caches
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from refimpl.lab.models.language import computing_in, fast_dtype
+from refimpl.lab.models.dtypes import computing_in, fast_dtype
 from refimpl.lab.study.records import Results
 
 R = TypeVar("R")
@@ -19,9 +19,9 @@ R = TypeVar("R")
 def study_dtype(out: str | Path, profile: str, declared: str = "float32") -> torch.dtype:
     """What a run of a study has to compute in, on any machine.
 
-    A file that is there is gone on with in the dtype of its last run, so that its rows can be compared. A new file of
-    the full study gets the declared dtype. The smaller profiles record nothing that others go on with, and take what
-    this processor is fast in. Where the dtype is slow here, one line on stderr says so.
+    A file that is there is gone on with in the dtype of its last run, so that its rows can be compared. A new file gets
+    the declared dtype; but for a trial at a smaller size, which nobody goes on with elsewhere, bfloat16 is left where
+    this processor is slow in it. Where the dtype is slow here, one line on stderr says so.
 
     Args:
         out: the results file.
@@ -38,7 +38,9 @@ def study_dtype(out: str | Path, profile: str, declared: str = "float32") -> tor
     if Path(out).exists():
         dtype = getattr(torch, Results.load(out).header["runs"][-1]["dtype"])
     else:
-        dtype = getattr(torch, declared) if profile == "study" else fast_dtype()
+        dtype = getattr(torch, declared)
+        if dtype == torch.bfloat16 and profile != "study":
+            dtype = fast_dtype()
     if dtype == torch.bfloat16 and fast_dtype() != torch.bfloat16:
         print(
             f"{out}: this study computes in bfloat16, which this processor only emulates: expect many times the hours",
@@ -51,7 +53,7 @@ def declares(dtype: str) -> Callable[[Callable[..., R]], Callable[..., R]]:
     """Let `compute_dtype` answer with `study_dtype` while a study's ``run(out, profile)`` is at work.
 
     Example:
-        >>> from refimpl.lab.models.language import compute_dtype
+        >>> from refimpl.lab.models.dtypes import compute_dtype
         >>> @declares("bfloat16")
         ... def run(out, profile="study"):
         ...     return compute_dtype()

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from refimpl.core.errors import CheckpointError, FetchError, OptionError
 from refimpl.lab import models, wheels
+from refimpl.lab.models import dtypes
 
 IDS = torch.arange(5, 45)[None]
 
@@ -239,13 +240,13 @@ def test_fast_dtype_is_bf16_only_where_that_clearly_wins(monkeypatch, slowdown, 
             nonlocal now
             now += self.seconds
 
-    monkeypatch.setattr(models.torch, "ones", Matrix)
-    monkeypatch.setattr(models.time, "perf_counter", lambda: now)
-    assert models.fast_dtype.__wrapped__("cpu") is dtype
+    monkeypatch.setattr(dtypes.torch, "ones", Matrix)
+    monkeypatch.setattr(dtypes.time, "perf_counter", lambda: now)
+    assert dtypes.fast_dtype.__wrapped__("cpu") is dtype
 
 
 def test_fast_dtype_elsewhere():
-    assert models.fast_dtype("meta") is torch.float32
+    assert dtypes.fast_dtype("meta") is torch.float32
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the instruction sets are those of x86")
