@@ -153,7 +153,7 @@ def test_a_cache_costs_the_same_whatever_computes_it() -> None:
             with torch.no_grad(), cache.prompt():
                 model(TOKENS[:1], **cache_argument(cache))
             assert cache.nbytes == cache.compressed_nbytes
-            shapes = [cache._shape(model, i) for i in range(2)]
+            shapes = [cache.layer_shape(model, i) for i in range(2)]
             assert cache.nbytes == sum(cache.policy.nbytes(shape, length) for shape in shapes), policy
             sizes.append((type(policy).__name__, cache.nbytes, cache.bytes_per_token))
         found.append(sizes)
