@@ -36,6 +36,7 @@ from refimpl.lab.measure.statistics import Interval, compare, difference, paired
 from refimpl.lab.models import small
 from refimpl.lab.study.claims import Claim, Outcome, Verdict, judge
 from refimpl.lab.study.jobs import in_processes
+from refimpl.lab.study.precision import declares
 from refimpl.lab.study.records import Record, Results
 from refimpl.quantization.layerwise_calibration import (
     AdaQuant,
@@ -695,6 +696,7 @@ class _Language:
         return steps
 
 
+@declares("bfloat16")
 def run(out: Path, profile: str = "study") -> Results:
     """Run every arm that the results file lacks, and judge the claims.
 
