@@ -34,8 +34,8 @@ from refimpl.core.train.sampling import mixture_loader
 from refimpl.core.train.schedules import Constant, Infinite, Schedule, Scheduled
 from refimpl.lab import wheels
 from refimpl.lab.data import domains
+from refimpl.lab.measure.bits import language_model_loss
 from refimpl.lab.measure.statistics import Interval, seeds_ratio, t_interval
-from refimpl.lab.models.lstm import language_model_loss
 from refimpl.lab.study.jobs import in_processes
 from refimpl.lab.study.ledger import Claim, Outcome, Verdict, judge
 from refimpl.lab.study.records import Record, Results

@@ -39,8 +39,8 @@ from refimpl.kvcache.matryoshka_kv import (
     truncate,
 )
 from refimpl.kvcache.ragged import Bases, FoldedOutput, MatryoshkaLayer, Packed, output_matrix
+from refimpl.lab.data.windows import windows
 from refimpl.lab.models import small
-from refimpl.lab.models.lstm import windows
 
 Make = Callable[[str], PreTrainedModel]
 NAMES = ("llama", "qwen3", "gemma3", "gpt2")
