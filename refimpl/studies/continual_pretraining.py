@@ -36,8 +36,8 @@ from refimpl.lab import wheels
 from refimpl.lab.data import domains
 from refimpl.lab.measure.bits import language_model_loss
 from refimpl.lab.measure.statistics import Interval, seeds_ratio, t_interval
+from refimpl.lab.study.claims import Claim, Outcome, Verdict, judge
 from refimpl.lab.study.jobs import in_processes
-from refimpl.lab.study.ledger import Claim, Outcome, Verdict, judge
 from refimpl.lab.study.records import Record, Results
 from refimpl.lab.study.sources import module_hash
 
@@ -293,61 +293,61 @@ CLAIMS = [
         "cpt-replay",
         "On a strong shift, replaying a quarter of every batch removes most forgetting at little cost on the new.",
         "405M, English to German: average loss 2.34 without replay, 1.75 with 25 %",
+        _replay,
         f"Strong shift, bits per byte. Forgetting is old text's rise over D0. Holds if without replay it is above 0 "
         f"and the share that 25 % replay removes lies above 0.5 ({_OVER}), and the new text costs less than a quarter "
         "of what is kept on the old; partly if only the cost is higher.",
-        _replay,
     ),
     Claim(
         "cpt-replay-weak",
         "On a weak shift, five per cent of replay already improve the average.",
         "405M, Pile to SlimPajama: average loss 2.47 without, 2.37 with 5 %",
+        _weak,
         f"Weak shift, average of old and new bits per byte, 5 % / 0 %, {_OVER} of the logarithm: holds if it lies "
         "below 1.",
-        _weak,
     ),
     Claim(
         "cpt-rewarm-bump",
         "Re-warming raises the old loss for a while even if the new data are like the old.",
         "a figure, three splits of SlimPajama; no numbers in the text",
+        _bump,
         f"Other articles of the same kind; old bits per byte, mean over the looks in the phase's first half minus the "
         f"start, {_OVER}: holds if it lies above 0, and above that of the constant low rate; partly if only one.",
-        _bump,
     ),
     Claim(
         "cpt-union",
         "Re-warming, re-decaying and replaying match training on the union from scratch.",
         "405M, strong shift, 25 % replay: average loss 1.75, union 1.75, at about half the union's compute",
+        _union,
         f"Strong shift, average bits per byte, 25 % replay / union, {_OVER} of the logarithm: holds if it lies below "
         "1.01, partly below 1.03. The update costs a sixth of the union's tokens.",
-        _union,
         paper_effect=0.03,  # the margin: a gap that cannot be seen is no match and no failure
     ),
     Claim(
         "cpt-infinite",
         "An infinite schedule, annealed at the end, is as good as a cosine that is re-warmed.",
         "405M, SlimPajama: equal losses after 300B tokens; a figure",
+        _infinite,
         f"Strong shift, 25 % replay, as many updates, moments kept in both, average bits per byte, infinite / cosine, "
         f"{_OVER} of the logarithm: holds if it lies below 1.01, partly below 1.03.",
-        _infinite,
         paper_effect=0.03,
     ),
     Claim(
         "cpt-warmup",
         "The length of the warm-up does not matter in the end.",
         "0, 0.5, 1 and 2 % of the phase: no lasting difference (a figure)",
+        _warmup,
         f"Strong shift, no replay, average bits per byte at the end, none / 1 % and 10 % / 1 %, {_OVER} of the "
         "logarithm: holds if both lie within a factor of exp(0.01), partly exp(0.03).",
-        _warmup,
         paper_effect=0.03,
     ),
     Claim(
         "cpt-constant",
         "Going on at the small final rate adapts less, and forgets less.",
         "405M, a figure: the constant rate adapts worse",
+        _constant,
         f"Strong shift, no replay, constant low rate minus re-warmed, {_OVER}: holds if it lies above 0 on new text "
         "and below 0 on old, partly if only one.",
-        _constant,
     ),
 ]
 

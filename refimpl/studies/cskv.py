@@ -34,7 +34,7 @@ from refimpl.lab import models, wheels
 from refimpl.lab.data import text
 from refimpl.lab.measure.metrics import Perplexity
 from refimpl.lab.measure.statistics import Interval, compare, difference, paired_bootstrap
-from refimpl.lab.study.ledger import Claim, Outcome, Verdict, judge
+from refimpl.lab.study.claims import Claim, Outcome, Verdict, judge
 from refimpl.lab.study.records import Record, Results
 from refimpl.lab.study.sources import module_hash
 
@@ -258,60 +258,60 @@ CLAIMS = [
         "cskv-order",
         "Factors start best from the activation-aware SVD, training improves them, and none beats the closed form.",
         "training from ASVD is its method; the closed form is our addition (a theorem on the calibration tokens only)",
+        _order,
         "Relative error of keys and of values of every layer at rank 36 of 192 on validation articles, three "
         "calibration draws: holds if closed form / fit, fit / ASVD and ASVD / SVD all have a 95 % interval (geometric "
         "mean, bootstrap over the keys and the values of each layer, logarithms averaged over draws) below 1 and every "
         "draw agrees; partly if one or two do.",
-        _order,
     ),
     Claim(
         "cskv-start",
         "Starting from an SVD is essential: from random factors the same training fails.",
         "stated in its ablation",
+        _start,
         "As cskv-order, one draw, 200 steps: holds if the interval of trained random factors / ASVD without training "
         "lies above 1; partly if only the one of trained random / trained from ASVD does.",
-        _start,
     ),
     Claim(
         "cskv-asvd",
         "At 80 % compression CSKV keeps what ASVD without training loses.",
         "LongEval 0.90-0.94 with CSKV, 0.04-0.26 with ASVD (LongChat-7B, 4k-10k tokens)",
+        _against_asvd,
         "Perplexity of test articles at rank 36, window 32, read token by token: holds if the 95 % interval (paired "
         "bootstrap over articles) of fit / ASVD lies below 1 and the fit adds less than half of what ASVD adds to the "
         "loss of the full cache (interval of the difference below 0); partly if only the ratio does.",
-        _against_asvd,
     ),
     Claim(
         "cskv-closed-form",
         "The closed form, which needs no training, serves the model better than the training it is the optimum of.",
         "not in the paper, which trains",
-        "Perplexity as in cskv-asvd, closed form / fit: holds if the interval lies below 1, partly if below 1.01.",
         _closed_form,
+        "Perplexity as in cskv-asvd, closed form / fit: holds if the interval lies below 1, partly if below 1.01.",
     ),
     Claim(
         "cskv-window",
         "A window of 32 exact tokens helps, and a larger one adds less and less.",
         "stated in its ablation: about 32 is enough",
+        _window,
         "Closed form, rank 36: holds if perplexity with window 32 / 0 has an interval below 1 and going from 32 to 128 "
         "lowers the mean loss by less than going from 0 to 32 (interval of the difference below 0); partly if only the "
         "first.",
-        _window,
     ),
     Claim(
         "cskv-bits",
         "Storing the features in 4 bits costs almost nothing.",
         "little loss at 80 % times 4 bits, 95 % in total (its counting leaves the scales out)",
+        _bits,
         "Rank 36, closed form without training and the fit trained through the quantiser: holds if perplexity with "
         "4 / 16 bits, both in groups of 32 tokens, has an upper end below 1.02 for both, partly for one.",
-        _bits,
     ),
     Claim(
         "cskv-keys",
         "At equal size, keys should get fewer features than values.",
         "its scripts: density 0.25 for keys, 0.75 for values; the main table: equal",
+        _keys,
         "Closed form, ranks 18 and 54 against 36 and 36, and 48 and 144 against 96 and 96: holds if perplexity with "
         "fewer for keys / equal has an interval below 1 at both sizes, partly at one.",
-        _keys,
     ),
 ]
 
@@ -347,7 +347,7 @@ def streamed_perplexity(
             target = ids[0, start + begin + 1 : start + PIECE + 1]
             nll[index] += _nll(logits[begin : begin + len(target)], target)
         cache.finish()
-        full = ids.shape[1] * sum(CompressedCache._shape(model, i).token_bytes for i in range(len(cache.layers)))
+        full = ids.shape[1] * sum(CompressedCache.layer_shape(model, i).token_bytes for i in range(len(cache.layers)))
         kept = 8.0 * model.dtype.itemsize * cache.compressed_nbytes / full
     counts = np.full(len(nll), tokens.ids.shape[1] - first)
     value = math.exp(nll.sum() / counts.sum())
@@ -485,7 +485,7 @@ def run(out: Path, profile: str = "study") -> Results:
             validation = text.evaluation("wikipedia", sequences=size.held_out, length=size.length, split="validation")
             held_out.append(moments(model, validation))
         policy = fitted(model, profile, factors, draw=draw)
-        rank = policy.ranks(CompressedCache._shape(model, 0))[0]
+        rank = policy.ranks(CompressedCache.layer_shape(model, 0))[0]
         for unit, error in relative_errors(held_out[0], policy.factors, rank).items():
             results.add(Record("cskv", factors, "held-out", draw, unit, "relative_error", error))
 

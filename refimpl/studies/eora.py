@@ -31,7 +31,7 @@ from refimpl.lab import models, wheels
 from refimpl.lab.data import text
 from refimpl.lab.measure.metrics import PeakMemory, Perplexity, footprint, perplexity
 from refimpl.lab.measure.statistics import Interval, compare, paired_bootstrap
-from refimpl.lab.study.ledger import Claim, Outcome, Verdict, judge
+from refimpl.lab.study.claims import Claim, Outcome, Verdict, judge
 from refimpl.lab.study.records import Record, Results
 
 # What computes the numbers. The driver (core.compress) is left out on purpose: its order of work is pinned by tests
@@ -208,52 +208,52 @@ CLAIMS = [
         "eora-layer-error",
         "EoRA leaves a smaller output error than plain SVD of the same rank, also on text it was not calibrated on.",
         "a theorem on the calibration tokens; not reported on others",
+        _layer_errors,
         "2:4 SparseGPT, rank 64, every site: holds if the 95 % interval (bootstrap over sites) of the geometric mean "
         "of held-out output errors, EoRA / SVD, lies below 1 and EoRA wins at 95 % of the sites or more; partly if "
         "only the interval does.",
-        _layer_errors,
     ),
     Claim(
         "eora-repairs",
         "A closed-form repair restores much of what pruning and quantisation took.",
         "perplexity 12.32 to 11.07 (2:4), 15.64 to 10.06 (3-bit), 86.15 to 12.60 (2:4 and 4-bit), LLaMA3-8B, rank 128",
+        _repairs,
         "Perplexity on Wikipedia test articles with EoRA / without, rank 64, for 2:4, 3-bit group 64, and both: holds "
         "if all three 95 % intervals (paired bootstrap over articles) lie below 1, partly if one or two do.",
-        _repairs,
         paper_effect=1 - 11.07 / 12.32,
     ),
     Claim(
         "eora-beats-svd",
         "At equal rank, EoRA repairs better than plain SVD of the weight error.",
         "perplexity 11.31 to 11.07 (2:4), 10.24 to 10.06 (3-bit), 12.84 to 12.60 (both), LLaMA3-8B, rank 128",
-        "As eora-repairs, for the ratio EoRA / plain SVD.",
         _beats_svd,
+        "As eora-repairs, for the ratio EoRA / plain SVD.",
         paper_effect=1 - 10.06 / 10.24,
     ),
     Claim(
         "eora-task",
         "A repair calibrated on the task at hand serves it better than one calibrated elsewhere.",
         "shown through task accuracy (2:4, GSM8K 2.96 with SVD, 13.95 with EoRA), no matched against mismatched table",
+        _task_specific,
         "2:4 SparseGPT, rank 64, three calibration draws per domain, loss averaged over draws, ratio of perplexities "
         "matched / mismatched on Wikipedia and on Python: holds if both 95 % intervals (over documents) lie below 1 "
         "and every draw agrees; partly if one interval does, or the draws disagree.",
-        _task_specific,
     ),
     Claim(
         "eora-rank",
         "More rank repairs more.",
         "ARC-C 33.10, 34.64, 37.96, 41.89 at rank 64, 128, 256, 512 (2:4)",
+        _more_rank,
         "2:4 SparseGPT, ranks 16, 32, 64, 128 (nested in one fit at 128): holds if all three intervals of perplexity "
         "at 2r / at r lie below 1, partly if one or two do.",
-        _more_rank,
     ),
     Claim(
         "eora-adapter-bits",
         "The adapter itself can be quantised to 4 bits at almost no loss.",
         "at most about 0.5 points of accuracy",
+        _small_adapters,
         "Rank 64 on 2:4, 3-bit, and both: holds if all three upper ends of the ratio of perplexities, with a 4-bit / "
         "with a 16-bit adapter, are below 1.02; partly if one or two are.",
-        _small_adapters,
     ),
 ]
 

@@ -33,8 +33,8 @@ from refimpl.lab.measure.statistics import seeds_ratio, t_interval
 from refimpl.lab.models import small
 from refimpl.lab.models.classifiers import resnet
 from refimpl.lab.models.lstm import LSTMLanguageModel
+from refimpl.lab.study.claims import Claim, Outcome, Verdict, judge
 from refimpl.lab.study.jobs import in_processes
-from refimpl.lab.study.ledger import Claim, Outcome, Verdict, judge
 from refimpl.lab.study.records import Record, Results
 from refimpl.pruning.gradual_magnitude import GradualMagnitude, MaskUpdates, model_storage, sparsity_for
 
@@ -254,72 +254,72 @@ CLAIMS = [
         "gradual-large-sparse",
         "At an equal number of non-zero weights a large pruned network beats a small dense one (CNN).",
         "MobileNet: 69.5 against 68.4 %, 67.7 against 63.7 %, 61.8 against 50.6 %",
+        _accuracy_gaps(_SIZES, "a small dense network, as many non-zeros", "accuracy, large-sparse minus small-dense"),
         "Residual network on MNIST, width 1 pruned to the non-zeros of widths 0.5, 0.25 and 0.125, test "
         "accuracy, "
         f"large-sparse minus small-dense, {_OVER}: holds if all three lie above 0, partly if some do.",
-        _accuracy_gaps(_SIZES, "a small dense network, as many non-zeros", "accuracy, large-sparse minus small-dense"),
         paper_effect=0.011,
     ),
     Claim(
         "gradual-large-sparse-lstm",
         "At an equal number of non-zero weights a large pruned network beats a small dense one (LSTM).",
         "PTB perplexity with about 4.6M: 115.3 small dense, about 83.9 medium at 80 %",
+        _lstm_sizes,
         "Byte-level LSTM pruned to the non-zeros of three smaller ones (22, 10 and 5 % of it), bits per "
         "byte on test "
         f"articles, large-sparse / small-dense, {_OVER} of the logarithm: holds if all three lie below "
         "1, partly if some do.",
-        _lstm_sizes,
         paper_effect=0.06,
     ),
     Claim(
         "gradual-tenfold",
         "Nine of ten weights can go with little loss.",
         "medium LSTM on PTB: perplexity 83.37 to 87.86 at 90 %, 1.2 % in the logarithm",
+        _tenfold,
         f"Byte-level LSTM at 90 %, bits per byte / dense, {_OVER} of the logarithm: holds if the upper "
         "end is below 1.03, "
         "partly if below 1.1.",
-        _tenfold,
     ),
     Claim(
         "gradual-bytes",
         "The large pruned network still wins when its mask is counted: at equal bytes.",
         "not reported (tables count non-zeros)",
-        "Residual network with 32-bit values and a bit mask, pruned to the bytes of widths 0.5 and "
-        "0.25, accuracy minus that of "
-        f"the small dense network, {_OVER}: holds if both lie above 0, partly if one does.",
         _accuracy_gaps(
             [(f"cubic bytes of {width:g}", f"small-dense width {width:g}") for width in WIDTHS[:2]],
             "a small dense network of as many bytes",
             "accuracy, large-sparse minus small-dense at equal bytes",
         ),
+        "Residual network with 32-bit values and a bit mask, pruned to the bytes of widths 0.5 and "
+        "0.25, accuracy minus that of "
+        f"the small dense network, {_OVER}: holds if both lie above 0, partly if one does.",
     ),
     Claim(
         "gradual-cubic",
         "The cubic schedule beats a straight line.",
         "not reported; the paper motivates the curve",
-        f"Residual network at 95 %, accuracy, cubic minus linear, {_OVER}: holds if it lies above 0.",
         _accuracy_gaps([("cubic 95%", "linear 95%")], "the same with exponent 1", "accuracy, cubic minus linear"),
+        f"Residual network at 95 %, accuracy, cubic minus linear, {_OVER}: holds if it lies above 0.",
     ),
     Claim(
         "gradual-one-shot",
         "Pruning step by step beats pruning at once with the same training.",
         "not reported for equal training",
+        _accuracy_gaps([("cubic 95%", "one-shot 95%")], "one cut, same steps", "accuracy, cubic minus one-shot"),
         "Residual network at 95 %, accuracy, cubic minus one cut at 40 % of the run with the rest to recover, "
         f"{_OVER}: holds if it lies above 0.",
-        _accuracy_gaps([("cubic 95%", "one-shot 95%")], "one cut, same steps", "accuracy, cubic minus one-shot"),
     ),
     Claim(
         "gradual-uniform",
         "The same sparsity in every layer does as well as ranking all weights together.",
         "translation: the layer-wise form was best on average (a secondary source)",
-        "Residual network at the non-zeros of widths 0.5, 0.25 and 0.125, accuracy, layer-wise minus global, "
-        f"{_OVER}: holds if all three lower ends lie above -0.005, partly if some do.",
         _accuracy_gaps(
             [(f"cubic non-zeros of {width:g}", f"global non-zeros of {width:g}") for width in WIDTHS],
             "one ranking for all weights",
             "accuracy, layer-wise minus global",
             margin=0.005,
         ),
+        "Residual network at the non-zeros of widths 0.5, 0.25 and 0.125, accuracy, layer-wise minus global, "
+        f"{_OVER}: holds if all three lower ends lie above -0.005, partly if some do.",
     ),
 ]
 

@@ -34,8 +34,8 @@ from refimpl.lab.measure.classify import Scores, add_scores, bit_operations, cla
 from refimpl.lab.measure.metrics import footprint, perplexity
 from refimpl.lab.measure.statistics import Interval, compare, difference, paired_bootstrap, seeds_ratio
 from refimpl.lab.models import small
+from refimpl.lab.study.claims import Claim, Outcome, Verdict, judge
 from refimpl.lab.study.jobs import in_processes
-from refimpl.lab.study.ledger import Claim, Outcome, Verdict, judge
 from refimpl.lab.study.records import Record, Results
 from refimpl.quantization.layerwise_calibration import (
     AdaQuant,
@@ -206,92 +206,92 @@ CLAIMS = [
         "adaquant-four-bits",
         "Weights and activations of 4 bits cost less than one point of accuracy.",
         "ResNet-50: less than 1 point at 4 bits in all but the two smallest layers",
+        _four_bits,
         "AdaQuant (sequential) with batch-norm and bias tuning, W4A4, 50 images, three classifiers: "
         "holds if the upper end "
         "of the 95 % interval (paired bootstrap over test images) of the accuracy lost is below 0.01 on "
         "all three; partly if on some.",
-        _four_bits,
         paper_effect=0.01,
     ),
     Claim(
         "adaquant-ranges",
         "Training each layer for its outputs beats measuring ranges.",
         "min-max ranges fail at 4 bits on ImageNet; AdaQuant loses about 4 points (parallel), less in sequence",
+        _against("AdaQuant", "min-max", [(3, 50), (2, 50)], "min-max ranges, no training"),
         f"Test divergence, AdaQuant (parallel) / min-max ranges, at W3A3 and W2A2, 50 images, {_SEEDS}: "
         "holds if both lie below 1.",
-        _against("AdaQuant", "min-max", [(3, 50), (2, 50)], "min-max ranges, no training"),
     ),
     Claim(
         "adaquant-adaround",
         "Letting weights move anywhere beats choosing between rounding up and down.",
         "a figure: AdaQuant above AdaRound at every calibration size",
+        _against("AdaQuant-sequential", "AdaRound-sequential", [(3, 50), (2, 50)], "AdaRound, tuned alike"),
         f"Test divergence, AdaQuant / AdaRound, both in sequence, at W3A3 and W2A2, 50 images, {_SEEDS}: "
         "holds if both lie "
         "below 1, partly if one does.",
-        _against("AdaQuant-sequential", "AdaRound-sequential", [(3, 50), (2, 50)], "AdaRound, tuned alike"),
     ),
     Claim(
         "adaquant-few-images",
         "On few images, training layer by layer beats fine-tuning end to end.",
         "a figure: AdaQuant above end-to-end fine-tuning with KL below about 1000 images",
+        _against("AdaQuant", "QAT", [(2, 10), (2, 50)], "end-to-end fine-tuning on the same images"),
         "Test divergence, AdaQuant (parallel) / fine-tuning end to end (QAT), W2A2, 10 and 50 images, "
         f"{_SEEDS}: holds if both "
         "lie below 1, partly if one does.",
-        _against("AdaQuant", "QAT", [(2, 10), (2, 50)], "end-to-end fine-tuning on the same images"),
     ),
     Claim(
         "adaquant-overfits-less",
         "Small per-layer problems over-fit less than the whole network.",
         "stated; shown by the same figure",
+        _gap,
         f"(Test / calibration divergence), AdaQuant (parallel) / QAT, W2A2, 10 and 50 images, {_SEEDS}: "
         "holds if both lie below "
         "1, partly if one does.",
-        _gap,
     ),
     Claim(
         "adaquant-sequence",
         "Training layers in sequence, on the inputs that quantised layers give, beats training them in parallel.",
         "0.3 to 1.7 points of accuracy at 4 bits",
+        _against("AdaQuant-sequential", "AdaQuant", [(3, 50), (2, 50)], "the same training with float inputs"),
         f"Test divergence, sequential / parallel AdaQuant, W3A3 and W2A2, 50 images, {_SEEDS}: holds if "
         "both lie below 1, "
         "partly if one does.",
-        _against("AdaQuant-sequential", "AdaQuant", [(3, 50), (2, 50)], "the same training with float inputs"),
     ),
     Claim(
         "adaquant-norms",
         "Measuring batch-norm statistics again repairs what quantisation did to them.",
         "the step that makes the light pipeline work",
+        _against("min-max+norms", "min-max", [(3, 50), (2, 50)], "the same network before"),
         "Test divergence after / before batch-norm tuning of min-max ranges, W3A3 and W2A2, 50 images, "
         f"{_SEEDS}: holds if "
         "both lie below 1, partly if one does.",
-        _against("min-max+norms", "min-max", [(3, 50), (2, 50)], "the same network before"),
     ),
     Claim(
         "adaquant-program",
         "An integer program places the bits well.",
         "less than 1 point lost at 13 % of the float size",
+        _program,
         "Precisions 2 and 4, AdaQuant (parallel), 50 images, savings of 25, 50 and 75 % of the "
         "possible; test divergence, program "
         f"/ geometric mean of five random allocations that save at least as much, {_SEEDS}: holds if all "
         "three lie below 1, "
         "partly if some do.",
-        _program,
     ),
     Claim(
         "adaquant-language",
         "Layer-wise training beats rounding to nearest, on a language model too.",
         "BERT at 8 bits only; not reported at 3",
+        _language("RTN"),
         "SmolLM2, 3-bit weights in groups of 64, perplexity on Wikipedia test articles, AdaQuant / "
         "rounding: holds if the 95 % "
         "interval (paired bootstrap over articles) lies below 1.",
-        _language("RTN"),
     ),
     Claim(
         "adaquant-gptq",
         "Layer-wise training beats GPTQ, which came later.",
         "not compared (GPTQ: 2022)",
-        "As adaquant-language, AdaQuant / GPTQ.",
         _language("GPTQ"),
+        "As adaquant-language, AdaQuant / GPTQ.",
     ),
 ]
 

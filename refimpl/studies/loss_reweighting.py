@@ -39,8 +39,8 @@ from refimpl.core.train.loop import Recipe, batches, train
 from refimpl.core.train.losses import Weighted, sequence_losses
 from refimpl.lab.data.domains import domain_hash, llama, measured, windows
 from refimpl.lab.measure.statistics import Interval, seeds_ratio, t_interval
+from refimpl.lab.study.claims import Claim, Outcome, Verdict, judge
 from refimpl.lab.study.jobs import in_processes
-from refimpl.lab.study.ledger import Claim, Outcome, Verdict, judge
 from refimpl.lab.study.records import Record, Results
 from refimpl.training_data.loss_reweighting import Focal, LossReweighting, OnLoss, Permuted, Thinned
 
@@ -265,113 +265,111 @@ CLAIMS = [
         "rw-linupper",
         "LinUpper gives a better language model than the plain mean at equal steps.",
         "lower held-out perplexity from 124M to 7B; no table was available to us",
-        f"{_BITS}, LinUpper / uniform at its own best rate and / uniform at twice that rate, {_OVER}: holds if both "
-        "lie below 1, partly if one does.",
         _below(
             "linupper",
             ("uniform", TWICE),
             "the plain mean, its own rate and twice it",
             "bits per byte, LinUpper / uniform",
         ),
+        f"{_BITS}, LinUpper / uniform at its own best rate and / uniform at twice that rate, {_OVER}: holds if both "
+        "lie below 1, partly if one does.",
     ),
     Claim(
         "rw-quadratic",
         "Quadratic gives a better language model than the plain mean at equal steps.",
         "lower held-out perplexity for GPT-2; no table was available to us",
-        f"{_BITS}, Quadratic / uniform at its own best rate and / uniform at twice that rate, {_OVER}: holds if both "
-        "lie below 1, partly if one does.",
         _below(
             "quadratic",
             ("uniform", TWICE),
             "the plain mean, its own rate and twice it",
             "bits per byte, Quadratic / uniform",
         ),
+        f"{_BITS}, Quadratic / uniform at its own best rate and / uniform at twice that rate, {_OVER}: holds if both "
+        "lie below 1, partly if one does.",
     ),
     Claim(
         "rw-signal",
         "What helps is which sequences get the weight, not that weights are unequal.",
         "not reported",
-        f"{_BITS}, LinUpper / LinUpper's weights on sequences drawn at random, and / a batch as small as its weights "
-        f"are worth, {_OVER}: holds if both lie below 1, partly if one does.",
         _below(
             "linupper",
             ("linupper shuffled", "smaller batch"),
             "the same weights shuffled; a smaller batch",
             "bits per byte, LinUpper / control",
         ),
+        f"{_BITS}, LinUpper / LinUpper's weights on sequences drawn at random, and / a batch as small as its weights "
+        f"are worth, {_OVER}: holds if both lie below 1, partly if one does.",
     ),
     Claim(
         "rw-capped",
         "Weight that grows up to the highest losses does worse than weight that is capped at the middle.",
         "pure up-weighting is weaker; no table was available to us",
-        f"{_BITS}, LinUpper / upper, / focal (square of the loss), / soft-max of losses, {_OVER}: holds if all three "
-        "lie below 1, partly if one or two do.",
         _below(
             "linupper",
             ("upper", "focal", "soft-max of losses"),
             "rules that rise to the highest loss",
             "bits per byte, LinUpper / rising rule",
         ),
+        f"{_BITS}, LinUpper / upper, / focal (square of the loss), / soft-max of losses, {_OVER}: holds if all three "
+        "lie below 1, partly if one or two do.",
     ),
     Claim(
         "rw-low-losses",
         "The common factor of what helps is that low losses count less.",
         "Extremes, which favours both ends, is weaker; no table was available to us",
+        _low_losses,
         f"{_BITS}, LinUpper / Extremes and Quadratic / Extremes, {_OVER}: holds if both lie below 1, partly if one "
         "does.",
-        _low_losses,
     ),
     Claim(
         "rw-bound",
         "The condition of the paper's analysis, no weight above 2/M, is met in training.",
         "assumed: LinUpper meets it if half of the batch lies in the upper half of the range",
+        _bound,
         "Batches after burn-in of LinUpper's language model, share in which the largest weight is at most 2/M, "
         "t interval over five seeds: holds if it lies above 0.95, partly if above 0.5.",
-        _bound,
     ),
     Claim(
         "rw-toy",
         "On least squares with redundant samples LinUpper converges faster than the plain mean.",
         "a figure: LinUpper fastest",
-        f"No outliers, r = 0.4, squared distance after 150 steps, LinUpper / uniform, / uniform with twice the step, / "
-        f"uniform with gradients as long as LinUpper's, {_DRAWS}: holds if all three lie below 1, partly if one or two "
-        "do.",
         _toy(
             [("linupper", other, 0.0) for other in ("uniform", "uniform, twice the step", "uniform, matched norm")],
             "the plain mean with three step sizes",
             "squared distance, LinUpper / uniform",
         ),
+        f"No outliers, r = 0.4, squared distance after 150 steps, LinUpper / uniform, / uniform with twice the step, / "
+        f"uniform with gradients as long as LinUpper's, {_DRAWS}: holds if all three lie below 1, partly if one or two "
+        "do.",
     ),
     Claim(
         "rw-toy-order",
         "There, Quadratic is second and also beats the plain mean.",
         "a figure: LinUpper fastest, Quadratic next",
-        f"No outliers, r = 0.4, squared distance after 150 steps, LinUpper / Quadratic and Quadratic / uniform, "
-        f"{_DRAWS}: holds if both lie below 1, partly if one does.",
         _toy(
             [("linupper", "quadratic", 0.0), ("quadratic", "uniform", 0.0)],
             "the next in the order",
             "squared distance, better / worse in the paper's order",
         ),
+        f"No outliers, r = 0.4, squared distance after 150 steps, LinUpper / Quadratic and Quadratic / uniform, "
+        f"{_DRAWS}: holds if both lie below 1, partly if one does.",
     ),
     Claim(
         "rw-outliers",
         "As the highest losses are capped, outliers do no harm to LinUpper's lead.",
         "the motive of the cap; not measured with outliers",
-        f"2 and 10 % outliers, r = 0.4, squared distance after 150 steps, LinUpper / uniform, {_DRAWS}: holds if both "
-        "lie below 1, partly if one does.",
         _toy(
             [("linupper", "uniform", share) for share in (0.02, 0.1)],
             "the plain mean, same step",
             "squared distance with outliers, LinUpper / uniform",
         ),
+        f"2 and 10 % outliers, r = 0.4, squared distance after 150 steps, LinUpper / uniform, {_DRAWS}: holds if both "
+        "lie below 1, partly if one does.",
     ),
     Claim(
         "rw-finer",
         "LinUpper and Quadratic lead although the plain mean has more learning rates to choose from.",
         "not reported",
-        f"{_BITS}, LinUpper and Quadratic, each at the best of three rates, / uniform at the best of five, all chosen "
-        f"on validation text, {_OVER}: holds if both lie below 1, partly if one does.",
         _both(
             False,
             True,
@@ -380,13 +378,13 @@ CLAIMS = [
             "the plain mean with five rates to choose from, against three",
             "bits per byte, shape / uniform, finer rates",
         ),
+        f"{_BITS}, LinUpper and Quadratic, each at the best of three rates, / uniform at the best of five, all chosen "
+        f"on validation text, {_OVER}: holds if both lie below 1, partly if one does.",
     ),
     Claim(
         "rw-longer",
         "The lead over the plain mean is still there after 2.2 times the steps.",
         "lower held-out perplexity after 20 000 steps of GPT-2; no table was available to us",
-        "Bits per byte of test text after 176 steps, all corpora together, LinUpper / uniform and Quadratic / uniform, "
-        f"rates chosen again at that length, {_OVER}: holds if both lie below 1, partly if one does.",
         _both(
             True,
             False,
@@ -395,14 +393,13 @@ CLAIMS = [
             "the plain mean, as long, at its own rate",
             "bits per byte after 176 steps, shape / uniform",
         ),
+        "Bits per byte of test text after 176 steps, all corpora together, LinUpper / uniform and Quadratic / uniform, "
+        f"rates chosen again at that length, {_OVER}: holds if both lie below 1, partly if one does.",
     ),
     Claim(
         "rw-wider",
         "That lead is still there if every arm may choose from a wider grid of learning rates.",
         "not reported",
-        "Bits per byte of test text after 176 steps, all corpora together, LinUpper / uniform and Quadratic / uniform, "
-        "each at the best of six rates on validation text, up to twice the highest of the grid, "
-        f"{_OVER}: holds if both lie below 1, partly if one does.",
         _both(
             True,
             True,
@@ -411,6 +408,9 @@ CLAIMS = [
             "the plain mean, as long, with as many rates to choose from",
             "bits per byte after 176 steps, shape / uniform, six rates",
         ),
+        "Bits per byte of test text after 176 steps, all corpora together, LinUpper / uniform and Quadratic / uniform, "
+        "each at the best of six rates on validation text, up to twice the highest of the grid, "
+        f"{_OVER}: holds if both lie below 1, partly if one does.",
     ),
 ]
 

@@ -28,7 +28,7 @@ from refimpl.lab.measure import tasks
 from refimpl.lab.measure.metrics import footprint, perplexity
 from refimpl.lab.measure.statistics import compare
 from refimpl.lab.measure.tasks.items import group
-from refimpl.lab.study.ledger import Claim, Outcome, Verdict, judge
+from refimpl.lab.study.claims import Claim, Outcome, Verdict, judge
 from refimpl.lab.study.records import Results
 from refimpl.lab.study.sources import module_hashes
 
@@ -182,12 +182,12 @@ CLAIMS = [
         "tasks-one-order",
         "Of two compressed models, the one with the lower perplexity is also the better one at tasks.",
         "the working assumption of most papers on compression; LLM-KICK (arXiv 2310.01382) disputes it at 7B",
+        _one_order,
         "All pairs of the 13 compressed models whose perplexities on Wikipedia differ (95 % interval of the ratio, "
         "paired bootstrap over articles, excludes 1), six tasks, each scored free and restricted: does not hold if in "
         "at least one comparison the model with the higher perplexity gets more right, by a one-sided exact sign test "
         "over groups of items (items about one text are a group) with Holm's correction over all comparisons at 5 %; "
         "holds otherwise. Shown is the comparison with the smallest p.",
-        _one_order,
     )
 ]
 

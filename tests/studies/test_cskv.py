@@ -15,7 +15,7 @@ from refimpl.kvcache.cskv import CSKV
 from refimpl.lab import wheels
 from refimpl.lab.data import text
 from refimpl.lab.measure.metrics import Perplexity
-from refimpl.lab.study.ledger import Outcome, Verdict, judge
+from refimpl.lab.study.claims import Outcome, Verdict, judge
 from refimpl.lab.study.records import Record, Results
 from refimpl.studies import cskv
 from refimpl.studies.cskv import Arm
@@ -46,7 +46,7 @@ def put_errors(results: Results, arm: str, level: float, draw: int = 0, spread: 
 
 def rule(results: Results, identity: str) -> Outcome:
     (claim,) = (claim for claim in cskv.CLAIMS if claim.id == identity)
-    return claim.outcome(results)
+    return claim.rule(results)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from refimpl.core.files.io import data_path
 from refimpl.lab import wheels
 from refimpl.lab.measure.metrics import Perplexity
-from refimpl.lab.study.ledger import Outcome, Verdict, judge
+from refimpl.lab.study.claims import Outcome, Verdict, judge
 from refimpl.lab.study.records import Record, Results
 from refimpl.studies import eora
 
@@ -43,7 +43,7 @@ def put(results: Results, arm: str, level: float, spread: float, condition: str 
 
 def rule(results: Results, identity: str) -> Outcome:
     (claim,) = (claim for claim in eora.CLAIMS if claim.id == identity)
-    return claim.outcome(results)
+    return claim.rule(results)
 
 
 def put_repairs(results: Results, gaps: tuple[float, ...], spread: float = 0.01) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from refimpl.core.files.io import data_path
-from refimpl.lab.study.ledger import Outcome, Verdict, judge
+from refimpl.lab.study.claims import Outcome, Verdict, judge
 from refimpl.lab.study.records import Record, Results
 from refimpl.studies import gradual_magnitude as study
 
@@ -30,7 +30,7 @@ def put(results: Results, arm: str, value: float, network: str = study.RESNET, m
 
 def rule(results: Results, identity: str) -> Outcome:
     (claim,) = (claim for claim in study.CLAIMS if claim.id == identity)
-    return claim.outcome(results)
+    return claim.rule(results)
 
 
 @pytest.mark.parametrize(

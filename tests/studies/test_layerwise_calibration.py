@@ -9,7 +9,7 @@ import pytest
 
 from refimpl.core.files.io import data_path
 from refimpl.lab.measure.metrics import Perplexity
-from refimpl.lab.study.ledger import Outcome, Verdict, judge
+from refimpl.lab.study.claims import Outcome, Verdict, judge
 from refimpl.lab.study.records import Record, Results
 from refimpl.studies import layerwise_calibration as study
 
@@ -31,7 +31,7 @@ def put(results: Results, arm: str, bits: int, images: int, value: float, metric
 
 def rule(results: Results, identity: str) -> Outcome:
     (claim,) = (claim for claim in study.CLAIMS if claim.id == identity)
-    return claim.outcome(results)
+    return claim.rule(results)
 
 
 @pytest.mark.parametrize(

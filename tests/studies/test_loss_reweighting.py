@@ -13,7 +13,7 @@ from refimpl.core.files.io import data_path
 from refimpl.core.train.loop import Recipe, batches, train
 from refimpl.core.train.losses import sequence_losses
 from refimpl.lab.data.domains import llama, windows
-from refimpl.lab.study.ledger import Outcome, Verdict, judge
+from refimpl.lab.study.claims import Outcome, Verdict, judge
 from refimpl.lab.study.records import Record, Results
 from refimpl.studies import loss_reweighting as study
 
@@ -37,7 +37,7 @@ def put(results: Results, longer: bool = False, **arms: float) -> None:
 
 def rule(results: Results, identity: str) -> Outcome:
     (claim,) = (claim for claim in study.CLAIMS if claim.id == identity)
-    return claim.outcome(results)
+    return claim.rule(results)
 
 
 @pytest.mark.parametrize("arm", ["linupper", "quadratic"])

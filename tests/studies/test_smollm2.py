@@ -11,7 +11,7 @@ import pytest
 from refimpl.core.files.io import data_path
 from refimpl.lab.data.domains import DOMAINS
 from refimpl.lab.measure import bits
-from refimpl.lab.study.ledger import Outcome, Verdict, judge
+from refimpl.lab.study.claims import Outcome, Verdict, judge
 from refimpl.lab.study.records import Record, Results
 from refimpl.studies import smollm2 as study
 from refimpl.training_data.rs2 import RS2
@@ -37,7 +37,7 @@ def put(results: Results, chapter: str, arm: str, kinds: dict[str, float]) -> No
 
 def rule(results: Results, identity: str) -> Outcome:
     (claim,) = (claim for claim in study.CLAIMS if claim.id == identity)
-    return claim.outcome(results)
+    return claim.rule(results)
 
 
 @pytest.mark.parametrize(

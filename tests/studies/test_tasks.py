@@ -11,7 +11,7 @@ from refimpl.core.files.io import data_path
 from refimpl.lab import fetch
 from refimpl.lab.measure import tasks as lab_tasks
 from refimpl.lab.measure.metrics import Perplexity
-from refimpl.lab.study.ledger import Verdict, judge
+from refimpl.lab.study.claims import Verdict, judge
 from refimpl.lab.study.records import Results
 from refimpl.studies import tasks
 

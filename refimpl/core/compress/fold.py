@@ -244,7 +244,9 @@ def _(layer: nn.Conv2d, factor: Tensor, shift: Tensor | None) -> None:
 def _(layer: PackedLinear, factor: Tensor, shift: Tensor | None) -> None:
     if layer.bits is not None:
         layer.scale = layer.scale.float() * factor[:, None]
-    elif layer.pattern is not None and parse_pattern(layer.pattern) is None:  # the kept values of all rows, one after another
+    elif (
+        layer.pattern is not None and parse_pattern(layer.pattern) is None
+    ):  # the kept values of all rows, one after another
         mask = layer.nonzero_mask()
         assert mask is not None
         per_value = factor[:, None].expand_as(mask)[mask]

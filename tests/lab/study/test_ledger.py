@@ -13,7 +13,8 @@ from refimpl.core.files.io import data_path
 from refimpl.lab import models, wheels
 from refimpl.lab.data import text
 from refimpl.lab.measure.statistics import difference, paired_bootstrap
-from refimpl.lab.study.ledger import Claim, Outcome, Verdict, judge, markdown, rule_problems, stale, table
+from refimpl.lab.study.claims import Claim, Outcome, Verdict, judge
+from refimpl.lab.study.ledger import markdown, rule_problems, stale, table
 from refimpl.lab.study.records import Record, Results
 from refimpl.papers import papers
 
