@@ -25,12 +25,14 @@ from refimpl.core.train.masks import bake
 from refimpl.lab import wheels
 from refimpl.lab.data import text
 from refimpl.lab.data.images import dataset_hash, images
+from refimpl.lab.data.windows import windows
+from refimpl.lab.measure.bits import bits_per_byte, language_model_loss
 from refimpl.lab.measure.classify import add_scores, classify, cross_entropy_loss, flops
 from refimpl.lab.measure.metrics import footprint
 from refimpl.lab.measure.statistics import seeds_ratio, t_interval
 from refimpl.lab.models import small
 from refimpl.lab.models.classifiers import resnet
-from refimpl.lab.models.lstm import LSTMLanguageModel, bits_per_byte, language_model_loss, windows
+from refimpl.lab.models.lstm import LSTMLanguageModel
 from refimpl.lab.study.claims import Claim, Outcome, Verdict, judge
 from refimpl.lab.study.jobs import in_processes
 from refimpl.lab.study.records import Record, Results

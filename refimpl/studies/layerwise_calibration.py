@@ -65,7 +65,7 @@ DEPENDS = [
     "refimpl.core.layers.activation",
     "refimpl.core.layers.packed",
     "refimpl.core.train.loop",
-    "refimpl.core.compress.quantizer",
+    "refimpl.core.layers.quantizer",
     "refimpl.core.compress.reconstruct",
     "refimpl.core.compress.stats",
     "refimpl.lab.measure.classify",

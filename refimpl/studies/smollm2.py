@@ -36,8 +36,8 @@ from refimpl.core.train.sampling import Shuffled, loader, mixture_loader
 from refimpl.core.train.schedules import Constant, Cosine, Schedule, Scheduled
 from refimpl.lab import models
 from refimpl.lab.data import domains, text
+from refimpl.lab.measure.bits import BitsPerByte, bits_per_byte
 from refimpl.lab.measure.statistics import Interval, difference, paired_bootstrap
-from refimpl.lab.models.lstm import BitsPerByte, bits_per_byte
 from refimpl.lab.study.claims import Claim, Outcome, Verdict, judge
 from refimpl.lab.study.jobs import in_processes
 from refimpl.lab.study.precision import declares
