@@ -143,7 +143,7 @@ class Study:
         claims: judged when everything is recorded.
         measure: ``measure(job)`` yields rows; importable by name, because it runs in another process.
         arms: of a profile; frozen dataclasses with a name and a condition. One whose tuning runs are kept under another
-            condition than its own gives that as ``validation``.
+            condition than its own gives that as ``validation``, under another name than "... at RATE" as ``trial(rate)``.
         seeds: of an arm at a profile.
         data: hashes of the data and models that are read, by name.
         rates: learning rates to choose from, or a function that gives those of an arm; () where nothing is tuned. The
@@ -259,7 +259,8 @@ def place(job: Job) -> tuple[str, str, int]:
     arm = job.arm
     if job.split == "test":
         return arm.name, arm.condition, job.seed
-    return f"{arm.name} at {job.rate:g}", getattr(arm, "validation", arm.condition), job.seed
+    name = arm.trial(job.rate) if hasattr(arm, "trial") else f"{arm.name} at {job.rate:g}"
+    return name, getattr(arm, "validation", arm.condition), job.seed
 
 
 def run(module: str, out: Path, profile: str = "study", again: Sequence[str] = ()) -> Results:
