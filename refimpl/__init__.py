@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from refimpl.core.files.serve import serve
     from refimpl.kvcache import CSKV, MatryoshkaKV
     from refimpl.lowrank import EoRA
-    from refimpl.methods import METHODS
+    from refimpl.methods import METHODS, POLICIES
     from refimpl.quantization import AdaQuant
     from refimpl.training_data import RS2, LossReweighting
 
@@ -42,7 +42,7 @@ _WHERE = {
     "training_data": ("RS2", "LossReweighting"),
     "kvcache": ("CSKV", "MatryoshkaKV"),
     "lowrank": ("EoRA",),
-    "methods": ("METHODS",),
+    "methods": ("METHODS", "POLICIES"),
     "quantization": ("AdaQuant",),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
@@ -53,6 +53,7 @@ __all__ = [
     "H2O",
     "KIVI",
     "METHODS",
+    "POLICIES",
     "RS2",
     "RTN",
     "ActSVD",

@@ -122,6 +122,64 @@ def study(
     typer.echo(f"Results: {target}")
 
 
+def restamp(
+    slugs: Annotated[
+        list[str] | None, typer.Argument(help="Studies; all of them if left out.", autocompletion=studies)
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Only say which records the code has moved away from; exit 1 if there are any."),
+    ] = False,
+    minutes: Annotated[
+        float, typer.Option(help="For full-size jobs of each study, both sides together; the quick size always runs.")
+    ] = 10.0,
+) -> None:
+    """Show that recorded numbers stand although the code has changed, and stamp the records.
+
+    Runs part of a study with the code it was recorded with and with the code as it is, on this machine, and compares
+    everything unrounded. Example: refimpl restamp rs2 --minutes 5
+    """
+    for slug in slugs or ():
+        if slug not in studies():
+            raise OptionError(f"slug={slug!r} has no study; use {nearest(slug, studies())}")
+    with waiting("Comparing records with the functions they rest on"):
+        from refimpl.core.files.io import data_path
+        from refimpl.lab.study import replay
+        from refimpl.lab.study.ledger import stale
+        from refimpl.lab.study.records import Results
+    failed = False
+    for slug in slugs or studies():
+        path = data_path("results", f"{slug}.json")
+        if not path.exists():
+            typer.echo(f"{slug}: not recorded yet")
+            continue
+        results = Results.load(path)
+        if check:
+            changed = stale(results)
+            arms = [kind for kind, names in results.kinds_resting_on(changed).items() if names]
+            typer.echo(
+                f"{slug}: " + (f"{', '.join(changed)} changed; used by {', '.join(arms)}" if changed else "stands")
+            )
+            failed |= bool(changed)
+            continue
+        try:
+            stamped = replay.restamp(results, minutes, lambda words: typer.echo(f"{words} ...", err=True))
+        except replay.NotStanding as error:
+            typer.echo(str(error), err=True)
+            failed = True
+            continue
+        if not stamped:
+            typer.echo(f"{slug}: nothing it rests on has changed")
+            continue
+        told = results.header["stamps"][-1]["compared"]
+        typer.echo(
+            f"{slug}: stands; {told['values']} values, {told['trainings']} trainings with {told['steps']} steps, "
+            f"{len(told['jobs'])} jobs at full size are equal"
+        )
+    if failed:
+        raise typer.Exit(1)
+
+
 def ledger(
     part: Part = None,
     paper: Annotated[

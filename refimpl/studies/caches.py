@@ -239,7 +239,7 @@ def least(arm: Arm, model: Any, profile: str) -> float:
     """Fewest bytes per token that the method of an arm can keep."""
     length = SIZES[profile].length
     base = METHODS[arm.method](model, profile, 1.0)
-    shapes = [CompressedCache._shape(model, index) for index in range(model.config.num_hidden_layers)]
+    shapes = [CompressedCache.layer_shape(model, index) for index in range(model.config.num_hidden_layers)]
     if base.knob is None:
         return sum(base.nbytes(shape, length) for shape in shapes) / length
     tightest = replace(base, **{base.knob: base.settings(shapes, length)[0]})

@@ -347,7 +347,7 @@ def streamed_perplexity(
             target = ids[0, start + begin + 1 : start + PIECE + 1]
             nll[index] += _nll(logits[begin : begin + len(target)], target)
         cache.finish()
-        full = ids.shape[1] * sum(CompressedCache._shape(model, i).token_bytes for i in range(len(cache.layers)))
+        full = ids.shape[1] * sum(CompressedCache.layer_shape(model, i).token_bytes for i in range(len(cache.layers)))
         kept = 8.0 * model.dtype.itemsize * cache.compressed_nbytes / full
     counts = np.full(len(nll), tokens.ids.shape[1] - first)
     value = math.exp(nll.sum() / counts.sum())
@@ -485,7 +485,7 @@ def run(out: Path, profile: str = "study") -> Results:
             validation = text.evaluation("wikipedia", sequences=size.held_out, length=size.length, split="validation")
             held_out.append(moments(model, validation))
         policy = fitted(model, profile, factors, draw=draw)
-        rank = policy.ranks(CompressedCache._shape(model, 0))[0]
+        rank = policy.ranks(CompressedCache.layer_shape(model, 0))[0]
         for unit, error in relative_errors(held_out[0], policy.factors, rank).items():
             results.add(Record("cskv", factors, "held-out", draw, unit, "relative_error", error))
 

@@ -126,7 +126,7 @@ def test_arms_keep_within_their_budget_or_say_what_the_least_is(monkeypatch: pyt
     model = models.smollm2(layers=1)
     full = model.config.num_key_value_heads * 64 * 2 * model.dtype.itemsize
     length = caches.SIZES["quick"].length
-    shape = caches.CompressedCache._shape(model, 0)
+    shape = caches.CompressedCache.layer_shape(model, 0)
     for arm in caches.arms("quick"):
         if arm.budget is None:
             continue

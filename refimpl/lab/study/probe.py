@@ -23,11 +23,13 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         request: "root" (folder that holds the package), "module" (of the study), "quick" (whether to run its quick size) and
-            "jobs" (list of [arm, condition, seed] to run at full size, with the rates of the results file "recorded").
+            "jobs" (list of [arm, condition, seed] to run at full size, with the rates of the results file "recorded") and
+            "judge" (results files to judge).
 
     Returns:
         "values" ([arm, condition, seed, unit, metric, hexadecimal float] each), "trainings" (loss, rate and gradient norm of
-        every step and a hash of the final weights), "functions" ([module, name] of what ran).
+        every step and a hash of the final weights), "functions" ([module, name] of what ran) and "judged" (for each file the
+        verdict and numbers of each claim).
     """
     sys.path[:] = [request["root"], *(entry for entry in sys.path if Path(entry).resolve() != Path(__file__).parent)]
     notes = _Notes()
@@ -42,7 +44,9 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     for job in request["jobs"]:
         notes.prefix = "full size: "
         _full(request["module"], request["recorded"], tuple(job), notes)
-    return {"values": notes.values, "trainings": notes.trainings, "functions": sorted(notes.functions)}
+    judged = [_judged(request["module"], file) for file in request.get("judge", ())]
+    functions = sorted(notes.functions)
+    return {"values": notes.values, "trainings": notes.trainings, "functions": functions, "judged": judged}
 
 
 class _Notes:
@@ -109,6 +113,21 @@ def _full(module: str, recorded: str, wanted: tuple[Any, ...], notes: _Notes) ->
             notes.values += [notes.row(record) for record in engine.records(chosen[0], rows, study.slug)]
             return
     raise SystemExit(f"{module} has no job {wanted}")
+
+
+def _judged(module: str, file: str) -> dict[str, Any]:
+    """Verdict and numbers of each claim; of a rule that cannot be applied the kind of error."""
+    claims = importlib.import_module(module).CLAIMS
+    judge = _either("refimpl.lab.study.claims", "refimpl.lab.ledger").judge
+    results = _either("refimpl.lab.study.records", "refimpl.lab.records").Results.load(file)
+    answer: dict[str, Any] = {}
+    for claim in claims:
+        try:
+            (row,) = judge(results, [claim])
+            answer[claim.id] = [row[key] for key in ("verdict", "estimate", "low", "high", "mde", "control", "scale")]
+        except Exception as error:  # whatever it is, both sides must meet it
+            answer[claim.id] = type(error).__name__
+    return answer
 
 
 def _either(*names: str) -> Any:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _FORMAT = 2
 _FORMER = 1  # declared the modules it rests on, by hand
+_GONE = ("", "", "")  # a function that no longer exists
 _PACKAGES = ("torch", "transformers", "refimpl")
 #: Name in a study's module that holds the rule.
 RULE = "CLAIMS"
@@ -163,7 +164,7 @@ class Results:
             for arm in again:
                 results.drop(arm)
             results._must_match(header, dtype)
-        results.header["runs"].append(_environment(dtype))
+        results.header["runs"].append(environment(dtype))
         return results
 
     def _must_match(self, header: dict[str, Any], dtype: str) -> None:
@@ -216,8 +217,33 @@ class Results:
         rows = [tuple(row) for row in self.header.get("functions", ())]
         for stamp in self.header.get("stamps", ()):
             for index, row in stamp["functions"].items():
-                rows[int(index)] = tuple(row)
+                rows[int(index)] = _GONE if row is None else tuple(row)
         return rows
+
+    def rule_hash(self) -> str:
+        """Hash of the claims that judge these records, as of the last stamp that has one."""
+        stamped = [stamp["compared"]["rule"] for stamp in self.header["stamps"] if "rule" in stamp["compared"]]
+        return stamped[-1] if stamped else self.header["rule"]["hash"]
+
+    def perturbed(self, rng: np.random.Generator, spread: float) -> Results:
+        """A copy whose values are multiplied by random factors around 1, one for each arm and one for each value.
+
+        Args:
+            rng: draws the factors.
+            spread: standard deviation of their logarithms.
+        """
+        copy = Results(self.path, self.header)
+        arms = {arm: math.exp(rng.normal(0.0, spread)) for arm in dict.fromkeys(key[0] for key in self._series)}
+        for key, (cost, values) in self._series.items():
+            fixed = key[3] == "tokens"  # a size, which all arms share
+            factors = (
+                np.ones(len(values)) if fixed else arms[key[0]] * np.exp(rng.normal(0.0, spread / 10, len(values)))
+            )
+            copy._series[key] = (
+                cost,
+                {unit: _rounded(v * f) for (unit, v), f in zip(values.items(), factors, strict=True)},
+            )
+        return copy
 
     def changed_functions(self, now: Sources | None = None) -> list[str]:
         """Names of the functions that differ from those of the last stamp; a moved function is followed.
@@ -480,7 +506,8 @@ def _tree() -> Sources:
     return Sources.of_tree()
 
 
-def _environment(dtype: str) -> dict[str, Any]:
+def environment(dtype: str) -> dict[str, Any]:
+    """Time, commit, versions and processor of a run, as the header keeps them."""
     versions = {}
     for package in _PACKAGES:
         try:
