@@ -339,16 +339,8 @@ class Results:
             >>> results.values("dense", "training", metric="train loss")
             {'2': 0.75, '4': 0.291667}
         """
-        rows: list[tuple[int, str, float]] = []
-        for start in range(0, len(history.steps) - every + 1, every):
-            chunk = history.steps[start : start + every]
-            step = int(chunk[-1]["step"])
-            rows.append((step, "train loss", sum(entry["loss"] for entry in chunk) / every))
-            rows.append((step, "lr", chunk[-1]["lr"]))
-        for entry in history.evaluations:
-            rows += [(int(entry["step"]), name, value) for name, value in entry.items() if name != "step"]
         paper = self.header["paper"]
-        self.add(*(Record(paper, arm, condition, seed, str(step), name, value) for step, name, value in rows))
+        self.add(*(Record(paper, arm, condition, seed, *point) for point in curve_points(history, every)))
 
     def has(self, arm: str, condition: str = "", seed: int = 0) -> bool:
         """Whether an arm has been recorded, so that a resumed study can skip it."""
@@ -452,6 +444,28 @@ class Results:
         )
         with atomic_write(self.path) as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+
+def curve_points(history: History, every: int = 1) -> Iterator[tuple[str, str, float]]:
+    """The curves of a training as (step, metric, value).
+
+    Args:
+        history: what `refimpl.core.train.loop.train` returned.
+        every: means over this many steps are kept, under the last of them ("train loss", and "lr" at that step);
+            the evaluations are kept all, under their own names.
+
+    Example:
+        >>> from refimpl.core.train.loop import History
+        >>> list(curve_points(History([{"step": 1, "loss": 2.0, "lr": 0.1}])))
+        [('1', 'train loss', 2.0), ('1', 'lr', 0.1)]
+    """
+    for start in range(0, len(history.steps) - every + 1, every):
+        chunk = history.steps[start : start + every]
+        step = str(int(chunk[-1]["step"]))
+        yield step, "train loss", sum(entry["loss"] for entry in chunk) / every
+        yield step, "lr", chunk[-1]["lr"]
+    for entry in history.evaluations:
+        yield from ((str(int(entry["step"])), name, value) for name, value in entry.items() if name != "step")
 
 
 def _dumps(value: object) -> str:

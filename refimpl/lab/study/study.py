@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm.auto import tqdm
 
@@ -24,9 +24,12 @@ from refimpl.core.errors import OptionError, TrainingError, nearest
 from refimpl.lab import wheels
 from refimpl.lab.study.claims import Claim, judge
 from refimpl.lab.study.jobs import in_processes
-from refimpl.lab.study.records import Record, Results
+from refimpl.lab.study.records import Record, Results, curve_points
 from refimpl.lab.study.sources import module_hash
 from refimpl.lab.study.trace import traced
+
+if TYPE_CHECKING:
+    from refimpl.core.train.loop import History
 
 #: Seed of all tuning; no arm is measured with it.
 TUNING_SEED = 0
@@ -52,6 +55,23 @@ class Row(NamedTuple):
     condition: str | None = None
     arm: str | None = None
     cost: float | None = None
+
+
+def curves(history: History, suffix: str = " curve", every: int = 1, condition: str | None = None) -> Iterator[Row]:
+    """The loss, the rate and the evaluations of a training as rows whose units are steps.
+
+    Args:
+        history: what `refimpl.core.train.loop.train` returned.
+        suffix, condition: where the rows go, apart from what is measured afterwards.
+        every: see `refimpl.lab.study.records.curve_points`.
+
+    Example:
+        >>> from refimpl.core.train.loop import History
+        >>> next(curves(History([{"step": 1, "loss": 2.0, "lr": 0.1}])))[:4]
+        ('train loss', 2.0, '1', ' curve')
+    """
+    for step, metric, value in curve_points(history, every):
+        yield Row(metric, value, step, suffix, condition)
 
 
 @dataclass(frozen=True)
@@ -101,7 +121,8 @@ class Study:
         slug: of the paper.
         claims: judged when everything is recorded.
         measure: ``measure(job)`` yields rows; importable by name, because it runs in another process.
-        arms: of a profile; frozen dataclasses with a name and a condition.
+        arms: of a profile; frozen dataclasses with a name and a condition. One whose tuning runs are kept under another
+            condition than its own gives that as ``validation``.
         seeds: of an arm at a profile.
         data: hashes of the data and models that are read, by name.
         rates: learning rates to choose from; () where nothing is tuned. The middle one serves the quick size.
@@ -206,8 +227,10 @@ def place(job: Job) -> tuple[str, str, int]:
         >>> place(Job("demo", Place("dense", "mnist"), 0, "study", 0.01, "validation"))
         ('dense at 0.01', 'mnist', 0)
     """
-    name = job.arm.name if job.split == "test" else f"{job.arm.name} at {job.rate:g}"
-    return name, job.arm.condition, job.seed
+    arm = job.arm
+    if job.split == "test":
+        return arm.name, arm.condition, job.seed
+    return f"{arm.name} at {job.rate:g}", getattr(arm, "validation", arm.condition), job.seed
 
 
 def run(module: str, out: Path, profile: str = "study", again: Sequence[str] = ()) -> Results:
