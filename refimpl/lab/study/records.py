@@ -312,14 +312,8 @@ class Results:
         self, arm: str, condition: str, seed: int, result: Perplexity, cost: float | None = None
     ) -> None:
         """Add a perplexity as two metrics for each document: "nll" (sum, nats) and "tokens"."""
-        result = result.by_unit()
-        for metric, values in (("nll", result.nll), ("tokens", result.counts)):
-            self.add(
-                *(
-                    Record(self.header["paper"], arm, condition, seed, unit, metric, float(value), cost)
-                    for unit, value in zip(result.units, values, strict=True)
-                )
-            )
+        paper = self.header["paper"]
+        self.add(*(Record(paper, arm, condition, seed, *point, cost) for point in perplexity_points(result)))
 
     def add_history(self, arm: str, condition: str, seed: int, history: History, every: int = 1) -> None:
         """Add the curves of a training: each unit is a step, each metric a curve.
@@ -452,6 +446,19 @@ class Results:
         )
         with atomic_write(self.path) as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+
+def perplexity_points(result: Perplexity) -> Iterator[tuple[str, str, float]]:
+    """A perplexity as (document, metric, value): "nll" (sum, nats) and "tokens" of every document.
+
+    Example:
+        >>> list(perplexity_points(Perplexity(2.0, np.array([3.0, 4.0]), np.array([5, 5]), ["a", "a"])))
+        [('a', 'nll', 7.0), ('a', 'tokens', 10.0)]
+    """
+    result = result.by_unit()
+    for metric, values in (("nll", result.nll), ("tokens", result.counts)):
+        for unit, value in zip(result.units, values, strict=True):
+            yield unit, metric, float(value)
 
 
 def _dumps(value: object) -> str:

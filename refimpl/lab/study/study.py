@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm.auto import tqdm
 
@@ -24,9 +24,12 @@ from refimpl.core.errors import OptionError, TrainingError, nearest
 from refimpl.lab import wheels
 from refimpl.lab.study.claims import Claim, judge
 from refimpl.lab.study.jobs import in_processes
-from refimpl.lab.study.records import Record, Results
+from refimpl.lab.study.records import Record, Results, perplexity_points
 from refimpl.lab.study.sources import module_hash
 from refimpl.lab.study.trace import traced
+
+if TYPE_CHECKING:
+    from refimpl.lab.measure.metrics import Perplexity
 
 #: Seed of all tuning; no arm is measured with it.
 TUNING_SEED = 0
@@ -52,6 +55,26 @@ class Row(NamedTuple):
     condition: str | None = None
     arm: str | None = None
     cost: float | None = None
+
+
+def documents(
+    found: Perplexity, cost: float | None = None, suffix: str = "", condition: str | None = None
+) -> Iterator[Row]:
+    """A perplexity as rows: for each document "nll" (sum, nats) and "tokens".
+
+    Args:
+        found: of windows or documents; `Results.perplexity` gives it back by document.
+        cost: in bits per weight.
+        suffix, condition: as in a `Row`.
+
+    Example:
+        >>> import numpy as np
+        >>> from refimpl.lab.measure.metrics import Perplexity
+        >>> [row[:3] for row in documents(Perplexity(2.0, np.array([6.9]), np.array([10]), ["Alan Turing"]))]
+        [('nll', 6.9, 'Alan Turing'), ('tokens', 10.0, 'Alan Turing')]
+    """
+    for unit, metric, value in perplexity_points(found):
+        yield Row(metric, value, unit, suffix, condition, cost=cost)
 
 
 @dataclass(frozen=True)
