@@ -442,6 +442,28 @@ class Results:
             temporary.write_text(text, encoding="utf-8")
 
 
+def curve_points(history: History, every: int = 1) -> Iterator[tuple[str, str, float]]:
+    """The curves of a training as (step, metric, value).
+
+    Args:
+        history: what `refimpl.core.train.loop.train` returned.
+        every: means over this many steps are kept, under the last of them ("train loss", and "lr" at that step);
+            the evaluations are kept all, under their own names.
+
+    Example:
+        >>> from refimpl.core.train.loop import History
+        >>> list(curve_points(History([{"step": 1, "loss": 2.0, "lr": 0.1}])))
+        [('1', 'train loss', 2.0), ('1', 'lr', 0.1)]
+    """
+    for start in range(0, len(history.steps) - every + 1, every):
+        chunk = history.steps[start : start + every]
+        step = str(int(chunk[-1]["step"]))
+        yield step, "train loss", sum(entry["loss"] for entry in chunk) / every
+        yield step, "lr", chunk[-1]["lr"]
+    for entry in history.evaluations:
+        yield from ((str(int(entry["step"])), name, value) for name, value in entry.items() if name != "step")
+
+
 def perplexity_points(result: Perplexity) -> Iterator[tuple[str, str, float]]:
     """A perplexity as (document, metric, value): "nll" (sum, nats) and "tokens" of every document.
 

@@ -61,10 +61,12 @@ class Row(NamedTuple):
 
 def curves(history: History, suffix: str = " curve", every: int = 1, condition: str | None = None) -> Iterator[Row]:
     """The loss, the rate and the evaluations of a training as rows whose units are steps.
+
     Args:
         history: what `refimpl.core.train.loop.train` returned.
         suffix, condition: where the rows go, apart from what is measured afterwards.
         every: see `refimpl.lab.study.records.curve_points`.
+
     Example:
         >>> from refimpl.core.train.loop import History
         >>> next(curves(History([{"step": 1, "loss": 2.0, "lr": 0.1}])))[:4]
