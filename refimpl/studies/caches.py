@@ -32,6 +32,7 @@ from refimpl.lab.measure.statistics import Interval, compare, difference, paired
 from refimpl.lab.measure.tasks.items import group
 from refimpl.lab.study.claims import Claim, Outcome, Verdict, judge
 from refimpl.lab.study.jobs import in_processes
+from refimpl.lab.study.precision import declares
 from refimpl.lab.study.records import Record, Results
 from refimpl.studies import cskv, matryoshka_kv
 
@@ -507,6 +508,7 @@ def _jobs(results: Results, profile: str) -> Iterator[Job]:
             yield profile, workload, tuple(shared[first : first + TOGETHER])
 
 
+@declares("bfloat16")
 def run(out: Path, profile: str = "study") -> Results:
     """Measure every arm on what the results file lacks, and judge the claims.
 

@@ -31,8 +31,8 @@ from refimpl.core.train.loop import History, train
 from refimpl.core.train.sampling import mixture_loader
 from refimpl.core.train.schedules import Constant, Infinite, Schedule, Scheduled
 from refimpl.lab.data import domains
+from refimpl.lab.measure.bits import language_model_loss
 from refimpl.lab.measure.statistics import Interval, t_interval
-from refimpl.lab.models.lstm import language_model_loss
 from refimpl.lab.study.claims import (
     ABOVE_ZERO,
     BELOW_ONE,

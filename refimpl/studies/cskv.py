@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from refimpl.core.cache import CompressedCache, Policy, cache_argument, fingerprint
 from refimpl.core.files.io import atomic_write
+from refimpl.core.stored import stored_dtype
 from refimpl.core.train.loop import Recipe
 from refimpl.kvcache.cskv import CSKV, Factors, Moments, factorise, moments, reconstruct
 from refimpl.lab import models, wheels
@@ -35,6 +36,7 @@ from refimpl.lab.data import text
 from refimpl.lab.measure.metrics import Perplexity
 from refimpl.lab.measure.statistics import Interval, compare, difference, paired_bootstrap
 from refimpl.lab.study.claims import Claim, Outcome, Verdict, judge
+from refimpl.lab.study.precision import declares
 from refimpl.lab.study.records import Record, Results
 from refimpl.lab.study.sources import module_hash
 
@@ -335,7 +337,7 @@ def streamed_perplexity(
     Returns:
         The perplexity, and the bits kept for each number of keys and values after T tokens.
     """
-    nll, kept = np.zeros(len(tokens.ids)), 8.0 * model.dtype.itemsize
+    nll, kept = np.zeros(len(tokens.ids)), 8.0 * stored_dtype(model).itemsize
     for index, ids in enumerate(tokens.ids.split(1)):
         cache = None if policy is None else policy.cache(model, prefill=prefill)
         if cache is None:
@@ -348,7 +350,7 @@ def streamed_perplexity(
             nll[index] += _nll(logits[begin : begin + len(target)], target)
         cache.finish()
         full = ids.shape[1] * sum(CompressedCache.layer_shape(model, i).token_bytes for i in range(len(cache.layers)))
-        kept = 8.0 * model.dtype.itemsize * cache.compressed_nbytes / full
+        kept = 8.0 * stored_dtype(model).itemsize * cache.compressed_nbytes / full
     counts = np.full(len(nll), tokens.ids.shape[1] - first)
     value = math.exp(nll.sum() / counts.sum())
     return Perplexity(value, nll, counts, list(tokens.units), tokens.corpus), kept
@@ -436,6 +438,7 @@ def _untrained(model: Any, profile: str, init: str, draw: int) -> tuple[Factors,
     return factorise(_moments(model, profile, draw)[0], init, seed=draw)
 
 
+@declares("bfloat16")
 def run(out: Path, profile: str = "study") -> Results:
     """Run every arm that the results file lacks, and judge the claims.
 

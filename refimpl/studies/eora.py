@@ -32,6 +32,7 @@ from refimpl.lab.data import text
 from refimpl.lab.measure.metrics import PeakMemory, Perplexity, footprint, perplexity
 from refimpl.lab.measure.statistics import Interval, compare, paired_bootstrap
 from refimpl.lab.study.claims import Claim, Outcome, Verdict, judge
+from refimpl.lab.study.precision import declares
 from refimpl.lab.study.records import Record, Results
 
 # What computes the numbers. The driver (core.compress) is left out on purpose: its order of work is pinned by tests
@@ -404,6 +405,7 @@ def _output_error(original: torch.Tensor, weight: torch.Tensor, stats: InputStat
     return float(((difference @ stats.gram) * difference).sum() / ((original @ stats.gram) * original).sum())
 
 
+@declares("bfloat16")
 def run(out: Path, profile: str = "study") -> Results:
     """Run every arm that the results file lacks, and judge the claims.
 

@@ -29,6 +29,7 @@ from refimpl.lab.measure.metrics import footprint, perplexity
 from refimpl.lab.measure.statistics import compare
 from refimpl.lab.measure.tasks.items import group
 from refimpl.lab.study.claims import Claim, Outcome, Verdict, judge
+from refimpl.lab.study.precision import declares
 from refimpl.lab.study.records import Results
 from refimpl.lab.study.sources import module_hashes
 
@@ -265,6 +266,7 @@ def _unpack(model: nn.Module) -> None:
             setattr(model.get_submodule(parent), attribute, dense)
 
 
+@declares("bfloat16")
 def run(out: Path, profile: str = "study") -> Results:
     """Run every arm that the results file lacks, and judge the claim.
 

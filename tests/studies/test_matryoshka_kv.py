@@ -140,7 +140,7 @@ def test_measures_are_those_of_the_model():
     exact = study.exact_scores(model, rows)
     found = study.measure(model, rows, None, exact)
     assert found["divergence"] == 0
-    from refimpl.lab.models.lstm import bits_per_byte
+    from refimpl.lab.measure.bits import bits_per_byte
 
     expected = bits_per_byte(model, rows, ["a"] * len(rows), small.tokenizer()).value
     assert found["bits per byte"] == pytest.approx(expected, rel=1e-6)

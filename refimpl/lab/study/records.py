@@ -172,6 +172,8 @@ class Results:
         changed += [key for key in ("paper", "study", "profile") if self.header[key] != header[key]]
         if (self.header["rule"] is None) != (header["rule"] is None):
             changed.append("whether the rule is committed")
+        elif header["rule"] and "hash" in self.header["rule"] and header["rule"]["hash"] != self.rule_hash():
+            changed.append("the rule")  # or it could be bent to the numbers that are there
         recorded = self.header["runs"][-1]["dtype"]
         if recorded != dtype:  # rounding differs by more than some of the effects that are looked for
             changed.append(f"dtype: {recorded} then, {dtype} now")
@@ -312,14 +314,8 @@ class Results:
         self, arm: str, condition: str, seed: int, result: Perplexity, cost: float | None = None
     ) -> None:
         """Add a perplexity as two metrics for each document: "nll" (sum, nats) and "tokens"."""
-        result = result.by_unit()
-        for metric, values in (("nll", result.nll), ("tokens", result.counts)):
-            self.add(
-                *(
-                    Record(self.header["paper"], arm, condition, seed, unit, metric, float(value), cost)
-                    for unit, value in zip(result.units, values, strict=True)
-                )
-            )
+        paper = self.header["paper"]
+        self.add(*(Record(paper, arm, condition, seed, *point, cost) for point in perplexity_points(result)))
 
     def add_history(self, arm: str, condition: str, seed: int, history: History, every: int = 1) -> None:
         """Add the curves of a training: each unit is a step, each metric a curve.
@@ -466,6 +462,19 @@ def curve_points(history: History, every: int = 1) -> Iterator[tuple[str, str, f
         yield step, "lr", chunk[-1]["lr"]
     for entry in history.evaluations:
         yield from ((str(int(entry["step"])), name, value) for name, value in entry.items() if name != "step")
+
+
+def perplexity_points(result: Perplexity) -> Iterator[tuple[str, str, float]]:
+    """A perplexity as (document, metric, value): "nll" (sum, nats) and "tokens" of every document.
+
+    Example:
+        >>> list(perplexity_points(Perplexity(2.0, np.array([3.0, 4.0]), np.array([5, 5]), ["a", "a"])))
+        [('a', 'nll', 7.0), ('a', 'tokens', 10.0)]
+    """
+    result = result.by_unit()
+    for metric, values in (("nll", result.nll), ("tokens", result.counts)):
+        for unit, value in zip(result.units, values, strict=True):
+            yield unit, metric, float(value)
 
 
 def _dumps(value: object) -> str:
