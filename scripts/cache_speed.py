@@ -1,6 +1,6 @@
 """How fast SmolLM2 decodes on this machine's processor with each compressed cache; writes data/cache_speed.json.
 
-Run it on a quiet machine (5 minutes on two cores; the fits of the studies are read where they are kept):
+Run it on a quiet machine (6 minutes on two cores, fits included):
 
     python scripts/cache_speed.py
 
@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -45,9 +47,10 @@ ROUNDS, NEW, WARM = 5, 12, 2  # tokens timed in a round, and before the clock st
 
 def caches(model: Any, profile: str) -> dict[str, Callable[[int], Any]]:
     """How each cache is made for a context of so many tokens."""
-    low_rank = cskv.fitted(model, profile, "closed form")
-    four_bits = cskv.fitted(model, profile, "closed form", bits=4)
-    nested = matryoshka_kv.fitted(model, profile, "PCA")
+    with tempfile.TemporaryDirectory() as folder:
+        low_rank = cskv.fitted(model, profile, folder, "closed form")
+        nested = matryoshka_kv.fitted(model, profile, "PCA")
+    four_bits = replace(low_rank, bits=4)
     return {
         LIBRARY: lambda length: DynamicCache(config=model.config),
         OURS: lambda length: Full().cache(model),

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from refimpl.baselines.kvcache import H2O, KIVI, Full, SnapKV, StreamingLLM, ThinK
 from refimpl.core.cache import CompressedCache, Policy
 from refimpl.core.errors import OptionError
-from refimpl.lab import models
+from refimpl.lab import models, wheels
 from refimpl.lab.data import text
 from refimpl.lab.measure import longtext
 from refimpl.lab.measure.metrics import Perplexity
@@ -39,7 +39,9 @@ from refimpl.studies import cskv, matryoshka_kv
 # What computes the numbers. The host of caches is left out as in the chapters' studies: tests compare it with plain
 # attention, and a new message there must not make the results stale.
 DEPENDS = [
-    *cskv.DEPENDS,
+    "refimpl.kvcache.cskv",
+    "refimpl.baselines.kvcache.kivi",
+    "refimpl.baselines.svd",
     *matryoshka_kv.DEPENDS,
     "refimpl.studies.cskv",
     "refimpl.studies.matryoshka_kv",
@@ -147,14 +149,18 @@ SIZES = {
 Make = Callable[[Any, str, float], Policy]  # model, profile, budget
 
 
+def _folder(profile: str) -> Path:
+    return wheels.cache_folder() / "studies" / "caches" / profile
+
+
 def _cskv(factors: str, bits: int) -> Make:
     def make(model: Any, profile: str, budget: float) -> Policy:
-        base = cskv.fitted(model, profile, "closed form")
+        base = cskv.fitted(model, profile, _folder(profile), "closed form")
         found = _within(replace(base, bits=bits), model, profile, budget)
         assert isinstance(found, type(base))
         if factors == "closed form":
             return found
-        return cskv.fitted(model, profile, factors, found.density, bits)
+        return cskv.fitted(model, profile, _folder(profile), factors, found.density, bits)
 
     return make
 
