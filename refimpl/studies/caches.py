@@ -41,7 +41,10 @@ DEPENDS = [
     "refimpl.kvcache.cskv",
     "refimpl.baselines.kvcache.kivi",
     "refimpl.baselines.svd",
-    *matryoshka_kv.DEPENDS,
+    "refimpl.kvcache.matryoshka_kv",
+    "refimpl.core.train.loop",
+    "refimpl.lab.models.lstm",
+    "refimpl.lab.data.text",
     "refimpl.studies.cskv",
     "refimpl.studies.matryoshka_kv",
     *(f"refimpl.baselines.kvcache.{name}" for name in ("full", "h2o", "snapkv", "streaming", "think")),
@@ -166,7 +169,7 @@ def _cskv(factors: str, bits: int) -> Make:
 
 def _matryoshka(kind: str) -> Make:
     def make(model: Any, profile: str, budget: float) -> Policy:
-        return _within(matryoshka_kv.fitted(model, profile, kind), model, profile, budget)
+        return _within(matryoshka_kv.fitted(model, profile, _folder(profile), kind), model, profile, budget)
 
     return make
 
