@@ -32,6 +32,7 @@ from transformers import DynamicCache
 from refimpl.baselines.kvcache import KIVI, Full, SnapKV
 from refimpl.core.cache import NAME, CompressedCache, cache_argument
 from refimpl.core.files.io import data_path, write_json
+from refimpl.core.stored import stored_dtype
 from refimpl.kvcache.cskv import factorise, moments
 from refimpl.kvcache.matryoshka_kv import calibrate, pca
 from refimpl.lab import models
@@ -91,7 +92,8 @@ def milliseconds(model: Any, cache: Any, ids: Tensor) -> float:
 
 
 def measure(model: Any, profile: str, contexts: tuple[int, ...], rounds: int) -> dict[str, Any]:
-    """Milliseconds a token and bytes, by context and cache."""
+    """Milliseconds a token and bytes as stored, by context and cache."""
+    stored = stored_dtype(model).itemsize
     windows = text.evaluation("wikipedia", sequences=-(-(max(contexts) + NEW + WARM) // 512), length=512)
     ids = windows.ids.reshape(1, -1)
     found: dict[str, Any] = {}
@@ -109,7 +111,7 @@ def measure(model: Any, profile: str, contexts: tuple[int, ...], rounds: int) ->
                 "ratio": [full / own for full, own in zip(times[OURS], times[name], strict=True)],
                 "bytes": sum(layer.nbytes for layer in cache.layers)
                 if isinstance(cache, CompressedCache)
-                else sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers),
+                else stored * sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers),
             }
             for name, cache in ready.items()
         }

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from refimpl.core.cache import CompressedCache, Policy, cache_argument
 from refimpl.core.files.io import atomic_write
+from refimpl.core.stored import stored_dtype
 from refimpl.core.train.loop import Recipe
 from refimpl.kvcache.cskv import CSKV, Factors, Moments, factorise, moments, reconstruct
 from refimpl.lab import models
@@ -315,7 +316,7 @@ def streamed_perplexity(
     Returns:
         The perplexity, and the bits kept for each number of keys and values after T tokens.
     """
-    nll, kept = np.zeros(len(tokens.ids)), 8.0 * model.dtype.itemsize
+    nll, kept = np.zeros(len(tokens.ids)), 8.0 * stored_dtype(model).itemsize
     for index, ids in enumerate(tokens.ids.split(1)):
         cache = None if policy is None else policy.cache(model, prefill=prefill)
         if cache is None:
@@ -328,7 +329,7 @@ def streamed_perplexity(
             nll[index] += _nll(logits[begin : begin + len(target)], target)
         cache.finish()
         full = ids.shape[1] * sum(CompressedCache.layer_shape(model, i).token_bytes for i in range(len(cache.layers)))
-        kept = 8.0 * model.dtype.itemsize * cache.compressed_nbytes / full
+        kept = 8.0 * stored_dtype(model).itemsize * cache.compressed_nbytes / full
     counts = np.full(len(nll), tokens.ids.shape[1] - first)
     value = math.exp(nll.sum() / counts.sum())
     return Perplexity(value, nll, counts, list(tokens.units), tokens.corpus), kept

@@ -23,11 +23,13 @@ from refimpl.core.train.masks import bake
 from refimpl.lab import wheels
 from refimpl.lab.data import text
 from refimpl.lab.data.images import dataset_hash, images
+from refimpl.lab.data.windows import windows
+from refimpl.lab.measure.bits import bits_per_byte, language_model_loss
 from refimpl.lab.measure.classify import classify, cross_entropy_loss, flops, score_rows
 from refimpl.lab.measure.metrics import footprint
 from refimpl.lab.models import small
 from refimpl.lab.models.classifiers import resnet
-from refimpl.lab.models.lstm import LSTMLanguageModel, bits_per_byte, language_model_loss, windows
+from refimpl.lab.models.lstm import LSTMLanguageModel
 from refimpl.lab.study.claims import ABOVE_ZERO, BELOW_ONE, Bound, Claim, Every, Gap
 from refimpl.lab.study.study import Job, Row, Study, curves
 from refimpl.pruning.gradual_magnitude import GradualMagnitude, model_storage, sparsity_for

@@ -42,10 +42,11 @@ from refimpl.kvcache.matryoshka_kv import (
 from refimpl.kvcache.ragged import Bases
 from refimpl.lab import models, wheels
 from refimpl.lab.data import text
+from refimpl.lab.data.windows import windows
+from refimpl.lab.measure.bits import token_bytes
 from refimpl.lab.measure.metrics import Perplexity
 from refimpl.lab.measure.statistics import t_interval
 from refimpl.lab.models import small
-from refimpl.lab.models.lstm import token_bytes, windows
 from refimpl.lab.study.claims import ABOVE_ZERO, BELOW_ONE, Bound, Claim, Every, Gap, Outcome, Place, grade, over_seeds
 from refimpl.lab.study.claims import Arm as Compared
 from refimpl.lab.study.records import Results

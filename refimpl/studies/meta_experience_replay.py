@@ -38,8 +38,8 @@ from refimpl.continual.meta_experience_replay import (
 )
 from refimpl.core.train.loop import Recipe, train
 from refimpl.lab.data.domains import DOMAINS, domain_hash, llama, measured, windows
+from refimpl.lab.measure.bits import language_model_loss
 from refimpl.lab.measure.statistics import t_interval
-from refimpl.lab.models.lstm import language_model_loss
 from refimpl.lab.study.claims import Claim, Outcome, Verdict, judge
 from refimpl.lab.study.jobs import in_processes
 from refimpl.lab.study.records import Record, Results

@@ -39,8 +39,8 @@ from refimpl.kvcache.matryoshka_kv import (
     truncate,
 )
 from refimpl.kvcache.ragged import Bases, FoldedOutput, MatryoshkaLayer, Packed, output_matrix
+from refimpl.lab.data.windows import windows
 from refimpl.lab.models import small
-from refimpl.lab.models.lstm import windows
 from tests.core.cache.policy_contract import steps
 
 Make = Callable[[str], PreTrainedModel]

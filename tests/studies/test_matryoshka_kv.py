@@ -10,8 +10,8 @@ import torch
 
 from refimpl.kvcache.matryoshka_kv import MatryoshkaKV
 from refimpl.lab import models
+from refimpl.lab.measure.bits import bits_per_byte
 from refimpl.lab.models import small
-from refimpl.lab.models.lstm import bits_per_byte
 from refimpl.lab.study import study as engine
 from refimpl.lab.study.claims import Outcome, Verdict
 from refimpl.lab.study.records import Record, Results

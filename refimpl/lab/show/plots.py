@@ -245,7 +245,7 @@ def task_points(
 
     Args:
         results: of a study that recorded each item of task T under the condition "task T"
-            (`refimpl.lab.measure.tasks.add_scores`), and perplexities with their bits per weight.
+            (`refimpl.lab.measure.tasks.score_rows`), and perplexities with their bits per weight.
         tasks: which of them.
         metric: "restricted" (best among the candidates) or "free" (the answer is what the model would write).
         condition: of the perplexity.

@@ -318,6 +318,37 @@ class Every:
         return f"{self.quantity}: {arms}; {', '.join(kinds)}: holds if {every} {self.bound}{partly}."
 
 
+@dataclass(frozen=True)
+class Both:
+    """The claim holds if two gaps meet each its own bound, partly if one does; the first is shown.
+
+    Attributes:
+        conditions: gaps with their bounds.
+        quantity, control, scale: of the outcome.
+
+    Example:
+        >>> new, old = (Gap(Place("a"), Place("b"), side) for side in ("new", "old"))
+        >>> str(Both(((new, ABOVE_ZERO), (old, BELOW_ZERO)))).partition("seeds: ")[2]
+        'holds if new, a minus b, lies above 0 and old, a minus b, lies below 0, partly if one of the two does.'
+    """
+
+    conditions: tuple[tuple[Gap, Bound], tuple[Gap, Bound]]
+    quantity: str = ""
+    control: str = ""
+    scale: str = ""
+
+    def __call__(self, results: Results) -> Outcome:
+        found = [(gap.interval(results), bound) for gap, bound in self.conditions]
+        good = [bound.met(gap) for gap, bound in found]
+        verdict = grade(all(good), any(good))
+        return Outcome.of(found[0][0], verdict, scale=self.scale, control=self.control, quantity=self.quantity)
+
+    def __str__(self) -> str:
+        kinds = dict.fromkeys(gap.method for gap, _ in self.conditions)
+        parts = " and ".join(f"{gap.metric}, {gap}, lies {bound}" for gap, bound in self.conditions)
+        return f"{self.quantity}; {', '.join(kinds)}: holds if {parts}, partly if one of the two does."
+
+
 def grade(holds: bool, partly: bool) -> Verdict:
     """A verdict from two conditions.
 

@@ -172,6 +172,8 @@ class Results:
         changed += [key for key in ("paper", "study", "profile") if self.header[key] != header[key]]
         if (self.header["rule"] is None) != (header["rule"] is None):
             changed.append("whether the rule is committed")
+        elif header["rule"] and "hash" in self.header["rule"] and header["rule"]["hash"] != self.rule_hash():
+            changed.append("the rule")  # or it could be bent to the numbers that are there
         recorded = self.header["runs"][-1]["dtype"]
         if recorded != dtype:  # rounding differs by more than some of the effects that are looked for
             changed.append(f"dtype: {recorded} then, {dtype} now")

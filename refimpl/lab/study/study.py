@@ -11,7 +11,6 @@ import hashlib
 import importlib
 import json
 import shutil
-import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,8 +21,10 @@ from tqdm.auto import tqdm
 
 from refimpl.core.errors import OptionError, TrainingError, nearest
 from refimpl.lab import wheels
+from refimpl.lab.models.dtypes import computing_in
 from refimpl.lab.study.claims import Claim, judge
 from refimpl.lab.study.jobs import in_processes
+from refimpl.lab.study.precision import study_dtype
 from refimpl.lab.study.records import Record, Results, curve_points, perplexity_points
 from refimpl.lab.study.sources import module_hash
 from refimpl.lab.study.trace import traced
@@ -143,7 +144,7 @@ class Study:
         claims: judged when everything is recorded.
         measure: ``measure(job)`` yields rows; importable by name, because it runs in another process.
         arms: of a profile; frozen dataclasses with a name and a condition. One whose tuning runs are kept under another
-            condition than its own gives that as ``validation``.
+            condition than its own gives that as ``validation``, under another name than "... at RATE" as ``trial(rate)``.
         seeds: of an arm at a profile.
         data: hashes of the data and models that are read, by name.
         rates: learning rates to choose from, or a function that gives those of an arm; () where nothing is tuned. The
@@ -259,7 +260,8 @@ def place(job: Job) -> tuple[str, str, int]:
     arm = job.arm
     if job.split == "test":
         return arm.name, arm.condition, job.seed
-    return f"{arm.name} at {job.rate:g}", getattr(arm, "validation", arm.condition), job.seed
+    name = arm.trial(job.rate) if hasattr(arm, "trial") else f"{arm.name} at {job.rate:g}"
+    return name, getattr(arm, "validation", arm.condition), job.seed
 
 
 def run(module: str, out: Path, profile: str = "study", again: Sequence[str] = ()) -> Results:
@@ -278,7 +280,12 @@ def run(module: str, out: Path, profile: str = "study", again: Sequence[str] = (
     if profile not in PROFILES:
         raise OptionError(f"profile={profile!r}: use {nearest(profile, PROFILES)}")
     study = load(module)
-    dtype = _dtype(study, Path(out), profile)
+    dtype = study_dtype(out, profile, study.dtype)
+    with computing_in(dtype):
+        return _run(study, module, Path(out), profile, str(dtype).removeprefix("torch."), again)
+
+
+def _run(study: Study, module: str, out: Path, profile: str, dtype: str, again: Sequence[str]) -> Results:
     results = Results.start(
         out,
         paper=study.slug,
@@ -376,19 +383,3 @@ def _called(call: _Call) -> tuple[Any, set[tuple[str, str]]]:
     with traced() as ran:
         answer = call.function(call.item)
     return answer, ran
-
-
-def _dtype(study: Study, out: Path, profile: str) -> str:
-    """The declared one at the study's size, whatever is fast here; the fast one of this processor at the quick size."""
-    if study.dtype == "float32":
-        return "float32"
-    from refimpl.lab import models  # transformers: seconds that studies of small networks save
-
-    fast = str(models.compute_dtype()).removeprefix("torch.")
-    if profile != "study":
-        return fast
-    if fast != study.dtype:
-        print(
-            f"{study.slug} is recorded in {study.dtype}, which is slow on this processor; expect hours", file=sys.stderr
-        )
-    return study.dtype
