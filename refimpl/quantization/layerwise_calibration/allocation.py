@@ -221,7 +221,9 @@ the largest feasible budget
         saved = fsum(savings[name][bits] for name, bits in used)
         if saved >= budget:
             break
-        required += max(budget - saved, 1e-9 * unit)  # the solver tolerates a shortfall of a millionth: ask for that much more
+        required += max(
+            budget - saved, 1e-9 * unit
+        )  # the solver tolerates a shortfall of a millionth: ask for that much more
     # the relaxation I in [0, 1] is never above the integer optimum
     relaxed = _solve(cost, gain / unit, one_each, budget / unit, whole=False)
     return Allocation(policy, float(sum(delta[name][bits] for name, bits in used)), saved, float(cost @ relaxed))
