@@ -81,7 +81,7 @@ class AdaRound(Reconstruction):
     Input ranges are measured and then fixed; inputs are quantised while the weights train.
 
     Args:
-        clip: as in `Reconstruction`; the paper's grid minimises the mean squared error ("mse").
+        clip: initial weight ranges, "mse" (the paper: least mean squared error) or "minmax".
         lr: learning rate of V with Adam (the paper: 1e-3 for 10,000 updates; fewer updates need a larger one).
         regulariser: weight of the regulariser. The objective here is relative to the energy of the outputs and the
             regulariser a mean over the weights, so that one value suits layers of any size.
