@@ -18,7 +18,7 @@ from refimpl.papers import PARTS, papers
 
 #: What can be fetched; a test compares it with `refimpl.lab.fetch`, whose import is too slow for completion.
 RESOURCES = ("smollm2", "text", "mnist")
-#: As in `refimpl.lab.study.ledger.Verdict`.
+#: As in `refimpl.lab.study.claims.Verdict`.
 VERDICTS = ("holds", "partly", "does not hold here", "cannot be tested at this scale")
 
 

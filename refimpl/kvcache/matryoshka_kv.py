@@ -763,7 +763,7 @@ class MatryoshkaKV(Policy):
         return MatryoshkaLayer(_of_layer(self.bases, shape.index), ranks, shape.heads)
 
     def nbytes(self, shape: LayerShape, length: int) -> int:
-        return length * sum(map(sum, self._ranks(shape))) * shape.dtype.itemsize
+        return length * sum(map(sum, self._ranks(shape))) * shape.itemsize
 
     def settings(self, shapes: Sequence[LayerShape], length: int) -> Sequence[int | None | Table]:
         if self.path:

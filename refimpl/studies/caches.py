@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from refimpl.baselines.kvcache import H2O, KIVI, Full, SnapKV, StreamingLLM, ThinK
 from refimpl.core.cache import CompressedCache, Policy
 from refimpl.core.errors import OptionError
-from refimpl.lab import models
+from refimpl.lab import models, wheels
 from refimpl.lab.data import text
 from refimpl.lab.measure import longtext
 from refimpl.lab.measure.metrics import Perplexity
@@ -32,13 +32,16 @@ from refimpl.lab.measure.statistics import Interval, compare, difference, paired
 from refimpl.lab.measure.tasks.items import group
 from refimpl.lab.study.claims import Claim, Outcome, Verdict, judge
 from refimpl.lab.study.jobs import in_processes
+from refimpl.lab.study.precision import declares
 from refimpl.lab.study.records import Record, Results
 from refimpl.studies import cskv, matryoshka_kv
 
 # What computes the numbers. The host of caches is left out as in the chapters' studies: tests compare it with plain
 # attention, and a new message there must not make the results stale.
 DEPENDS = [
-    *cskv.DEPENDS,
+    "refimpl.kvcache.cskv",
+    "refimpl.baselines.kvcache.kivi",
+    "refimpl.baselines.svd",
     *matryoshka_kv.DEPENDS,
     "refimpl.studies.cskv",
     "refimpl.studies.matryoshka_kv",
@@ -146,14 +149,18 @@ SIZES = {
 Make = Callable[[Any, str, float], Policy]  # model, profile, budget
 
 
+def _folder(profile: str) -> Path:
+    return wheels.cache_folder() / "studies" / "caches" / profile
+
+
 def _cskv(factors: str, bits: int) -> Make:
     def make(model: Any, profile: str, budget: float) -> Policy:
-        base = cskv.fitted(model, profile, "closed form")
+        base = cskv.fitted(model, profile, _folder(profile), "closed form")
         found = _within(replace(base, bits=bits), model, profile, budget)
         assert isinstance(found, type(base))
         if factors == "closed form":
             return found
-        return cskv.fitted(model, profile, factors, found.density, bits)
+        return cskv.fitted(model, profile, _folder(profile), factors, found.density, bits)
 
     return make
 
@@ -507,6 +514,7 @@ def _jobs(results: Results, profile: str) -> Iterator[Job]:
             yield profile, workload, tuple(shared[first : first + TOGETHER])
 
 
+@declares("bfloat16")
 def run(out: Path, profile: str = "study") -> Results:
     """Measure every arm on what the results file lacks, and judge the claims.
 

@@ -51,6 +51,7 @@ from refimpl.lab.measure.statistics import Interval, seeds_ratio, t_interval
 from refimpl.lab.models import small
 from refimpl.lab.study.claims import Claim, Outcome, Verdict, judge
 from refimpl.lab.study.jobs import in_processes
+from refimpl.lab.study.precision import declares
 from refimpl.lab.study.records import Record, Results
 from refimpl.lab.study.sources import module_hash
 
@@ -642,6 +643,7 @@ def jobs_of(profile: str, rates: dict[str, float], dtype: str) -> list[Job | Smo
     return jobs + [Job(arm, seed, lr, size) for seed in size.seeds for arm, lr in arms.items()]
 
 
+@declares("bfloat16")
 def run(out: Path, profile: str = "study") -> Results:
     """Run every arm that the results file lacks, and judge the claims.
 

@@ -155,18 +155,18 @@ _every = functools.partial(Every, scale=SCALE)
 
 
 def _gap_closes(results: Results) -> Outcome:
-    def against(r: float) -> Gap:
+    def rival(r: float) -> Arm:
         fixed = (Arm("fixed random", r), Arm("fixed el2n", r))
-        return Gap(Arm(OURS, r), max(fixed, key=lambda arm: over_seeds(results, arm, "accuracy", SEEDS).mean()))
+        return max(fixed, key=lambda arm: over_seeds(results, arm, "accuracy", SEEDS).mean())
 
-    half, tenth = against(LARGE[-1]), against(SMALL[-1])
-    gap = half.interval(results)
-    good = gap.high < 0.01, gap.estimate < tenth.interval(results).estimate / 4
+    half, tenth = LARGE[-1], SMALL[-1]
+    gap, earlier = (Gap(Arm(OURS, r), rival(r)).interval(results) for r in (half, tenth))
+    good = gap.high < 0.01, gap.estimate < earlier.estimate / 4
     return Outcome.of(
         gap,
         grade(all(good), any(good)),
         scale=SCALE,
-        control=f"the better of two fixed subsets ({half.b.name})",
+        control=f"the better of two fixed subsets ({rival(half).name})",
         quantity="accuracy at r = 50 %, RS2 minus fixed subset",
     )
 

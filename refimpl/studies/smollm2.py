@@ -40,6 +40,7 @@ from refimpl.lab.measure.bits import BitsPerByte, bits_per_byte
 from refimpl.lab.measure.statistics import Interval, difference, paired_bootstrap
 from refimpl.lab.study.claims import Claim, Outcome, Verdict, judge
 from refimpl.lab.study.jobs import in_processes
+from refimpl.lab.study.precision import declares
 from refimpl.lab.study.records import Record, Results
 from refimpl.training_data.loss_reweighting import LossReweighting
 from refimpl.training_data.rs2 import RS2, steps, subset_size
@@ -483,6 +484,7 @@ def _add(results: Results, chapter: str, arm: str, found: dict[str, BitsPerByte]
 # -- the run --
 
 
+@declares("bfloat16")
 def run(out: Path, profile: str = "study") -> Results:
     """Train every arm that the results file lacks, and judge the claims.
 

@@ -29,6 +29,7 @@ class H2OLayer(KVLayer):
     """
 
     needs_mass = True
+    wide = ("mass",)
 
     def __init__(self, policy: H2O, shape: LayerShape, streamed: bool) -> None:
         super().__init__(shape.heads, streamed)

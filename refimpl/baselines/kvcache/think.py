@@ -128,7 +128,7 @@ class ThinK(Policy):
         if kept == shape.head_dim:
             return length * shape.token_bytes
         stored = max(0, (length - self.window) // self.group * self.group)
-        saved = stored * shape.heads * (shape.head_dim - kept) * shape.dtype.itemsize
+        saved = stored * shape.heads * (shape.head_dim - kept) * shape.itemsize
         return length * shape.token_bytes - saved + shape.heads * kept  # one byte names a channel
 
     def settings(self, shapes: Sequence[LayerShape], length: int) -> Sequence[float]:

@@ -26,6 +26,7 @@ from refimpl.core.cache.rope import find_rotary
 from refimpl.core.cache.tap import attention_input, attention_modules
 from refimpl.core.errors import CheckpointError, OptionError
 from refimpl.core.files.io import atomic_write
+from refimpl.core.stored import stored_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,6 +97,10 @@ class CompressedCache(Cache):
             self.policy.layer(shapes[index], self.streamed) if index in shapes else layer
             for index, layer in enumerate(stock)
         ]
+        self._stored = stored_dtype(model)
+        for layer in layers:
+            if isinstance(layer, KVLayer):
+                layer.stored = self._stored
         if model.config._attn_implementation != NAME:
             model.set_attn_implementation(NAME)
         for module in attention_modules(model):
@@ -120,6 +125,7 @@ class CompressedCache(Cache):
             head_dim,
             model.dtype,
             find_rotary(model, types[index] if types else None),
+            stored_dtype(model),
         )
 
     # -- the life of a cache ---------------------------------------------------------------------------------------
@@ -210,8 +216,14 @@ class CompressedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every tensor kept, sliding-window layers included; while a prompt is open, it is not compressed."""
-        return sum(_layer_bytes(layer) for layer in self.layers)
+        """Bytes of every tensor kept, sliding-window layers included; while a prompt is open, it is not compressed.
+
+        As stored: numbers in the dtype of the model count as `refimpl.core.stored.stored_dtype` says, so a model of
+        16 bits that is computed in float32 has the cache of a model of 16 bits.
+        """
+        sliding = [layer for layer in self.layers if not isinstance(layer, KVLayer)]
+        numbers = sum(tensor.numel() for layer in sliding for tensor in _layer_state(layer)[0].values())
+        return self.compressed_nbytes + numbers * self._stored.itemsize
 
     @property
     def compressed_nbytes(self) -> int:
@@ -319,10 +331,6 @@ def _set_layer_state(layer: Any, parts: dict[str, Tensor], numbers: dict[str, in
         layer.lazy_initialization(parts["keys"], parts["values"])
         layer.keys, layer.values = parts["keys"], parts["values"]
         layer.cumulative_length = numbers["cumulative_length"]
-
-
-def _layer_bytes(layer: Any) -> int:
-    return sum(tensor.nbytes for tensor in _layer_state(layer)[0].values())
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -91,12 +91,16 @@ class KVLayer(CacheLayerMixin, abc.ABC):
         prompt_open: a prompt is being read, and its tokens are uncompressed.
         numbers: names of the integer attributes that belong to the state, beside `parts`.
         needs_mass: `compress_decoded` and `observe` are to be told how much attention each entry received.
+        wide: names of the parts that are fp32 in every model.
+        stored: what the other floating parts count as (`refimpl.core.stored`); None: their own dtype.
     """
 
     is_sliding = False
     is_croppable = True  # the tokens of the last forward pass can always be taken back, see `crop`
     numbers: ClassVar[tuple[str, ...]] = ("seen", "prompt_open")
     needs_mass: ClassVar[bool] = False
+    wide: ClassVar[tuple[str, ...]] = ()
+    stored: torch.dtype | None = None  # set by the cache
     _call: Any = None  # arguments of `expect`
     _states: Any = None  # keys and values of `update`
     _undo: Any = (
@@ -311,8 +315,14 @@ class KVLayer(CacheLayerMixin, abc.ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors kept."""
-        return sum(tensor.nbytes for tensor in self.parts.values())
+        """Bytes of all tensors kept, as stored."""
+        stored = self.stored
+
+        def itemsize(name: str, tensor: Tensor) -> int:
+            computed = tensor.dtype == self.dtype and name not in self.wide
+            return stored.itemsize if stored and computed else tensor.itemsize
+
+        return sum(tensor.numel() * itemsize(name, tensor) for name, tensor in self.parts.items())
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Everything a layer knows; tensors are shared, not copied."""

@@ -39,8 +39,9 @@ class LayerShape:
         heads: key/value heads.
         groups: query heads that share each of them.
         head_dim: width of a head.
-        dtype: of keys and values.
+        dtype: of keys and values as they are computed.
         rotary: the model's rotary embedding for this layer; None if keys are not rotated, or not in the usual way.
+        stored: what keys and values count as (`refimpl.core.stored`); None: their dtype.
     """
 
     index: int
@@ -50,11 +51,17 @@ class LayerShape:
     head_dim: int
     dtype: torch.dtype
     rotary: Rotary | None
+    stored: torch.dtype | None = None
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number of a key or value, as stored."""
+        return (self.stored or self.dtype).itemsize
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token's keys and values, uncompressed."""
-        return 2 * self.heads * self.head_dim * self.dtype.itemsize
+        return 2 * self.heads * self.head_dim * self.itemsize
 
     def rotation(self, policy: Policy) -> Rotary:
         """The rotary embedding, for policies that turn keys themselves.
@@ -114,7 +121,7 @@ class Policy(ByContent, abc.ABC):
 
     @abc.abstractmethod
     def nbytes(self, shape: LayerShape, length: int) -> int:
-        """Bytes one layer keeps of one sequence after a prompt of ``length`` tokens that has ended."""
+        """Bytes one layer keeps, as stored, of one sequence after a prompt of ``length`` tokens that has ended."""
 
     def settings(self, shapes: Sequence[LayerShape], length: int) -> Sequence[Any]:
         """Values of `knob` from the fewest bytes to the most; with the last one nothing is given up."""

@@ -473,10 +473,10 @@ class CSKV(Policy):
             return length * shape.token_bytes
         r_K, r_V = (share * shape.heads for share in self.head_ranks(shape.head_dim))
         stored = max(0, (length - self.window) // self.together * self.together)
-        window = (length - stored) * (shape.token_bytes + (r_K + r_V) * shape.dtype.itemsize)
+        window = (length - stored) * (shape.token_bytes + (r_K + r_V) * shape.itemsize)
         sinks = self.sinks * (shape.token_bytes + 4) if stored else 0
         if self.bits == 16:
-            return window + sinks + stored * (r_K + r_V) * shape.dtype.itemsize
+            return window + sinks + stored * (r_K + r_V) * shape.itemsize
         keys = stored * r_K // 2 + 4 * r_K * (stored // self.together)
         return window + sinks + keys + stored * (r_V // 2 + 4 * (r_V // value_group(r_V) if r_V else 0))
 

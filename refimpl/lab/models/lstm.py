@@ -6,6 +6,9 @@ The architecture is the one of Zhu and Gupta, "To prune, or not to prune" (2017)
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 from torch import Tensor, nn
 
 from refimpl.core.errors import OptionError, positive_integer
@@ -60,4 +63,19 @@ class LSTMLanguageModel(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits ``[b, T, V]`` of the symbols that follow; ids int64 ``[b, T]``; the state starts at zero."""
-        return self.head(self.lstm(self.embedding(ids))[0])
+        x = self.embedding(ids)
+        with _autocast_of_lstm(x):
+            states = self.lstm(x)[0]
+        return self.head(states)
+
+
+def _autocast_of_lstm(x: Tensor) -> AbstractContextManager[object]:
+    """Autocast goes on inside the LSTM, except on a CPU that has no LSTM in bf16: there it computes in fp32.
+
+    PyTorch hands a CPU's LSTM to oneDNN, which fails ("could not create a primitive descriptor") instead of emulating
+    bf16, as it does for products, where the processor has no AVX-512.
+    """
+    bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    if x.is_cpu and bf16 and torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.autocast("cpu", enabled=False)
+    return nullcontext()

@@ -171,24 +171,49 @@ def over_seeds(results: Results, arm: Arm, metric: str, seeds: Sequence[int]) ->
 
 @dataclass(frozen=True)
 class Gap:
-    """Arm a against arm b on one metric.
+    """Arm a against arm b on one metric. A study whose numbers are not single records overrides `numbers`.
 
     Attributes:
-        a, b: the arms, paired by seed, document, item or image.
+        a, b: the arms, paired by seed, document, item or image. Without b, the mean of a over seeds ("difference").
         metric: in the records ("nll" and "tokens" for perplexities).
         kind: "difference" (t interval over seeds), "ratio" (the same of logarithms), "perplexity" (ratio, bootstrap over
             documents) or "units" (difference of means, bootstrap over the units of one seed).
         seeds: which of them; for "perplexity" and "units" the first counts.
+
+    Raises:
+        OptionError: a kind that compares, without b.
+
+    Example:
+        >>> print(Gap(Place("pruned", "mnist"), Place("small", "mnist")), "/", Gap(Place("pruned")))
+        pruned minus small (mnist) / pruned
+        >>> Gap(Place("pruned"), kind="ratio")
+        Traceback (most recent call last):
+        refimpl.core.errors.OptionError: kind='ratio' compares two arms; give b, or use kind='difference'
     """
 
     a: Arm
-    b: Arm
+    b: Arm | None = None
     metric: str = "accuracy"
     kind: Literal["difference", "ratio", "perplexity", "units"] = "difference"
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
 
+    def __post_init__(self) -> None:
+        if self.b is None and self.kind != "difference":
+            raise OptionError(f"kind={self.kind!r} compares two arms; give b, or use kind='difference'")
+
+    def numbers(self, results: Results, arm: Arm) -> np.ndarray:
+        """Of an arm, one for each seed."""
+        return over_seeds(results, arm, self.metric, self.seeds)
+
+    @property
+    def method(self) -> str:
+        """How the interval is made, in words."""
+        return _INTERVALS[self.kind].format(n=len(self.seeds))
+
     def interval(self, results: Results) -> Interval:
         """The estimate with its 95 % interval."""
+        if self.b is None:
+            return t_interval(self.numbers(results, self.a))
         if self.kind == "perplexity":
             a, b = (results.perplexity(arm.name, arm.condition, self.seeds[0]) for arm in (self.a, self.b))
             return compare(a, b)
@@ -201,13 +226,14 @@ class Gap:
                     f"{self.a.name} and {self.b.name} were measured on different units; measure both on one set"
                 )
             return paired_bootstrap([one[unit] for unit in two], list(two.values()), statistic=difference)
-        x, y = (over_seeds(results, arm, self.metric, self.seeds) for arm in (self.a, self.b))
+        x, y = (self.numbers(results, arm) for arm in (self.a, self.b))
         return seeds_ratio(x, y) if self.kind == "ratio" else t_interval(x - y)
 
     def __str__(self) -> str:
-        places = dict.fromkeys(arm.condition for arm in (self.a, self.b) if arm.condition)
+        arms = [arm for arm in (self.a, self.b) if arm is not None]
+        places = dict.fromkeys(arm.condition for arm in arms if arm.condition)
         sign = "minus" if self.kind in ("difference", "units") else "/"
-        return f"{self.a.name} {sign} {self.b.name}" + (f" ({', '.join(places)})" if places else "")
+        return f" {sign} ".join(arm.name for arm in arms) + (f" ({', '.join(places)})" if places else "")
 
 
 _INTERVALS = {
@@ -282,7 +308,7 @@ class Every:
 
     def __str__(self) -> str:
         count = len(self.gaps)
-        kinds = dict.fromkeys(_INTERVALS[gap.kind].format(n=len(gap.seeds)) for gap in self.gaps)
+        kinds = dict.fromkeys(gap.method for gap in self.gaps)
         arms = self.arms or "; ".join(map(str, self.gaps))
         every = f"all {count} intervals lie" if count > 1 else "the interval lies"
         if isinstance(self.partly, Bound):
@@ -290,6 +316,37 @@ class Every:
         else:
             partly = f", partly if {'one does' if self.partly == 'any' else 'most do'}" if count > 1 else ""
         return f"{self.quantity}: {arms}; {', '.join(kinds)}: holds if {every} {self.bound}{partly}."
+
+
+@dataclass(frozen=True)
+class Both:
+    """The claim holds if two gaps meet each its own bound, partly if one does; the first is shown.
+
+    Attributes:
+        conditions: gaps with their bounds.
+        quantity, control, scale: of the outcome.
+
+    Example:
+        >>> new, old = (Gap(Place("a"), Place("b"), side) for side in ("new", "old"))
+        >>> str(Both(((new, ABOVE_ZERO), (old, BELOW_ZERO)))).partition("seeds: ")[2]
+        'holds if new, a minus b, lies above 0 and old, a minus b, lies below 0, partly if one of the two does.'
+    """
+
+    conditions: tuple[tuple[Gap, Bound], tuple[Gap, Bound]]
+    quantity: str = ""
+    control: str = ""
+    scale: str = ""
+
+    def __call__(self, results: Results) -> Outcome:
+        found = [(gap.interval(results), bound) for gap, bound in self.conditions]
+        good = [bound.met(gap) for gap, bound in found]
+        verdict = grade(all(good), any(good))
+        return Outcome.of(found[0][0], verdict, scale=self.scale, control=self.control, quantity=self.quantity)
+
+    def __str__(self) -> str:
+        kinds = dict.fromkeys(gap.method for gap, _ in self.conditions)
+        parts = " and ".join(f"{gap.metric}, {gap}, lies {bound}" for gap, bound in self.conditions)
+        return f"{self.quantity}; {', '.join(kinds)}: holds if {parts}, partly if one of the two does."
 
 
 def grade(holds: bool, partly: bool) -> Verdict:

@@ -28,8 +28,8 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         "values" ([arm, condition, seed, unit, metric, hexadecimal float] each), "trainings" (loss, rate and gradient norm of
-        every step and a hash of the final weights), "functions" ([module, name] of what ran) and "judged" (for each file the
-        verdict and numbers of each claim).
+        every step and a hash of the final weights), "functions" ([module, name] of what ran), "kinds" (the same for each
+        kind of arm) and "judged" (for each file the verdict and numbers of each claim).
     """
     sys.path[:] = [request["root"], *(entry for entry in sys.path if Path(entry).resolve() != Path(__file__).parent)]
     notes = _Notes()
@@ -45,8 +45,14 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         notes.prefix = "full size: "
         _full(request["module"], request["recorded"], tuple(job), notes)
     judged = [_judged(request["module"], file) for file in request.get("judge", ())]
-    functions = sorted(notes.functions)
-    return {"values": notes.values, "trainings": notes.trainings, "functions": functions, "judged": judged}
+    functions, kinds = sorted(notes.functions), {kind: sorted(ran) for kind, ran in notes.kinds.items()}
+    return {
+        "values": notes.values,
+        "trainings": notes.trainings,
+        "functions": functions,
+        "kinds": kinds,
+        "judged": judged,
+    }
 
 
 class _Notes:
@@ -56,6 +62,7 @@ class _Notes:
         self.values: list[list[Any]] = []
         self.trainings: list[dict[str, Any]] = []
         self.functions: set[tuple[str, str]] = set()
+        self.kinds: dict[str, set[tuple[str, str]]] = {}
         self.prefix = ""
 
     def install(self) -> None:
@@ -77,6 +84,7 @@ class _Notes:
         def noted(results: Any, kind: str, place: Any, seconds: float, ran: Any) -> None:
             note(results, kind, place, seconds, ran)
             self.functions |= set(ran)
+            self.kinds.setdefault(kind, set()).update(ran)
 
         records.Results.add, loop._Run.go = added, went
         if note is not None:
@@ -110,6 +118,7 @@ def _full(module: str, recorded: str, wanted: tuple[Any, ...], notes: _Notes) ->
             study.before(run, chosen)
             rows, ran, _ = engine.measured(chosen[0])
             notes.functions |= ran
+            notes.kinds.setdefault(study.kind(chosen[0].arm), set()).update(ran)
             notes.values += [notes.row(record) for record in engine.records(chosen[0], rows, study.slug)]
             return
     raise SystemExit(f"{module} has no job {wanted}")

@@ -172,6 +172,8 @@ class Results:
         changed += [key for key in ("paper", "study", "profile") if self.header[key] != header[key]]
         if (self.header["rule"] is None) != (header["rule"] is None):
             changed.append("whether the rule is committed")
+        elif header["rule"] and "hash" in self.header["rule"] and header["rule"]["hash"] != self.rule_hash():
+            changed.append("the rule")  # or it could be bent to the numbers that are there
         recorded = self.header["runs"][-1]["dtype"]
         if recorded != dtype:  # rounding differs by more than some of the effects that are looked for
             changed.append(f"dtype: {recorded} then, {dtype} now")
@@ -312,14 +314,8 @@ class Results:
         self, arm: str, condition: str, seed: int, result: Perplexity, cost: float | None = None
     ) -> None:
         """Add a perplexity as two metrics for each document: "nll" (sum, nats) and "tokens"."""
-        result = result.by_unit()
-        for metric, values in (("nll", result.nll), ("tokens", result.counts)):
-            self.add(
-                *(
-                    Record(self.header["paper"], arm, condition, seed, unit, metric, float(value), cost)
-                    for unit, value in zip(result.units, values, strict=True)
-                )
-            )
+        paper = self.header["paper"]
+        self.add(*(Record(paper, arm, condition, seed, *point, cost) for point in perplexity_points(result)))
 
     def add_history(self, arm: str, condition: str, seed: int, history: History, every: int = 1) -> None:
         """Add the curves of a training: each unit is a step, each metric a curve.
@@ -339,16 +335,8 @@ class Results:
             >>> results.values("dense", "training", metric="train loss")
             {'2': 0.75, '4': 0.291667}
         """
-        rows: list[tuple[int, str, float]] = []
-        for start in range(0, len(history.steps) - every + 1, every):
-            chunk = history.steps[start : start + every]
-            step = int(chunk[-1]["step"])
-            rows.append((step, "train loss", sum(entry["loss"] for entry in chunk) / every))
-            rows.append((step, "lr", chunk[-1]["lr"]))
-        for entry in history.evaluations:
-            rows += [(int(entry["step"]), name, value) for name, value in entry.items() if name != "step"]
         paper = self.header["paper"]
-        self.add(*(Record(paper, arm, condition, seed, str(step), name, value) for step, name, value in rows))
+        self.add(*(Record(paper, arm, condition, seed, *point) for point in curve_points(history, every)))
 
     def has(self, arm: str, condition: str = "", seed: int = 0) -> bool:
         """Whether an arm has been recorded, so that a resumed study can skip it."""
@@ -452,6 +440,41 @@ class Results:
         )
         with atomic_write(self.path) as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+
+def curve_points(history: History, every: int = 1) -> Iterator[tuple[str, str, float]]:
+    """The curves of a training as (step, metric, value).
+
+    Args:
+        history: what `refimpl.core.train.loop.train` returned.
+        every: means over this many steps are kept, under the last of them ("train loss", and "lr" at that step);
+            the evaluations are kept all, under their own names.
+
+    Example:
+        >>> from refimpl.core.train.loop import History
+        >>> list(curve_points(History([{"step": 1, "loss": 2.0, "lr": 0.1}])))
+        [('1', 'train loss', 2.0), ('1', 'lr', 0.1)]
+    """
+    for start in range(0, len(history.steps) - every + 1, every):
+        chunk = history.steps[start : start + every]
+        step = str(int(chunk[-1]["step"]))
+        yield step, "train loss", sum(entry["loss"] for entry in chunk) / every
+        yield step, "lr", chunk[-1]["lr"]
+    for entry in history.evaluations:
+        yield from ((str(int(entry["step"])), name, value) for name, value in entry.items() if name != "step")
+
+
+def perplexity_points(result: Perplexity) -> Iterator[tuple[str, str, float]]:
+    """A perplexity as (document, metric, value): "nll" (sum, nats) and "tokens" of every document.
+
+    Example:
+        >>> list(perplexity_points(Perplexity(2.0, np.array([3.0, 4.0]), np.array([5, 5]), ["a", "a"])))
+        [('a', 'nll', 7.0), ('a', 'tokens', 10.0)]
+    """
+    result = result.by_unit()
+    for metric, values in (("nll", result.nll), ("tokens", result.counts)):
+        for unit, value in zip(result.units, values, strict=True):
+            yield unit, metric, float(value)
 
 
 def _dumps(value: object) -> str:

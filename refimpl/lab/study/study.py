@@ -11,22 +11,27 @@ import hashlib
 import importlib
 import json
 import shutil
-import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm.auto import tqdm
 
 from refimpl.core.errors import OptionError, TrainingError, nearest
 from refimpl.lab import wheels
+from refimpl.lab.models.dtypes import computing_in
 from refimpl.lab.study.claims import Claim, judge
 from refimpl.lab.study.jobs import in_processes
-from refimpl.lab.study.records import Record, Results
+from refimpl.lab.study.precision import study_dtype
+from refimpl.lab.study.records import Record, Results, curve_points, perplexity_points
 from refimpl.lab.study.sources import module_hash
 from refimpl.lab.study.trace import traced
+
+if TYPE_CHECKING:
+    from refimpl.core.train.loop import History
+    from refimpl.lab.measure.metrics import Perplexity
 
 #: Seed of all tuning; no arm is measured with it.
 TUNING_SEED = 0
@@ -52,6 +57,43 @@ class Row(NamedTuple):
     condition: str | None = None
     arm: str | None = None
     cost: float | None = None
+
+
+def curves(history: History, suffix: str = " curve", every: int = 1, condition: str | None = None) -> Iterator[Row]:
+    """The loss, the rate and the evaluations of a training as rows whose units are steps.
+
+    Args:
+        history: what `refimpl.core.train.loop.train` returned.
+        suffix, condition: where the rows go, apart from what is measured afterwards.
+        every: see `refimpl.lab.study.records.curve_points`.
+
+    Example:
+        >>> from refimpl.core.train.loop import History
+        >>> next(curves(History([{"step": 1, "loss": 2.0, "lr": 0.1}])))[:4]
+        ('train loss', 2.0, '1', ' curve')
+    """
+    for step, metric, value in curve_points(history, every):
+        yield Row(metric, value, step, suffix, condition)
+
+
+def documents(
+    found: Perplexity, cost: float | None = None, suffix: str = "", condition: str | None = None
+) -> Iterator[Row]:
+    """A perplexity as rows: for each document "nll" (sum, nats) and "tokens".
+
+    Args:
+        found: of windows or documents; `Results.perplexity` gives it back by document.
+        cost: in bits per weight.
+        suffix, condition: as in a `Row`.
+
+    Example:
+        >>> import numpy as np
+        >>> from refimpl.lab.measure.metrics import Perplexity
+        >>> [row[:3] for row in documents(Perplexity(2.0, np.array([6.9]), np.array([10]), ["Alan Turing"]))]
+        [('nll', 6.9, 'Alan Turing'), ('tokens', 10.0, 'Alan Turing')]
+    """
+    for unit, metric, value in perplexity_points(found):
+        yield Row(metric, value, unit, suffix, condition, cost=cost)
 
 
 @dataclass(frozen=True)
@@ -101,10 +143,12 @@ class Study:
         slug: of the paper.
         claims: judged when everything is recorded.
         measure: ``measure(job)`` yields rows; importable by name, because it runs in another process.
-        arms: of a profile; frozen dataclasses with a name and a condition.
+        arms: of a profile; frozen dataclasses with a name and a condition. One whose tuning runs are kept under another
+            condition than its own gives that as ``validation``, under another name than "... at RATE" as ``trial(rate)``.
         seeds: of an arm at a profile.
         data: hashes of the data and models that are read, by name.
-        rates: learning rates to choose from; () where nothing is tuned. The middle one serves the quick size.
+        rates: learning rates to choose from, or a function that gives those of an arm; () where nothing is tuned. The
+            middle one serves the quick size.
         tuned_as: the arm whose rate an arm has.
         score: of the rows of a validation run, by metric; the largest wins.
         stages: where one list of jobs does not do: a generator that yields lists of jobs. Each list is measured before the
@@ -121,7 +165,7 @@ class Study:
     arms: Callable[[str], Sequence[Any]]
     seeds: Callable[[Any, str], Sequence[int]]
     data: Callable[[], Mapping[str, str]]
-    rates: Sequence[float] = ()
+    rates: Sequence[float] | Callable[[Any], Sequence[float]] = ()
     tuned_as: Callable[[Any], Any] = lambda arm: arm
     score: Callable[[Mapping[str, float]], Any] = lambda values: -values["loss"]
     stages: Callable[[Run], Stages] | None = None
@@ -158,15 +202,22 @@ class Run:
     def tuning(self, arms: Iterable[Any]) -> Generator[Sequence[Job], None, dict[Any, float | None]]:
         """Choose the learning rate of every arm: ``rates = yield from run.tuning(arms)``.
 
-        The middle of the grid at the quick size; None where the study has no grid.
+        The middle of the grid at the quick size; None for an arm that has no grid.
         """
-        arms, grid = list(arms), list(self.study.rates)
-        if not grid or self.profile != "study":
-            return dict.fromkeys(arms, grid[len(grid) // 2] if grid else None)
-        own = dict.fromkeys(self.study.tuned_as(arm) for arm in arms)
-        yield [self.job(arm, TUNING_SEED, rate, "validation") for arm in own for rate in grid]
-        best = {arm: self.best(arm, grid) for arm in own}
-        return {arm: best[self.study.tuned_as(arm)] for arm in arms}
+        arms = list(arms)
+        grids = {arm: self.grid(self.study.tuned_as(arm)) for arm in arms}
+        if self.profile != "study":
+            return {arm: grid[len(grid) // 2] if grid else None for arm, grid in grids.items()}
+        own = {self.study.tuned_as(arm): grid for arm, grid in grids.items() if grid}
+        if own:
+            yield [self.job(arm, TUNING_SEED, rate, "validation") for arm, grid in own.items() for rate in grid]
+        best = {arm: self.best(arm, grid) for arm, grid in own.items()}
+        return {arm: best.get(self.study.tuned_as(arm)) for arm in arms}
+
+    def grid(self, arm: Any) -> Sequence[float]:
+        """The learning rates an arm can choose from."""
+        rates = self.study.rates
+        return rates(arm) if callable(rates) else rates
 
     def best(self, arm: Any, rates: Sequence[float]) -> float:
         """The rate with the best validation run. One whose training diverged loses."""
@@ -206,8 +257,11 @@ def place(job: Job) -> tuple[str, str, int]:
         >>> place(Job("demo", Place("dense", "mnist"), 0, "study", 0.01, "validation"))
         ('dense at 0.01', 'mnist', 0)
     """
-    name = job.arm.name if job.split == "test" else f"{job.arm.name} at {job.rate:g}"
-    return name, job.arm.condition, job.seed
+    arm = job.arm
+    if job.split == "test":
+        return arm.name, arm.condition, job.seed
+    name = arm.trial(job.rate) if hasattr(arm, "trial") else f"{arm.name} at {job.rate:g}"
+    return name, getattr(arm, "validation", arm.condition), job.seed
 
 
 def run(module: str, out: Path, profile: str = "study", again: Sequence[str] = ()) -> Results:
@@ -226,7 +280,12 @@ def run(module: str, out: Path, profile: str = "study", again: Sequence[str] = (
     if profile not in PROFILES:
         raise OptionError(f"profile={profile!r}: use {nearest(profile, PROFILES)}")
     study = load(module)
-    dtype = _dtype(study, Path(out), profile)
+    dtype = study_dtype(out, profile, study.dtype)
+    with computing_in(dtype):
+        return _run(study, module, Path(out), profile, str(dtype).removeprefix("torch."), again)
+
+
+def _run(study: Study, module: str, out: Path, profile: str, dtype: str, again: Sequence[str]) -> Results:
     results = Results.start(
         out,
         paper=study.slug,
@@ -324,19 +383,3 @@ def _called(call: _Call) -> tuple[Any, set[tuple[str, str]]]:
     with traced() as ran:
         answer = call.function(call.item)
     return answer, ran
-
-
-def _dtype(study: Study, out: Path, profile: str) -> str:
-    """The declared one at the study's size, whatever is fast here; the fast one of this processor at the quick size."""
-    if study.dtype == "float32":
-        return "float32"
-    from refimpl.lab import models  # transformers: seconds that studies of small networks save
-
-    fast = str(models.compute_dtype()).removeprefix("torch.")
-    if profile != "study":
-        return fast
-    if fast != study.dtype:
-        print(
-            f"{study.slug} is recorded in {study.dtype}, which is slow on this processor; expect hours", file=sys.stderr
-        )
-    return study.dtype

@@ -90,3 +90,18 @@ def test_every_dtype(dtype, test_bytes):
 def test_impossible_sizes(arguments, message):
     with pytest.raises(OptionError, match=message):
         LSTMLanguageModel(**arguments)
+
+
+def test_a_processor_without_an_lstm_in_bf16_computes_it_in_fp32(monkeypatch):
+    """The recipe says bf16; the products get it, and the LSTM where there is one."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    model, seen = LSTMLanguageModel(embedding=8, hidden=16), []
+    model.lstm.register_forward_hook(lambda module, inputs, outputs: seen.append(outputs[0].dtype))
+    ids = torch.arange(12)[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = language_model_loss(model, ids)
+        assert model(ids).dtype == torch.bfloat16
+    assert seen == [torch.float32, torch.float32]
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert loss.item() == pytest.approx(language_model_loss(model, ids).item(), rel=1e-2)
