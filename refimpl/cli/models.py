@@ -62,7 +62,7 @@ Length = Annotated[
 
 
 def precision_of(dtype: DType) -> tuple[torch.dtype, torch.dtype]:
-    """What to compute in, which may be the processor's choice, and what to store in, which never is."""
+    """The dtype to compute in, which may depend on the processor, and the dtype to store in, which never does."""
     import torch
 
     from refimpl.lab.models.language import compute_dtype
