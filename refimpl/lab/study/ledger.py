@@ -14,6 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from refimpl import markdown as md
 from refimpl.core.errors import FetchError, MissingExtra, OptionError
 from refimpl.core.files.io import data_path
 from refimpl.lab import wheels
@@ -285,10 +286,7 @@ def markdown(rows: Iterable[Mapping[str, Any]]) -> str:
         >>> print(markdown([]).splitlines()[0])
         | Claim | Paper | Ours, 95 % interval | Verdict | Control, scale, smallest visible effect |
     """
-    lines = [
-        "| Claim | Paper | Ours, 95 % interval | Verdict | Control, scale, smallest visible effect |",
-        "|---|---|---|---|---|",
-    ]
+    lines = []
     for row in rows:
         verdict = f"**{row['verdict']}**"
         if row["stale"]:
@@ -302,5 +300,6 @@ def markdown(rows: Iterable[Mapping[str, Any]]) -> str:
             verdict,
             f"{row['control']}; {row['scale']}; {row['mde']:.2g}",
         ]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    header = ["Claim", "Paper", "Ours, 95 % interval", "Verdict", "Control, scale, smallest visible effect"]
+    return md.table(header, lines) + "\n"
