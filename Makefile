@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help book test env models site student generated clean distclean
+.PHONY: help book test plain env models site student generated clean distclean
 
 # The package asks for a lower bound only. The book's own environment names the version that its numbers were made with.
 TORCH := torch==2.13.0
@@ -23,6 +23,10 @@ THREADS ?= 1
 # A file stays with one process, so that what it builds is built once, and the cells of a notebook run in order. Files start as
 # they are listed: the long ones are in tests/core, the short ones and the notebooks at the end.
 SPREAD = $(if $(filter-out 0 1,$(JOBS)),-n $(JOBS) --dist loadfile --no-loadscope-reorder)
+# What depends on the dtype that a processor is fast in: whatever loads a language model, counts bytes or autocasts.
+MODEL_TESTS := tests/core/test_stored.py tests/core/cache tests/kvcache tests/lab/models tests/lab/study/test_precision.py \
+	tests/studies tests/test_cache_speed.py tests/test_cli_models.py tests/test_readme.py \
+	tests/test_exercises.py::test_exercises[eora]
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Threads that wait for each other sleep instead of spinning. On two cores that something else uses as well, an eigendecomposition
 # of size 1536 took 32 s with spinning and 0.8 s without; an idle machine loses nothing.
@@ -61,6 +65,9 @@ site: $(READY)  ## render the book from the committed outputs, warnings as error
 
 test: models  ## run the tests and every notebook at its quick size, JOBS at a time (default: the number of cores)
 	REFIMPL_PROFILE=quick $(if $(SPREAD),OMP_NUM_THREADS=$(THREADS)) $(BIN)/python -m pytest $(SPREAD) --nbval-lax --nbval-cell-timeout 300 $(PYTEST) $(if $(filter tests,$(PYTEST)),notebooks) $(PYTEST_ARGS)
+
+plain:  ## run the tests that touch models once more, as on a plain processor (AVX2: no AVX-512, no bf16)
+	@ONEDNN_MAX_CPU_ISA=AVX2 $(MAKE) --no-print-directory test PYTEST="$(MODEL_TESTS)"
 
 student: $(READY)  ## the notebooks without their solutions, in _build/student/
 	@$(BIN)/python scripts/student.py _build/student

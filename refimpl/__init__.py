@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from refimpl.core.files.export import export_compressed_tensors, export_dense, export_peft
     from refimpl.core.files.io import load, save
     from refimpl.core.files.serve import serve
-    from refimpl.methods import METHODS
+    from refimpl.methods import METHODS, POLICIES
 
 __version__ = "0.1.0"
 
@@ -45,7 +45,7 @@ _WHERE = {
     "core.files.serve": ("serve",),
     "kvcache": ("CSKV", "MatryoshkaKV"),
     "lowrank": ("EoRA",),
-    "methods": ("METHODS",),
+    "methods": ("METHODS", "POLICIES"),
     "pruning": ("GradualMagnitude",),
     "quantization": ("AdaQuant",),
     "training_data": ("RS2", "LossReweighting"),
@@ -57,6 +57,7 @@ __all__ = [
     "H2O",
     "KIVI",
     "METHODS",
+    "POLICIES",
     "RS2",
     "RTN",
     "ActSVD",

@@ -1,4 +1,4 @@
-"""The methods by name, for command lines and configuration files."""
+"""The methods and the cache policies by name, for command lines and configuration files."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 from refimpl.baselines import GPTQ, RTN, ActSVD, LoftQ, Magnitude, PlainSVD, SparseGPT, Wanda
 from refimpl.baselines.activations import QuantizeActivations
 from refimpl.baselines.adaround import AdaRound
+from refimpl.baselines.kvcache import H2O, KIVI, Full, SnapKV, StreamingLLM, ThinK
+from refimpl.core.cache import Policy
 from refimpl.core.compress.method import Method
 from refimpl.core.errors import OptionError, nearest
 from refimpl.papers import papers
@@ -38,6 +40,10 @@ METHODS: dict[str, type[Method]] = {
         LoftQ,
         *_of_papers("compress"),
     )
+}
+
+POLICIES: dict[str, type[Policy]] = {
+    policy.__name__: policy for policy in (Full, StreamingLLM, H2O, SnapKV, KIVI, ThinK, *_of_papers("cache"))
 }
 
 

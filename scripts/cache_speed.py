@@ -1,6 +1,6 @@
 """How fast SmolLM2 decodes on this machine's processor with each compressed cache; writes data/cache_speed.json.
 
-Run it on a quiet machine (5 minutes on two cores; the fits of the studies are read where they are kept):
+Run it on a quiet machine (6 minutes on two cores, fits included):
 
     python scripts/cache_speed.py
 
@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,6 +33,7 @@ from refimpl import markdown
 from refimpl.baselines.kvcache import KIVI, Full, SnapKV
 from refimpl.core.cache import NAME, CompressedCache, cache_argument
 from refimpl.core.files.io import data_path, write_json
+from refimpl.core.stored import stored_dtype
 from refimpl.kvcache.cskv import factorise, moments
 from refimpl.kvcache.matryoshka_kv import calibrate, pca
 from refimpl.lab import models
@@ -45,9 +48,10 @@ ROUNDS, NEW, WARM = 5, 12, 2  # tokens timed in a round, and before the clock st
 
 def caches(model: Any, profile: str) -> dict[str, Callable[[int], Any]]:
     """How each cache is made for a context of so many tokens."""
-    low_rank = cskv.fitted(model, profile, "closed form")
-    four_bits = cskv.fitted(model, profile, "closed form", bits=4)
-    nested = matryoshka_kv.fitted(model, profile, "PCA")
+    with tempfile.TemporaryDirectory() as folder:
+        low_rank = cskv.fitted(model, profile, folder, "closed form")
+        nested = matryoshka_kv.fitted(model, profile, "PCA")
+    four_bits = replace(low_rank, bits=4)
     return {
         LIBRARY: lambda length: DynamicCache(config=model.config),
         OURS: lambda length: Full().cache(model),
@@ -89,7 +93,8 @@ def milliseconds(model: Any, cache: Any, ids: Tensor) -> float:
 
 
 def measure(model: Any, profile: str, contexts: tuple[int, ...], rounds: int) -> dict[str, Any]:
-    """Milliseconds a token and bytes, by context and cache."""
+    """Milliseconds a token and bytes as stored, by context and cache."""
+    stored = stored_dtype(model).itemsize
     windows = text.evaluation("wikipedia", sequences=-(-(max(contexts) + NEW + WARM) // 512), length=512)
     ids = windows.ids.reshape(1, -1)
     found: dict[str, Any] = {}
@@ -107,7 +112,7 @@ def measure(model: Any, profile: str, contexts: tuple[int, ...], rounds: int) ->
                 "ratio": [full / own for full, own in zip(times[OURS], times[name], strict=True)],
                 "bytes": sum(layer.nbytes for layer in cache.layers)
                 if isinstance(cache, CompressedCache)
-                else sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers),
+                else stored * sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers),
             }
             for name, cache in ready.items()
         }

@@ -25,7 +25,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from refimpl.core.train.loop import History, Recipe, batches, train
 from refimpl.lab.data.text import documents
-from refimpl.lab.models.lstm import LSTMLanguageModel, bits_per_byte, language_model_loss, windows
+from refimpl.lab.data.windows import windows
+from refimpl.lab.measure.bits import bits_per_byte, language_model_loss
+from refimpl.lab.models.lstm import LSTMLanguageModel
 from refimpl.markdown import table
 
 ROOT = Path(__file__).resolve().parent.parent

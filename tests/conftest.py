@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -20,6 +22,8 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -103,6 +107,37 @@ def tiny_qwen3() -> Factory:
         num_key_value_heads=2,
         head_dim=32,
         tie_word_embeddings=True,
+        **_SHARED,
+        **_SPECIAL,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2() -> Factory:
+    """Call it for a fresh random Qwen2: biases on queries, keys and values."""
+    return _factory(
+        Qwen2ForCausalLM,
+        Qwen2Config,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        **_SHARED,
+        **_SPECIAL,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma3() -> Factory:
+    """Call it for a fresh random Gemma 3: a sliding window below two layers with full attention, two rotations."""
+    return _factory(
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=12,
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
         **_SHARED,
         **_SPECIAL,
     )

@@ -98,18 +98,19 @@ def test_fetch_refuses_unknown_names_before_it_starts(monkeypatch: pytest.Monkey
 
 
 def test_study_writes_where_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from refimpl.studies import eora
+    from refimpl.lab.study import study
 
-    calls: list[tuple[Path, str]] = []
-    monkeypatch.setattr(eora, "run", lambda out, profile: calls.append((out, profile)))
-    monkeypatch.setenv("REFIMPL_PROFILE", "live")
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(study, "run", lambda *arguments: calls.append(arguments))
+    monkeypatch.setenv("REFIMPL_PROFILE", "quick")  # and put back: the command sets it
     assert run("study", "eora", "--profile", "quick", "--out", str(tmp_path / "a" / "b.json")).exit_code == 0
     monkeypatch.chdir(tmp_path)
-    run("study", "eora", "--profile", "live")
+    run("study", "eora", "--profile", "quick", "--again", "dense")
     run("study", "eora")
-    assert calls[0] == (tmp_path / "a" / "b.json", "quick") and (tmp_path / "a").is_dir()
-    assert calls[1] == (Path("results-live/eora.json"), "live")
-    assert calls[2][0].parts[-3:] == ("data", "results", "eora.json") and calls[2][1] == "study"
+    module = "refimpl.studies.eora"
+    assert calls[0] == (module, tmp_path / "a" / "b.json", "quick", ()) and (tmp_path / "a").is_dir()
+    assert calls[1] == (module, Path("results-quick/eora.json"), "quick", ["dense"])
+    assert calls[2][1].parts[-3:] == ("data", "results", "eora.json") and calls[2][2] == "study"
     assert isinstance(run("study", "eoar").exception, OptionError)
 
 
@@ -122,12 +123,12 @@ def test_names_on_the_command_line_are_those_of_the_package() -> None:
     from refimpl.lab import fetch
     from refimpl.lab.data import text
     from refimpl.lab.models.language import _is_causal, small
-    from refimpl.lab.study import ledger
+    from refimpl.lab.study.claims import Verdict
     from refimpl.lab.study.records import Results
     from refimpl.methods import METHODS
 
     assert book.RESOURCES == fetch.NAMES
-    assert list(book.VERDICTS) == [verdict.value for verdict in ledger.Verdict]
+    assert list(book.VERDICTS) == [verdict.value for verdict in Verdict]
     assert list(compress.METHODS) == list(METHODS)
     assert models.CORPORA == text.CORPORA
     assert set(models.MODELS) == {"smollm2", *filter(_is_causal, small.names())}
@@ -229,13 +230,13 @@ def test_errors_of_the_system_have_no_traceback(tmp_path: Path) -> None:
 
 def test_an_interruption_exits_with_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from refimpl import __main__
-    from refimpl.studies import eora
+    from refimpl.lab.study import study
 
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setenv("REFIMPL_PROFILE", "quick")
-    monkeypatch.setattr(eora, "run", interrupted)
+    monkeypatch.setattr(study, "run", interrupted)
     assert run("study", "eora", "--profile", "quick", "--out", str(tmp_path / "e.json")).exit_code == 130
     # while the command line is still being imported nobody else catches it
     monkeypatch.setattr("refimpl.cli.app", interrupted)

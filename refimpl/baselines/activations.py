@@ -10,11 +10,11 @@ from torch import Tensor
 
 from refimpl.core.compress.inputs import InputSamples
 from refimpl.core.compress.method import Method
-from refimpl.core.compress.quantizer import mse_range
 from refimpl.core.compress.sites import Site
 from refimpl.core.compress.stats import InputStats
 from refimpl.core.errors import OptionError, nearest
 from refimpl.core.layers import ActivationQuantizer, CompressedLayer, PackedLinear, QuantizedInput
+from refimpl.core.layers.quantizer import mse_range
 
 CLIPS = ("minmax", "mse")
 _VALUES = 2**16  # inputs by which the best clip is found: it depends on their distribution only

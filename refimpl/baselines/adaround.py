@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from refimpl.baselines.reconstruction import Reconstruction
-from refimpl.core.compress.quantizer import snap, step_and_zero
 from refimpl.core.compress.reconstruct import QuantizedSite, reconstruct
 from refimpl.core.compress.stats import InputStats
 from refimpl.core.errors import OptionError
 from refimpl.core.layers.grid import Grid
+from refimpl.core.layers.quantizer import snap, step_and_zero
 from refimpl.core.train.loop import Recipe
 
 STRETCH = (-0.1, 1.1)  # gamma and zeta

@@ -11,12 +11,12 @@ from torch import Tensor
 from refimpl.baselines.rtn import mask_of, quantised_config
 from refimpl.core.compress.inputs import InputSamples
 from refimpl.core.compress.method import Method, check_group
-from refimpl.core.compress.quantizer import RANGES
 from refimpl.core.compress.reconstruct import QuantizedSite
 from refimpl.core.compress.sites import Site
 from refimpl.core.compress.stats import InputStats
 from refimpl.core.errors import OptionError, nearest
 from refimpl.core.layers import CompressedLayer
+from refimpl.core.layers.quantizer import RANGES
 
 
 @dataclass(frozen=True)

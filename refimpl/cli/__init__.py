@@ -23,6 +23,7 @@ BOOK, YOURS = "The book", "Your own model"
 app.command("papers", epilog="Example: refimpl papers --part pruning --planned", rich_help_panel=BOOK)(book.list_papers)
 app.command(epilog="Example: refimpl fetch smollm2", rich_help_panel=BOOK)(book.fetch)
 app.command(epilog="Example: refimpl study eora --profile quick --out eora.json", rich_help_panel=BOOK)(book.study)
+app.command(epilog="Example: refimpl restamp rs2 --minutes 5", rich_help_panel=BOOK)(book.restamp)
 app.command(epilog="Example: refimpl ledger --part lowrank --verdict holds", rich_help_panel=BOOK)(book.ledger)
 app.command(epilog="Example: refimpl methods GPTQ", rich_help_panel=YOURS)(compress.methods)
 app.command(

@@ -18,7 +18,7 @@ from refimpl.papers import PARTS, papers
 
 #: What can be fetched; a test compares it with `refimpl.lab.fetch`, whose import is too slow for completion.
 RESOURCES = ("smollm2", "text", "mnist")
-#: As in `refimpl.lab.study.ledger.Verdict`.
+#: As in `refimpl.lab.study.claims.Verdict`.
 VERDICTS = ("holds", "partly", "does not hold here", "cannot be tested at this scale")
 
 
@@ -26,7 +26,6 @@ class Profile(str, Enum):
     """The size of an experiment."""
 
     quick = "quick"
-    live = "live"
     study = "study"
 
 
@@ -93,6 +92,9 @@ def study(
     out: Annotated[
         Path | None, typer.Option(help="Results file; data/results/<slug>.json for the study size by default.")
     ] = None,
+    again: Annotated[
+        list[str] | None, typer.Option(help="Arm to measure anew, its records dropped; may be repeated.")
+    ] = None,
 ) -> None:
     """Run a paper's experiment and write its results file. An interrupted run is resumed."""
     known = studies()
@@ -112,8 +114,70 @@ def study(
     target.parent.mkdir(parents=True, exist_ok=True)
     with waiting(f"Loading the study of {slug}"):
         module = importlib.import_module(f"refimpl.studies.{slug}")
-    module.run(target, profile.value)
+        from refimpl.lab.study.study import run
+    if hasattr(module, "STUDY"):
+        run(module.__name__, target, profile.value, again or ())
+    else:
+        module.run(target, profile.value)
     typer.echo(f"Results: {target}")
+
+
+def restamp(
+    slugs: Annotated[
+        list[str] | None, typer.Argument(help="Studies; all of them if left out.", autocompletion=studies)
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Only say which records the code has moved away from; exit 1 if there are any."),
+    ] = False,
+    minutes: Annotated[
+        float, typer.Option(help="For full-size jobs of each study, both sides together; the quick size always runs.")
+    ] = 10.0,
+) -> None:
+    """Show that recorded numbers stand although the code has changed, and stamp the records.
+
+    Runs part of a study with the code it was recorded with and with the code as it is, on this machine, and compares
+    everything unrounded. Example: refimpl restamp rs2 --minutes 5
+    """
+    for slug in slugs or ():
+        if slug not in studies():
+            raise OptionError(f"slug={slug!r} has no study; use {nearest(slug, studies())}")
+    with waiting("Comparing records with the functions they rest on"):
+        from refimpl.core.files.io import data_path
+        from refimpl.lab.study import replay
+        from refimpl.lab.study.ledger import stale
+        from refimpl.lab.study.records import Results
+    failed = False
+    for slug in slugs or studies():
+        path = data_path("results", f"{slug}.json")
+        if not path.exists():
+            typer.echo(f"{slug}: not recorded yet")
+            continue
+        results = Results.load(path)
+        if check:
+            changed = stale(results)
+            arms = [kind for kind, names in results.kinds_resting_on(changed).items() if names]
+            typer.echo(
+                f"{slug}: " + (f"{', '.join(changed)} changed; used by {', '.join(arms)}" if changed else "stands")
+            )
+            failed |= bool(changed)
+            continue
+        try:
+            stamped = replay.restamp(results, minutes, lambda words: typer.echo(f"{words} ...", err=True))
+        except replay.NotStanding as error:
+            typer.echo(str(error), err=True)
+            failed = True
+            continue
+        if not stamped:
+            typer.echo(f"{slug}: nothing it rests on has changed")
+            continue
+        told = results.header["stamps"][-1]["compared"]
+        typer.echo(
+            f"{slug}: stands; {told['values']} values, {told['trainings']} trainings with {told['steps']} steps, "
+            f"{len(told['jobs'])} jobs at full size are equal"
+        )
+    if failed:
+        raise typer.Exit(1)
 
 
 def ledger(

@@ -143,9 +143,9 @@ def compress(
     """
     with waiting("Loading torch and transformers"):
         chosen = _methods(method, options or [])
-        precision = precision_of(dtype)
+        computed, stored = precision_of(dtype)
     if dry_run:
-        _plan(model, chosen, sequences, length, order, batch_size, targets, precision)
+        _plan(model, chosen, sequences, length, order, batch_size, targets, computed, stored)
         return
     if out is None:
         raise OptionError("--out: name the folder for the result (or ask for a --dry-run)")
@@ -169,17 +169,23 @@ def compress(
         "order": order,
         "batch_size": batch_size,
         "targets": targets,
-        "dtype": str(precision).removeprefix("torch."),
+        "dtype": str(stored).removeprefix("torch."),
     }
     if _already_there(out, call, len(chosen)):
         typer.echo(f"Already there, from this very call: {out}")
         return
-    _run(folder, original or folder, chosen, call, precision, out)
+    _run(folder, original or folder, chosen, call, computed, stored, out)
     typer.echo(f"Saved: {out} (next: refimpl evaluate {out}, refimpl export {out} --help)")
 
 
 def _run(
-    folder: Path, original: Path, chosen: list[Method], call: dict[str, Any], dtype: torch.dtype, out: Path
+    folder: Path,
+    original: Path,
+    chosen: list[Method],
+    call: dict[str, Any],
+    computed: torch.dtype,
+    stored: torch.dtype,
+    out: Path,
 ) -> None:
     """One method after the other, each from the folder the last one wrote."""
     import refimpl
@@ -201,7 +207,8 @@ def _run(
             batch_size=call["batch_size"],
             targets=call["targets"],
             out=target,
-            dtype=dtype,
+            dtype=computed,
+            store=stored,
         )
         typer.echo(report)
         copy_companions(folder, target)
@@ -281,7 +288,8 @@ def _plan(
     order: str,
     batch_size: int,
     targets: str | None,
-    dtype: torch.dtype,
+    computed: torch.dtype,
+    stored: torch.dtype,
 ) -> None:
     """Print what each method would do. The layers it would make are put in place before the next one is planned."""
     import refimpl
@@ -289,11 +297,13 @@ def _plan(
     from refimpl.core.files import io
     from refimpl.core.files.checkpoint import empty_model
     from refimpl.core.layers import empty_layer
+    from refimpl.core.stored import declare_stored
 
     config, folder = _configuration(name)
-    model = empty_model(config, dtype)
+    model = empty_model(config, computed)
+    declare_stored(model, stored)
     if folder is not None and io.is_compressed(folder):
-        io.restore_layers(model, folder, device="meta", dtype=dtype)
+        io.restore_layers(model, folder, device="meta", dtype=computed)
     unfuse_experts(model)
     plans = []
     for method in chosen:
@@ -308,7 +318,7 @@ def _plan(
         )
         for row in plan.sites:
             parent, _, attribute = row["site"].rpartition(".")
-            setattr(model.get_submodule(parent), attribute, empty_layer(row["layer"], dtype, "meta"))
+            setattr(model.get_submodule(parent), attribute, empty_layer(row["layer"], computed, "meta"))
         plans.append(plan)
     for row in plans[-1].sites:
         typer.echo(f"{row['site']:50} {row['shape'][0]:6} x {row['shape'][1]:<6} {row['bits']:6.2f} bits per weight")

@@ -60,12 +60,13 @@ def evaluate(
             from refimpl.lab.data import text
             from refimpl.lab.measure import metrics
 
-            precision = precision_of(dtype)
+            precision, _ = precision_of(dtype)
         with waiting(f"Loading {model}"):
             folder = checkpoint(model)
             found = has_tokenizer(folder)
             tokenizer = tokenizer_of(folder, "evaluate") if found else None  # a damaged one is found here
-            loaded, _ = models.load(model, dtype=precision)  # says so if it is no language model
+            # says so if it is no language model
+            loaded, _ = models.load(model, dtype=None if dtype is DType.auto else precision)
             tokenizer = tokenizer or tokenizer_of(folder, "evaluate")
         most = getattr(loaded.config, "max_position_embeddings", None)
         if length is not None and most is not None and length > most:

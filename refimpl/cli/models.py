@@ -50,19 +50,26 @@ Model = Annotated[
     ),
 ]
 Precision = Annotated[
-    DType, typer.Option(help="What to compute in, and to store what is not packed in; auto: bfloat16 where it is fast.")
+    DType,
+    typer.Option(
+        help="What to compute in, and to store what is not packed in; auto: stored in bfloat16, and computed in it where "
+        "it is fast."
+    ),
 ]
 Length = Annotated[
     int | None, typer.Option(help=f"Tokens per sequence; {LONGEST} by default, or what the model can read.", min=2)
 ]
 
 
-def precision_of(dtype: DType) -> torch.dtype:
+def precision_of(dtype: DType) -> tuple[torch.dtype, torch.dtype]:
+    """What to compute in, which may be the processor's choice, and what to store in, which never is."""
     import torch
 
     from refimpl.lab.models.language import compute_dtype
 
-    return compute_dtype() if dtype is DType.auto else getattr(torch, dtype.value)
+    if dtype is DType.auto:
+        return compute_dtype(), torch.bfloat16
+    return (getattr(torch, dtype.value),) * 2
 
 
 def checkpoint(model: str) -> Path:

@@ -74,3 +74,23 @@ def nearest(value: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(value.lower(), folded, n=1)
     hint = f" (did you mean {folded[close[0]]!r}?)" if close else ""
     return "one of " + ", ".join(repr(name) for name in names) + hint
+
+
+def positive_integer(name: str, value: object) -> None:
+    """Check that an argument is an integer of 1 or more.
+
+    Args:
+        name: of the argument, for the message.
+        value: the value it was given; a bool does not count as an integer.
+
+    Raises:
+        OptionError: the value is anything else.
+
+    Example:
+        >>> positive_integer("length", 0)
+        Traceback (most recent call last):
+        ...
+        refimpl.core.errors.OptionError: length=0 must be a positive integer
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise OptionError(f"{name}={value!r} must be a positive integer")

@@ -2,13 +2,13 @@
 
 Source: Lin et al., 2024, arXiv 2410.14731 (ICLR 2025); algorithm 1 and the authors' code.
 
-Per layer, head and K or V there is a mean mu and a basis Q [d, d]. The cache holds ``(k - mu) Q[:, :r]`` instead of the
-rotated key k; a query is taken to the same basis, ``q Q[:, :r]``, so keys are never rebuilt. Values come back as
+Per layer, head and K or V there is a mean mu and an orthogonal basis Q [d, d]. The cache holds ``(k - mu) Q[:, :r]``
+instead of the rotated key k; a query is projected too, ``q Q[:, :r]``, so keys are never rebuilt. Values come back as
 ``(sum of p v~) Q[:, :r]^T + mu``, which the output matrix can take over (`fold`). With PCA bases this is good while the
 rank is high; training the bases end to end, with ranks drawn anew for every head in every step, orders their columns by
-what they are worth to the model's answer.
+their worth to the model's answer.
 
-Ours, where it differs. One basis per key-value head (the authors keep one per query head, which gives up what grouped
+Differences from the authors' code. One basis per key-value head (the authors keep one per query head, which gives up what grouped
 queries save). Column signs are chosen so that Cayley's inverse is well conditioned (`fix_signs`); mending a negative
 determinant is not enough. The mean of the keys adds the same number to all scores of a query: it cannot change the
 softmax and is not trained, but centred keys round less in 16 bits. Teacher and student are one model: bases of full
@@ -17,9 +17,8 @@ rank change nothing, so the teacher is a pass without them.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import DynamicCache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
-from refimpl.core.cache import ByContent, LayerShape, Policy, cache_argument, check_rank
+from refimpl.core.cache import ByContent, LayerShape, Policy, cache_argument, check_rank, full_attention_layers, tapped
 from refimpl.core.device import read, read_all
 from refimpl.core.errors import CalibrationError, OptionError, nearest
 from refimpl.core.train.loop import History, Recipe, batches, train
@@ -86,11 +84,11 @@ def cayley(X: Tensor) -> Tensor:
     """
     if X.dtype not in (torch.float32, torch.float64):
         X = X.float()
-    half = (X - X.mT) / 2
+    half = (X - X.mT) / 2  # A / 2
     eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
     with torch.autocast(X.device.type, enabled=False):
         Q = torch.linalg.solve(eye - half, eye + half)
-        return Q @ (3 * eye - Q.mT @ Q) / 2  # a step of Newton: large entries of A cost the solve some digits
+        return Q @ (3 * eye - Q.mT @ Q) / 2  # one Newton step back to orthogonality: large A cost the solve some digits
 
 
 def inverse_cayley(Q: Tensor) -> Tensor:
@@ -112,50 +110,7 @@ def inverse_cayley(Q: Tensor) -> Tensor:
     return (2 * torch.linalg.solve(wide + eye, wide - eye, left=False)).tril(-1).to(Q.dtype)
 
 
-# -- a model whose keys and values are looked at, or changed, on their way into attention --
-
-
-class _Tap(CacheLayerMixin):
-    """Stores nothing: hands keys and values through a function. A cache sees keys after RoPE and norms."""
-
-    is_sliding = False
-
-    def __init__(self, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
-        super().__init__()
-        self.change = change
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return self.change(key_states, value_states)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-
-def _tapped(model: PreTrainedModel, change: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]) -> DynamicCache:
-    """A cache for one forward pass that hands ``change(layer, keys, values)`` to attention."""
-    cache = DynamicCache(config=model.config)
-    for index in _compressed_layers(model):
-        cache.layers[index] = _Tap(functools.partial(change, index))
-    return cache
-
-
-def _compressed_layers(model: PreTrainedModel) -> list[int]:
-    stock = DynamicCache(config=model.config).layers
-    found = [index for index, layer in enumerate(stock) if type(layer) is DynamicLayer]
-    if not found:
-        raise OptionError(
-            f"model: {type(model).__name__} has no layer with full attention whose cache could be compressed"
-        )
-    return found
+# -- projected keys and values --
 
 
 def truncate(x: Tensor, Q: Tensor, mu: Tensor, ranks: Tensor) -> Tensor:
@@ -183,7 +138,7 @@ def truncate(x: Tensor, Q: Tensor, mu: Tensor, ranks: Tensor) -> Tensor:
 
 
 def projected(model: PreTrainedModel, bases: Sequence[Bases | None], ranks: int | None | Table) -> Any:
-    """A cache for one forward pass whose attention sees what a compressed cache would give it; nothing is stored.
+    """A cache for one forward pass whose attention sees keys and values as a compressed cache gives them; nothing is stored.
 
     Quicker than a real cache where many tokens come at once: perplexity, and the search for ranks.
 
@@ -215,18 +170,20 @@ def projected(model: PreTrainedModel, bases: Sequence[Bases | None], ranks: int 
             truncate(values, given.Q_V.to(device), given.mu_V.to(device), r_V),
         )
 
-    return _tapped(model, change)
+    return tapped(model, change)
 
 
 def _of_layer(bases: Sequence[Bases | None], layer: int) -> Bases:
     found = bases[layer] if layer < len(bases) else None
     if found is None:
-        raise OptionError(f"bases: there are none for layer {layer} (of {len(bases)}); calibrate them on this model")
+        raise OptionError(
+            f"bases: there are none for layer {layer} (of {len(bases)}); call fit(model, tokens) with this model"
+        )
     return found
 
 
 def rank_table(bases: Sequence[Bases | None], ranks: int | None | Table) -> Table:
-    """Ranks written out: of an int, the same everywhere; of None, full ranks.
+    """Ranks of every layer, head, K and V: an int stands for the same everywhere, None for full ranks.
 
     Raises:
         OptionError: a rank outside 1 to head dimension, or a table of another shape.
@@ -260,7 +217,7 @@ def rank_table(bases: Sequence[Bases | None], ranks: int | None | Table) -> Tabl
 
 @dataclass(frozen=True)
 class Moments(ByContent):
-    """What PCA needs of one layer: means fp64 [H, d] and covariances fp64 [H, d, d] of rotated keys and of values."""
+    """Statistics of one layer that PCA needs: means fp64 [H, d] and covariances fp64 [H, d, d] of rotated keys and of values."""
 
     mean_K: Tensor
     cov_K: Tensor
@@ -303,7 +260,7 @@ def calibrate(model: PreTrainedModel, ids: Tensor, batch_size: int = 4) -> tuple
         return keys, values
 
     for batch in ids.split(batch_size):
-        model.base_model(batch.to(model.device), **cache_argument(_tapped(model, look)))
+        model.base_model(batch.to(model.device), **cache_argument(tapped(model, look)))
     layers: list[Moments | None] = [None] * len(DynamicCache(config=model.config).layers)
     for layer, (sum_K, square_K, sum_V, square_V) in sums.items():
         pairs = []
@@ -339,7 +296,7 @@ def pca(moments: Sequence[Moments | None]) -> tuple[Bases | None, ...]:
 
 
 def random_orthogonal(moments: Sequence[Moments | None], seed: int = 0) -> tuple[Bases | None, ...]:
-    """Random rotations, with the means of the calibration tokens: what any basis should beat.
+    """Random rotations, with the means of the calibration tokens: the control that any basis should beat.
 
     Args:
         moments: of `calibrate`.
@@ -370,8 +327,8 @@ def sample_ranks(heads: int, d: int, levels: int = 8, device: torch.device | str
 
     Args:
         heads, d: of the layer.
-        levels: how many ranks there are to draw from; at most d.
-        device: of the answer.
+        levels: number of ranks to draw from; at most d.
+        device: of the result.
 
     Returns:
         int64 [2, heads]; from torch's default generator.
@@ -393,7 +350,7 @@ class Projections(nn.Module):
 
     Args:
         model: a decoder of transformers, frozen.
-        bases: where to start: of `pca`.
+        bases: the bases to start from, of `pca`.
         rank: train this one rank instead of drawing ranks in every step (an ablation of the paper).
         orthogonal: through Cayley; False trains the matrices themselves (an ablation of the paper).
 
@@ -409,7 +366,7 @@ class Projections(nn.Module):
         self._model = (model,)  # in a tuple: not a part of this module
         self.rank, self.orthogonal = rank, orthogonal
         self._start = tuple(bases)
-        self._compressed = _compressed_layers(model)
+        self._compressed = full_attention_layers(model)
         rank_table(bases, rank)
         X, mu = [], []
         for layer in self._compressed:
@@ -444,7 +401,7 @@ class Projections(nn.Module):
                 ranks = torch.full((2, heads), self.rank, device=keys.device)
             return truncate(keys, b.Q_K, b.mu_K, ranks[0]), truncate(values, b.Q_V, b.mu_V, ranks[1])
 
-        return teacher, model(ids, **cache_argument(_tapped(model, change))).logits
+        return teacher, model(ids, **cache_argument(tapped(model, change))).logits
 
 
 def divergence(teacher: Tensor, student: Tensor) -> Tensor:
@@ -504,7 +461,7 @@ def fit_bases(
 
     Args:
         model: a decoder of transformers, in any dtype.
-        bases: where to start: of `pca`.
+        bases: the bases to start from, of `pca`.
         ids: text to train on, int [n, T], rows without padding.
         recipe: the authors: AdamW, learning rate 1e-3, cosine, warm-up of 100 steps, ``clip=1.0``.
         batch_size: rows a step (times ``recipe.accumulate``).
@@ -556,7 +513,7 @@ def greedy(
     Args:
         errors: ``errors(ranks, candidates)`` is the error after lowering each of the candidates alone by ``step``.
         widths: full ranks, where it begins.
-        step: by how much; also the least rank.
+        step: by how much a rank is lowered; also the least rank.
         budget: share of the full ranks.
         share: of the entries that are lowered in one round, the cheapest first; 0 for one at a time (the paper). The
             authors' code lowers three quarters, which costs far fewer rounds.
@@ -695,8 +652,8 @@ class MatryoshkaKV(Policy):
     like weights, and are not counted as cache.
 
     Args:
-        bases: one per layer of the model, None for layers with a sliding window: from `pca` or `fit_bases`.
-        ranks: columns kept: the same number everywhere, a `Table`, or None for all; what a budget sets.
+        bases: one per layer of the model, None for layers with a sliding window: from `fit` (or `pca`, `fit_bases`).
+        ranks: columns kept: the same number everywhere, a `Table`, or None for all; a budget sets it.
         path: tables from the fewest bytes to the most (of `search`); the budget then chooses among them, else among
             uniform ranks.
 
@@ -704,23 +661,79 @@ class MatryoshkaKV(Policy):
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, num_attention_heads=2, hidden_size=16,
         ...     intermediate_size=16, vocab_size=50))
-        >>> policy = MatryoshkaKV(pca(calibrate(model, torch.randint(50, (4, 12)))))
+        >>> policy = MatryoshkaKV().fit(model, torch.randint(50, (4, 12)))
         >>> cache = policy.cache(model, budget=0.5, length=64)
-        >>> _ = model.generate(torch.ones(1, 8, dtype=torch.long), max_new_tokens=2, **cache_argument(cache))
+        >>> _ = model(torch.ones(1, 9, dtype=torch.long), **cache_argument(cache))
         >>> cache.policy.ranks, cache.layers[0].parts["keys"].shape
         (4, torch.Size([1, 1, 9, 8]))
     """
 
-    bases: tuple[Bases | None, ...] = field(repr=False)
+    bases: tuple[Bases | None, ...] = field(default=(), repr=False)
     ranks: int | None | Table = None
     path: tuple[Table, ...] = field(default=(), repr=False)
     prefills = ("streamed",)
     knob = "ranks"
 
     def __post_init__(self) -> None:
+        if not self.bases:
+            return  # `fit` comes first, and then this again
         rank_table(self.bases, self.ranks)
         for table in self.path:
             rank_table(self.bases, table)
+
+    def fit(
+        self,
+        model: PreTrainedModel,
+        tokens: Tensor,
+        *,
+        recipe: Recipe | None = None,
+        batch_size: int = 2,
+        folder: str | Path | None = None,
+        search_on: Tensor | None = None,
+        budget: float = 0.25,
+        step: int | None = None,
+        progress: bool = True,
+    ) -> MatryoshkaKV:
+        """Bases for a model from calibration tokens; trained bases and searched ranks if asked for.
+
+        Args:
+            model: a decoder of transformers; not changed.
+            tokens: int [n, T], rows without padding.
+            recipe: train the bases end to end with it, as the paper does (see `fit_bases`); None stays with PCA.
+            batch_size: rows in a step of the training.
+            folder: keeps the training's checkpoints, so that it resumes; None keeps none.
+            search_on: other tokens, int [m, T], on which ranks are searched (algorithm 1, see `search`); None: ranks
+                are the same everywhere.
+            budget: share of the full cache where that search stops.
+            step: by how much it lowers a rank, also the least rank; None is an eighth of the head's channels, as in
+                training.
+            progress: show bars.
+
+        Returns:
+            This policy with bases, and with a path of ranks if they were searched.
+
+        Raises:
+            CalibrationError: no tokens, or activations that are not finite.
+
+        Example:
+            >>> from transformers import LlamaConfig, LlamaForCausalLM
+            >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, num_attention_heads=2, hidden_size=16,
+            ...     intermediate_size=16, vocab_size=50))
+            >>> text, other = torch.randint(50, (8, 12)), torch.randint(50, (1, 12))
+            >>> policy = MatryoshkaKV().fit(model, text, recipe=Recipe(steps=3, lr=1e-3), search_on=other, step=4)
+            >>> policy.bases[0], len(policy.path)
+            (Bases(Q_K=float32[2, 8, 8], Q_V=float32[2, 8, 8], mu_K=float32[2, 8], mu_V=float32[2, 8]), 5)
+        """
+        bases = pca(calibrate(model, tokens))
+        if recipe is not None:
+            options: Any = {"batch_size": batch_size, "folder": folder, "progress": progress}
+            bases, _ = fit_bases(model, bases, tokens, recipe, **options)
+        path = self.path
+        if search_on is not None:
+            if step is None:
+                step = max(1, next(b for b in bases if b is not None).Q_K.shape[-1] // 8)
+            path = search(model, bases, search_on, budget=budget, step=step, progress=progress)
+        return replace(self, bases=bases, path=path)
 
     def _ranks(self, shape: LayerShape) -> Ranks:
         given = _of_layer(self.bases, shape.index)
@@ -728,7 +741,7 @@ class MatryoshkaKV(Policy):
             heads, d = given.Q_K.shape[:2]
             raise OptionError(
                 f"bases: those of layer {shape.index} are for {heads} key-value heads of {d} channels, but the model "
-                f"has {shape.heads} of {shape.head_dim}; calibrate them on this model"
+                f"has {shape.heads} of {shape.head_dim}; call fit(model, tokens) with this model"
             )
         if isinstance(self.ranks, int):
             check_rank("ranks", self.ranks, shape)
@@ -750,7 +763,7 @@ class MatryoshkaKV(Policy):
         return MatryoshkaLayer(_of_layer(self.bases, shape.index), ranks, shape.heads)
 
     def nbytes(self, shape: LayerShape, length: int) -> int:
-        return length * sum(map(sum, self._ranks(shape))) * shape.dtype.itemsize
+        return length * sum(map(sum, self._ranks(shape))) * shape.itemsize
 
     def settings(self, shapes: Sequence[LayerShape], length: int) -> Sequence[int | None | Table]:
         if self.path:

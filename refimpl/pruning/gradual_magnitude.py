@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from refimpl.core.device import read, read_all
 from refimpl.core.errors import OptionError, nearest
 from refimpl.core.layers import parse_pattern
+from refimpl.core.stored import stored_dtypes
 from refimpl.core.train.loop import Recipe
 from refimpl.core.train.masks import MaskedWeight, bake, find_masks, mask_weights, pack, stored_weight, weight_matrices
 
@@ -566,17 +567,19 @@ def model_storage(model: nn.Module) -> Storage:
     total = Storage(0, 0, 0, 0)
     masked = find_masks(model)
     weights = {id(stored_weight(model, name)): masks for name, masks in masked.items()}
-    for parameter in model.parameters():
+    kinds = stored_dtypes(model)
+    for name, parameter in model.named_parameters():
+        itemsize = kinds[name].itemsize
         found = weights.get(id(parameter))
         matrix = None if found is None else found.to_matrix(found.mask)
         if matrix is None or read(matrix.all()):
-            total += Storage(parameter.numel(), *3 * (parameter.nbytes,))
+            total += Storage(parameter.numel(), *3 * (parameter.numel() * itemsize,))
         else:
-            total += storage(matrix, 8 * parameter.element_size())
+            total += storage(matrix, 8 * itemsize)
     ours = {id(buffer) for masks in masked.values() for buffer in masks.buffers()}
-    for buffer in model.buffers():
+    for name, buffer in model.named_buffers():
         if buffer.is_floating_point() and id(buffer) not in ours:
-            total += Storage(0, *3 * (buffer.nbytes,))
+            total += Storage(0, *3 * (buffer.numel() * kinds.get(name, buffer.dtype).itemsize,))
     return total
 
 

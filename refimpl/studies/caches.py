@@ -24,21 +24,24 @@ from tqdm.auto import tqdm
 from refimpl.baselines.kvcache import H2O, KIVI, Full, SnapKV, StreamingLLM, ThinK
 from refimpl.core.cache import CompressedCache, Policy
 from refimpl.core.errors import OptionError
-from refimpl.lab import models
+from refimpl.lab import models, wheels
 from refimpl.lab.data import text
 from refimpl.lab.measure import longtext
 from refimpl.lab.measure.metrics import Perplexity
 from refimpl.lab.measure.statistics import Interval, compare, difference, paired_bootstrap
 from refimpl.lab.measure.tasks.items import group
+from refimpl.lab.study.claims import Claim, Outcome, Verdict, judge
 from refimpl.lab.study.jobs import in_processes
-from refimpl.lab.study.ledger import Claim, Outcome, Verdict, judge
+from refimpl.lab.study.precision import declares
 from refimpl.lab.study.records import Record, Results
 from refimpl.studies import cskv, matryoshka_kv
 
 # What computes the numbers. The host of caches is left out as in the chapters' studies: tests compare it with plain
 # attention, and a new message there must not make the results stale.
 DEPENDS = [
-    *cskv.DEPENDS,
+    "refimpl.kvcache.cskv",
+    "refimpl.baselines.kvcache.kivi",
+    "refimpl.baselines.svd",
     *matryoshka_kv.DEPENDS,
     "refimpl.studies.cskv",
     "refimpl.studies.matryoshka_kv",
@@ -146,14 +149,18 @@ SIZES = {
 Make = Callable[[Any, str, float], Policy]  # model, profile, budget
 
 
+def _folder(profile: str) -> Path:
+    return wheels.cache_folder() / "studies" / "caches" / profile
+
+
 def _cskv(factors: str, bits: int) -> Make:
     def make(model: Any, profile: str, budget: float) -> Policy:
-        base = cskv.fitted(model, profile, "closed form")
+        base = cskv.fitted(model, profile, _folder(profile), "closed form")
         found = _within(replace(base, bits=bits), model, profile, budget)
         assert isinstance(found, type(base))
         if factors == "closed form":
             return found
-        return cskv.fitted(model, profile, factors, found.density, bits)
+        return cskv.fitted(model, profile, _folder(profile), factors, found.density, bits)
 
     return make
 
@@ -239,7 +246,7 @@ def least(arm: Arm, model: Any, profile: str) -> float:
     """Fewest bytes per token that the method of an arm can keep."""
     length = SIZES[profile].length
     base = METHODS[arm.method](model, profile, 1.0)
-    shapes = [CompressedCache._shape(model, index) for index in range(model.config.num_hidden_layers)]
+    shapes = [CompressedCache.layer_shape(model, index) for index in range(model.config.num_hidden_layers)]
     if base.knob is None:
         return sum(base.nbytes(shape, length) for shape in shapes) / length
     tightest = replace(base, **{base.knob: base.settings(shapes, length)[0]})
@@ -327,38 +334,38 @@ CLAIMS = [
         "cskv-retrieval",
         "At 80 % compression CSKV keeps the retrieval that StreamingLLM, H2O and ASVD without a fit lose.",
         "LongEval at 4k tokens, LongChat-7B: .92 against .06, .18 and .26; full cache 1.00",
+        _cskv_keeps,
         "Passkeys and key-value lines together, answers written right, at 20 % of the bytes: holds if trained CSKV in "
         "16 bits minus each of the three has an interval above 0 (paired bootstrap over articles) and CSKV keeps at "
         "least half of the full cache's share; partly if it is above at least one. Shown is the smallest of the gaps.",
-        _cskv_keeps,
         paper_effect=0.66,
     ),
     Claim(
         "eviction-hides",
         "Caches that evict tokens lose retrieval while their perplexity stays near that of the full cache.",
         "the reason CSKV gives for leaving all tokens in",
+        _eviction,
         "StreamingLLM, H2O and SnapKV (question not known when the prompt is compressed) at 20 % of the bytes: holds "
         "for one if the perplexity of what follows the prompt, divided by the full cache's, has an interval below "
         f"{NEAR:.2f}, and retrieval minus half of the full cache's one below 0. Holds if for all three, partly if for "
         "one. Shown is the one with the lowest perplexity, against the full cache.",
-        _eviction,
     ),
     Claim(
         "channels-cross-eviction",
         "At equal bytes shrinking channels costs perplexity and keeps retrieval, evicting tokens the reverse.",
         "CSKV's tables, for retrieval; no number for perplexity",
+        _crossing,
         "Trained CSKV in 16 bits against SnapKV (question not known) at 20 % of the bytes: holds if the ratio of their "
         "perplexities has an interval above 1 and the gap of retrieval one above 0, partly if one of the two.",
-        _crossing,
     ),
     Claim(
         "snapkv-one-question",
         "What SnapKV keeps serves the question that it saw, and not the next one.",
         "SnapKV's experiments have the question at the end of the prompt",
+        _one_question,
         "Passkeys at 20 % of the bytes: holds if with the question in the prompt more is right than with a question "
         "that comes later (interval above 0), and more than when another question is asked in the next turn (interval "
         "above 0); partly if one of the two.",
-        _one_question,
     ),
 ]
 
@@ -507,6 +514,7 @@ def _jobs(results: Results, profile: str) -> Iterator[Job]:
             yield profile, workload, tuple(shared[first : first + TOGETHER])
 
 
+@declares("bfloat16")
 def run(out: Path, profile: str = "study") -> Results:
     """Measure every arm on what the results file lacks, and judge the claims.
 

@@ -11,11 +11,10 @@ As in the paper there are no sink tokens, but for two arms that show what they b
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,30 +23,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from refimpl.core.cache import CompressedCache, Policy, cache_argument, fingerprint
+from refimpl.core.cache import CompressedCache, Policy, cache_argument
 from refimpl.core.files.io import atomic_write
+from refimpl.core.stored import stored_dtype
 from refimpl.core.train.loop import Recipe
 from refimpl.kvcache.cskv import CSKV, Factors, Moments, factorise, moments, reconstruct
-from refimpl.lab import models, wheels
+from refimpl.lab import models
 from refimpl.lab.data import text
 from refimpl.lab.measure.metrics import Perplexity
 from refimpl.lab.measure.statistics import Interval, compare, difference, paired_bootstrap
-from refimpl.lab.study.ledger import Claim, Outcome, Verdict, judge
-from refimpl.lab.study.records import Record, Results
-from refimpl.lab.study.sources import module_hash
-
-# What computes the numbers. The host of caches is left out: tests compare every pair of query and key with the rule
-# written out, so a new message there must not make the results stale.
-DEPENDS = [
-    "refimpl.kvcache.cskv",
-    "refimpl.baselines.kvcache.kivi",
-    "refimpl.baselines.svd",
-    "refimpl.core.train.loop",
-    "refimpl.core.compress.stats",
-    "refimpl.lab.data.text",
-]
+from refimpl.lab.study.claims import BELOW_ONE, Bound, Claim, Every, Gap, Outcome, grade
+from refimpl.lab.study.records import Results
+from refimpl.lab.study.study import Job, Row, Run, Study, documents
 
 SCALE = "SmolLM2, 135M weights, 3 key/value heads of 64 channels, 1024 tokens; the paper: 7B, up to 32k tokens"
 FROM = 128  # positions scored: before, little has left the window
@@ -57,7 +45,9 @@ MAIN = 0.2  # density of the 80 % setting
 
 @dataclass(frozen=True)
 class Size:
-    """What a profile spends: blocks of the model, calibration windows, steps, draws, documents and their tokens."""
+    """Size of the experiment: blocks of the model, calibration windows and their tokens, steps of a fit, draws, articles
+    that errors are measured on, articles that perplexity is measured on, their tokens, and the first one that is scored.
+    """
 
     layers: int | None
     sequences: int
@@ -70,11 +60,7 @@ class Size:
     first: int = FROM
 
 
-SIZES = {
-    "study": Size(None, 32, 512, 200, 3, 16, 8, 1024),
-    "live": Size(None, 8, 512, 100, 1, 4, 3, 512),
-    "quick": Size(2, 4, 64, 10, 1, 2, 2, 96, 48),
-}
+SIZES = {"study": Size(None, 32, 512, 200, 3, 16, 8, 1024), "quick": Size(2, 4, 64, 10, 1, 2, 2, 96, 48)}
 
 INITS = {"SVD": "svd", "ASVD": "asvd", "closed form": "closed_form"}
 STARTS = {"fit": "asvd", "random fit": "random"}  # trained, and from where
@@ -82,7 +68,14 @@ STARTS = {"fit": "asvd", "random fit": "random"}  # trained, and from where
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of storing, measured by perplexity."""
+    """One way of storing, and what of it is measured.
+
+    Attributes:
+        factors: "closed form", "ASVD", "SVD", "fit", "random fit"; "full" stores everything.
+        density, window, bits, key_share, sinks, group: of `CSKV`.
+        condition: "wikipedia" for perplexity, read token by token, or in "one pass"; "held-out" for errors of keys and
+            values; "cost" for processor time.
+    """
 
     factors: str = "closed form"
     density: float = MAIN
@@ -91,10 +84,11 @@ class Arm:
     key_share: float = 0.5
     sinks: int = 0
     group: int = 1
+    condition: str = "wikipedia"
 
     @property
     def name(self) -> str:
-        """What differs from the 80 % setting.
+        """The factors, and what differs from the 80 % setting.
 
         Example:
             >>> Arm().name, Arm("fit", bits=4, group=32).name, Arm(density=0.5, key_share=0.25).name
@@ -106,10 +100,11 @@ class Arm:
         return ", ".join([self.factors, *told])
 
 
+FITTED = ("SVD", "ASVD", "closed form", "fit")
 WINDOWS = (0, 8, 32, 128)
 ARMS = {
     "study": [
-        *(Arm(factors) for factors in ("closed form", "fit", "ASVD", "SVD", "random fit")),
+        *(Arm(factors) for factors in ("full", "closed form", "fit", "ASVD", "SVD", "random fit")),
         *(Arm(window=window) for window in WINDOWS if window != 32),
         *(Arm(factors, bits=bits, group=32) for factors in ("closed form", "fit") for bits in (4, 16)),
         *(Arm(key_share=share) for share in (0.25, 0.75)),
@@ -117,14 +112,28 @@ ARMS = {
         Arm(density=0.1),
         Arm("ASVD", density=0.5),
         *(Arm(factors, sinks=4) for factors in ("closed form", "ASVD")),
+        # read in one pass too, where the paper's exact prefill hides what is stored: the worst arms there are
+        *(Arm(factors, condition="one pass") for factors in ("SVD", "random fit")),
     ],
-    "live": [Arm(factors) for factors in ("closed form", "fit", "ASVD", "SVD")],
-    "quick": [Arm(), Arm("ASVD"), Arm("fit"), Arm(window=0), Arm("fit", bits=4, group=32), Arm(key_share=0.25)],
+    "quick": [
+        *(Arm(factors) for factors in ("full", "closed form", "ASVD", "fit")),
+        Arm(window=0),
+        Arm("fit", bits=4, group=32),
+        Arm(key_share=0.25),
+        Arm("ASVD", condition="one pass"),
+    ],
 }
 
 
-# Read in one pass too, where the paper's exact prefill hides what is stored: the worst arms there are.
-ONE_PASS = {"study": [Arm("SVD"), Arm("random fit")], "live": [Arm("SVD")], "quick": [Arm("ASVD")]}
+def arms(profile: str) -> list[Arm]:
+    """What costs and errors are measured of, and `ARMS`."""
+    held_out = [Arm(factors, condition="held-out") for factors in (*FITTED, "random fit")]
+    return [Arm("forward", condition="cost"), *held_out, *ARMS[profile]]
+
+
+def seeds(arm: Arm, profile: str) -> Sequence[int]:
+    """Calibration draws: errors are measured for several, of random factors for one."""
+    return range(SIZES[profile].draws if arm.condition == "held-out" and arm.factors in FITTED else 1)
 
 
 # -- the rules, written before the run --
@@ -147,10 +156,9 @@ def _order(results: Results) -> Outcome:
     steps = [_ratio(results, *pair) for pair in (("closed form", "fit"), ("fit", "ASVD"), ("ASVD", "SVD"))]
     won = sum(interval.high < 1 and agree for interval, agree in steps)
     worst = max((interval for interval, _ in steps), key=lambda interval: interval.high)
-    verdict = Verdict.HOLDS if won == 3 else Verdict.PARTLY if won else Verdict.DOES_NOT_HOLD
     return Outcome.of(
         worst,
-        verdict,
+        grade(won == 3, won > 0),
         scale=SCALE,
         control="the next one in the order",
         quantity="worst of 3 neighbours: held-out error of keys and values, ratio",
@@ -160,10 +168,9 @@ def _order(results: Results) -> Outcome:
 def _start(results: Results) -> Outcome:
     untrained, _ = _ratio(results, "random fit", "ASVD")
     trained, _ = _ratio(results, "random fit", "fit")
-    verdict = Verdict.HOLDS if untrained.low > 1 else Verdict.PARTLY if trained.low > 1 else Verdict.DOES_NOT_HOLD
     return Outcome.of(
         untrained,
-        verdict,
+        grade(untrained.low > 1, trained.low > 1),
         scale=SCALE,
         control="ASVD without any training",
         quantity="held-out error, trained from random factors / ASVD untrained",
@@ -180,27 +187,12 @@ def _against_asvd(results: Results) -> Outcome:
     gap = compare(fit, asvd)
     # half of what ASVD loses: the mean loss of the arm twice, less the one of ASVD, is below that of the full cache
     half = paired_bootstrap(2 * fit.nll - asvd.nll, full.nll, full.counts, statistic=difference)
-    verdict = (
-        Verdict.HOLDS if gap.high < 1 and half.high < 0 else Verdict.PARTLY if gap.high < 1 else Verdict.DOES_NOT_HOLD
-    )
     return Outcome.of(
         gap,
-        verdict,
+        grade(gap.high < 1 and half.high < 0, gap.high < 1),
         scale=SCALE,
         control="ASVD with the same rank and window, untrained",
         quantity="perplexity at 80 %, CSKV (fit) / ASVD",
-    )
-
-
-def _closed_form(results: Results) -> Outcome:
-    gap = compare(_perplexity(results, Arm()), _perplexity(results, Arm("fit")))
-    verdict = Verdict.HOLDS if gap.high < 1 else Verdict.PARTLY if gap.high < 1.01 else Verdict.DOES_NOT_HOLD
-    return Outcome.of(
-        gap,
-        verdict,
-        scale=SCALE,
-        control="the paper's training, 200 steps a layer from ASVD",
-        quantity="perplexity at 80 %, closed form / fit",
     )
 
 
@@ -208,115 +200,104 @@ def _window(results: Results) -> Outcome:
     none, some, much = (_perplexity(results, Arm(window=window)) for window in (0, 32, 128))
     gap = compare(some, none)
     later = paired_bootstrap(some.nll - much.nll, none.nll - some.nll, none.counts, statistic=difference)
-    verdict = (
-        Verdict.HOLDS if gap.high < 1 and later.high < 0 else Verdict.PARTLY if gap.high < 1 else Verdict.DOES_NOT_HOLD
-    )
     return Outcome.of(
         gap,
-        verdict,
+        grade(gap.high < 1 and later.high < 0, gap.high < 1),
         scale=SCALE,
         control="no exact token but the query's own",
         quantity="perplexity at 80 %, window 32 / window 0",
     )
 
 
-def _bits(results: Results) -> Outcome:
-    gaps = [
-        # in groups of 32, as codes are, so that both keep as many exact tokens
-        compare(_perplexity(results, Arm(factors, bits=4, group=32)), _perplexity(results, Arm(factors, group=32)))
-        for factors in ("closed form", "fit")
-    ]
-    small = sum(gap.high < 1.02 for gap in gaps)
-    verdict = Verdict.HOLDS if small == 2 else Verdict.PARTLY if small else Verdict.DOES_NOT_HOLD
-    return Outcome.of(
-        max(gaps, key=lambda gap: gap.high),
-        verdict,
-        scale=SCALE,
-        control="the same rank and groups of tokens in 16 bits",
-        quantity="worse of closed form and fit: perplexity at 80 %, 4 bits / 16 bits",
-    )
+def _gap(a: Arm, b: Arm) -> Gap:
+    return Gap(a, b, "nll", "perplexity", seeds=(0,))
 
 
-def _keys(results: Results) -> Outcome:
-    gaps = [
-        compare(_perplexity(results, Arm(density=density, key_share=0.25)), _perplexity(results, Arm(density=density)))
-        for density in (MAIN, 0.5)
-    ]
-    won = sum(gap.high < 1 for gap in gaps)
-    verdict = Verdict.HOLDS if won == 2 else Verdict.PARTLY if won else Verdict.DOES_NOT_HOLD
-    return Outcome.of(
-        max(gaps, key=lambda gap: gap.high),
-        verdict,
-        scale=SCALE,
-        control="equal ranks, same bytes",
-        quantity="worse of 80 % and 50 %: perplexity, a quarter of the rank for keys / half",
-    )
-
-
+READ = "read token by token, window 32"
 CLAIMS = [
     Claim(
         "cskv-order",
         "Factors start best from the activation-aware SVD, training improves them, and none beats the closed form.",
         "training from ASVD is its method; the closed form is our addition (a theorem on the calibration tokens only)",
+        _order,
         "Relative error of keys and of values of every layer at rank 36 of 192 on validation articles, three "
         "calibration draws: holds if closed form / fit, fit / ASVD and ASVD / SVD all have a 95 % interval (geometric "
         "mean, bootstrap over the keys and the values of each layer, logarithms averaged over draws) below 1 and every "
         "draw agrees; partly if one or two do.",
-        _order,
     ),
     Claim(
         "cskv-start",
         "Starting from an SVD is essential: from random factors the same training fails.",
         "stated in its ablation",
+        _start,
         "As cskv-order, one draw, 200 steps: holds if the interval of trained random factors / ASVD without training "
         "lies above 1; partly if only the one of trained random / trained from ASVD does.",
-        _start,
     ),
     Claim(
         "cskv-asvd",
         "At 80 % compression CSKV keeps what ASVD without training loses.",
         "LongEval 0.90-0.94 with CSKV, 0.04-0.26 with ASVD (LongChat-7B, 4k-10k tokens)",
+        _against_asvd,
         "Perplexity of test articles at rank 36, window 32, read token by token: holds if the 95 % interval (paired "
         "bootstrap over articles) of fit / ASVD lies below 1 and the fit adds less than half of what ASVD adds to the "
         "loss of the full cache (interval of the difference below 0); partly if only the ratio does.",
-        _against_asvd,
     ),
     Claim(
         "cskv-closed-form",
         "The closed form, which needs no training, serves the model better than the training it is the optimum of.",
         "not in the paper, which trains",
-        "Perplexity as in cskv-asvd, closed form / fit: holds if the interval lies below 1, partly if below 1.01.",
-        _closed_form,
+        Every(
+            (_gap(Arm(), Arm("fit")),),
+            BELOW_ONE,
+            partly=Bound(high=1.01),
+            quantity="perplexity at 80 %, closed form / fit",
+            control="the paper's training, 200 steps a layer from ASVD",
+            scale=SCALE,
+            arms=f"test articles, {READ}",
+        ),
     ),
     Claim(
         "cskv-window",
         "A window of 32 exact tokens helps, and a larger one adds less and less.",
         "stated in its ablation: about 32 is enough",
+        _window,
         "Closed form, rank 36: holds if perplexity with window 32 / 0 has an interval below 1 and going from 32 to 128 "
         "lowers the mean loss by less than going from 0 to 32 (interval of the difference below 0); partly if only the "
         "first.",
-        _window,
     ),
     Claim(
         "cskv-bits",
         "Storing the features in 4 bits costs almost nothing.",
         "little loss at 80 % times 4 bits, 95 % in total (its counting leaves the scales out)",
-        "Rank 36, closed form without training and the fit trained through the quantiser: holds if perplexity with "
-        "4 / 16 bits, both in groups of 32 tokens, has an upper end below 1.02 for both, partly for one.",
-        _bits,
+        Every(
+            # both in groups of 32, so that both keep as many exact tokens
+            tuple(_gap(Arm(f, bits=4, group=32), Arm(f, group=32)) for f in ("closed form", "fit")),
+            Bound(high=1.02),
+            partly="any",
+            quantity="perplexity at 80 %, 4 bits / 16 bits",
+            control="the same rank and groups of tokens in 16 bits",
+            scale=SCALE,
+            arms=f"closed form, and the fit trained through the quantiser, both in groups of 32 tokens, {READ}",
+        ),
     ),
     Claim(
         "cskv-keys",
         "At equal size, keys should get fewer features than values.",
         "its scripts: density 0.25 for keys, 0.75 for values; the main table: equal",
-        "Closed form, ranks 18 and 54 against 36 and 36, and 48 and 144 against 96 and 96: holds if perplexity with "
-        "fewer for keys / equal has an interval below 1 at both sizes, partly at one.",
-        _keys,
+        Every(
+            tuple(_gap(Arm(density=density, key_share=0.25), Arm(density=density)) for density in (MAIN, 0.5)),
+            BELOW_ONE,
+            partly="any",
+            quantity="perplexity, a quarter of the rank for keys / half",
+            control="equal ranks, same bytes",
+            scale=SCALE,
+            arms=f"closed form, ranks 18 and 54 / 36 and 36, 48 and 144 / 96 and 96, {READ}",
+        ),
     ),
 ]
 
 
-# -- the run --
+# -- what is measured --
 
 
 @torch.inference_mode()
@@ -335,7 +316,7 @@ def streamed_perplexity(
     Returns:
         The perplexity, and the bits kept for each number of keys and values after T tokens.
     """
-    nll, kept = np.zeros(len(tokens.ids)), 8.0 * model.dtype.itemsize
+    nll, kept = np.zeros(len(tokens.ids)), 8.0 * stored_dtype(model).itemsize
     for index, ids in enumerate(tokens.ids.split(1)):
         cache = None if policy is None else policy.cache(model, prefill=prefill)
         if cache is None:
@@ -347,8 +328,8 @@ def streamed_perplexity(
             target = ids[0, start + begin + 1 : start + PIECE + 1]
             nll[index] += _nll(logits[begin : begin + len(target)], target)
         cache.finish()
-        full = ids.shape[1] * sum(CompressedCache._shape(model, i).token_bytes for i in range(len(cache.layers)))
-        kept = 8.0 * model.dtype.itemsize * cache.compressed_nbytes / full
+        full = ids.shape[1] * sum(CompressedCache.layer_shape(model, i).token_bytes for i in range(len(cache.layers)))
+        kept = 8.0 * stored_dtype(model).itemsize * cache.compressed_nbytes / full
     counts = np.full(len(nll), tokens.ids.shape[1] - first)
     value = math.exp(nll.sum() / counts.sum())
     return Perplexity(value, nll, counts, list(tokens.units), tokens.corpus), kept
@@ -373,17 +354,9 @@ def relative_errors(held_out: Sequence[Moments], factors: Sequence[Factors], ran
     return errors
 
 
-def _folder(profile: str, model: Any) -> Path:
-    marks = "".join(module_hash(name) for name in DEPENDS) + fingerprint(model)
-    digest = hashlib.sha256(marks.encode()).hexdigest()[:12]  # other code or another model: other factors
-    folder = wheels.cache_folder() / "studies" / "cskv" / f"{profile}-{digest}"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _path(model: Any, profile: str, factors: str, density: float, bits: int, draw: int) -> Path:
+def _path(folder: str | Path, factors: str, density: float, bits: int, draw: int) -> Path:
     trained = f" density {density:g} bits {bits}" if factors in STARTS else ""
-    return _folder(profile, model) / f"{factors}{trained} draw {draw}.safetensors".replace(" ", "-")
+    return Path(folder) / f"{factors}{trained} draw {draw}.safetensors".replace(" ", "-")
 
 
 def _calibration(profile: str, draw: int) -> text.TokenSet:
@@ -392,13 +365,20 @@ def _calibration(profile: str, draw: int) -> text.TokenSet:
 
 
 def fitted(
-    model: Any, profile: str, factors: str = "closed form", density: float = MAIN, bits: int = 16, draw: int = 0
+    model: Any,
+    profile: str,
+    folder: str | Path,
+    factors: str = "closed form",
+    density: float = MAIN,
+    bits: int = 16,
+    draw: int = 0,
 ) -> CSKV:
-    """A policy with factors from the calibration text; kept on disk, so that the next call reads it.
+    """A policy with factors from the calibration text.
 
     Args:
         model: SmolLM2, or another model of its tokenizer.
-        profile: "study", "live" or "quick": how much text, and how many steps.
+        profile: "study" or "quick": how much text, and how many steps.
+        folder: where it is kept, so that the next call reads it; one for each model and profile.
         factors: "closed form", "ASVD", "SVD", "fit" (trained from ASVD) or "random fit".
         density, bits: of the policy. What is trained is trained for them; the others are nested, so that any density
             can be cut from them.
@@ -407,7 +387,7 @@ def fitted(
     Returns:
         The policy with window 32 and four sinks.
     """
-    path = _path(model, profile, factors, density, bits, draw)
+    path = _path(folder, factors, density, bits, draw)
     if path.exists():
         return replace(CSKV.load(path), density=density, bits=bits)
     if factors != "SVD":
@@ -419,8 +399,10 @@ def fitted(
         policy = reconstruct(model, start, _calibration(profile, draw), recipe, progress=False)
     else:
         policy = CSKV(_untrained(model, profile, INITS[factors], draw), density=density, bits=bits)
+    seconds = time.process_time() - began
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps({"seconds": time.process_time() - began}))
+        temporary.write_text(json.dumps({"seconds": seconds}))
     policy.save(path)
     return policy
 
@@ -436,92 +418,82 @@ def _untrained(model: Any, profile: str, init: str, draw: int) -> tuple[Factors,
     return factorise(_moments(model, profile, draw)[0], init, seed=draw)
 
 
-def run(out: Path, profile: str = "study") -> Results:
-    """Run every arm that the results file lacks, and judge the claims.
+@functools.lru_cache(maxsize=1)
+def _model(profile: str, dtype: str) -> Any:
+    return models.smollm2(getattr(torch, dtype), layers=SIZES[profile].layers)
 
-    Args:
-        out: results file; an interrupted run goes on where it stopped.
-        profile: "study" (recorded; the rules must be committed), "live" or "quick".
-    """
-    size = SIZES[profile]
-    data = {"wikipedia": text.corpus_hash("wikipedia"), "smollm2": models.smollm2_hash()}
-    dtype = models.compute_dtype()
-    results = Results.start(
-        out,
-        paper="cskv",
-        study=__name__,
-        depends=DEPENDS,
-        data=data,
-        profile=profile,
-        dtype=str(dtype).removeprefix("torch."),
-        provisional=profile != "study",
+
+@functools.lru_cache(maxsize=1)
+def _held_out(profile: str, dtype: str) -> tuple[Moments, ...]:
+    articles = text.evaluation(
+        "wikipedia", sequences=SIZES[profile].held_out, length=SIZES[profile].length, split="validation"
     )
-    model = models.smollm2(dtype, layers=size.layers)
-    tokens = text.evaluation("wikipedia", sequences=size.documents, length=size.tokens)
-    held_out: list[tuple[Moments, ...]] = []
+    return moments(_model(profile, dtype), articles)
 
-    def costs() -> None:
-        """Processor time of a forward pass over the calibration text without the head; of each fit, in such passes."""
-        if results.has("closed form", "cost"):
-            return
-        ids = _calibration(profile, 0).ids
-        with torch.inference_mode():
-            model.base_model(ids[:4])
-            began = time.process_time()
-            model.base_model(ids[:4])
-        forward = (time.process_time() - began) * len(ids) / len(ids[:4])
-        results.add(Record("cskv", "forward", "cost", 0, "", "seconds", forward))
-        collecting = _moments(model, profile, 0)[1]
-        results.add(Record("cskv", "moments", "cost", 0, "", "forward_passes", collecting / forward))
-        for factors in ("SVD", "ASVD", "closed form", "fit"):
-            fitted(model, profile, factors)
-            told = json.loads(_path(model, profile, factors, MAIN, 16, 0).with_suffix(".json").read_text())
-            results.add(Record("cskv", factors, "cost", 0, "", "forward_passes", told["seconds"] / forward))
 
-    def layers(factors: str, draw: int) -> None:
-        if results.has(factors, "held-out", draw):
-            return
-        if not held_out:
-            validation = text.evaluation("wikipedia", sequences=size.held_out, length=size.length, split="validation")
-            held_out.append(moments(model, validation))
-        policy = fitted(model, profile, factors, draw=draw)
-        rank = policy.ranks(CompressedCache._shape(model, 0))[0]
-        for unit, error in relative_errors(held_out[0], policy.factors, rank).items():
-            results.add(Record("cskv", factors, "held-out", draw, unit, "relative_error", error))
+def _fitted(job: Job) -> CSKV:
+    arm = job.arm
+    model = _model(job.profile, job.dtype)
+    return fitted(model, job.profile, job.folder, arm.factors, arm.density, arm.bits, job.seed)
 
-    def measure(arm: Arm | None, condition: str = "wikipedia") -> None:
-        name = "full" if arm is None else arm.name
-        if results.has(name, condition):
-            return
+
+def fit_before(run: Run, jobs: Sequence[Job]) -> None:
+    """The factors that some jobs need, draw by draw."""
+    fits: dict[Job, None] = {}
+    for job in jobs:
+        for factors in FITTED if job.arm.condition == "cost" else (job.arm.factors,):
+            trained = {"density": job.arm.density, "bits": job.arm.bits} if factors in STARTS else {}
+            if factors != "full":
+                fits[replace(job, arm=Arm(factors, **trained))] = None
+    run.each(_fitted, list(fits), "factors")
+
+
+def measure(job: Job) -> Iterator[Row]:
+    """Costs, errors of keys and values, or a perplexity with the bits that are kept."""
+    arm, size = job.arm, SIZES[job.profile]
+    model = _model(job.profile, job.dtype)
+    if arm.condition == "cost":
+        yield from _costs(job, model)
+    elif arm.condition == "held-out":
+        policy = _fitted(job)
+        rank = policy.ranks(CompressedCache.layer_shape(model, 0))[0]
+        for unit, error in relative_errors(_held_out(job.profile, job.dtype), policy.factors, rank).items():
+            yield Row("relative_error", error, unit)
+    else:
         policy = None
-        if arm is not None:
-            found = fitted(model, profile, arm.factors, arm.density, arm.bits)
-            policy = replace(found, window=arm.window, key_share=arm.key_share, sinks=arm.sinks, group=arm.group)
-        prefill = "streamed" if condition == "wikipedia" else "exact"
-        found_perplexity, bits = streamed_perplexity(model, policy, tokens, size.first, prefill)
-        results.add_perplexity(name, condition, 0, found_perplexity, cost=bits)
+        if arm.factors != "full":
+            fields = ("window", "key_share", "sinks", "group")
+            policy = replace(_fitted(job), **{name: getattr(arm, name) for name in fields})
+        tokens = text.evaluation("wikipedia", sequences=size.documents, length=size.tokens)
+        prefill = "streamed" if arm.condition == "wikipedia" else "exact"
+        found, bits = streamed_perplexity(model, policy, tokens, size.first, prefill)
+        yield from documents(found, cost=bits)
 
-    steps: list[tuple[str, Any]] = [("costs", costs)]
-    steps += [
-        (f"layers: {factors}, draw {draw}", lambda factors=factors, draw=draw: layers(factors, draw))
-        for draw in range(size.draws)
-        for factors in (
-            "SVD",
-            "ASVD",
-            "closed form",
-            "fit",
-            *(["random fit"] if draw == 0 and profile != "live" else []),
-        )
-    ]
-    steps += [("full", lambda: measure(None))]
-    steps += [(arm.name, lambda arm=arm: measure(arm)) for arm in ARMS[profile]]
-    steps += [(f"{arm.name}, one pass", lambda arm=arm: measure(arm, "one pass")) for arm in ONE_PASS[profile]]
-    bar = tqdm(steps, desc=f"cskv ({profile})", unit="step")
-    for name, step in bar:
-        bar.set_postfix_str(name)
-        step()
-        results.save()
-    if profile == "study":
-        results.claims = judge(results, CLAIMS)
-    results.save()
-    return results
+
+def _costs(job: Job, model: Any) -> Iterator[Row]:
+    """Processor time of a forward pass over the calibration text without the head; of each fit, in such passes."""
+    ids = _calibration(job.profile, 0).ids
+    with torch.inference_mode():
+        model.base_model(ids[:4])
+        began = time.process_time()
+        model.base_model(ids[:4])
+    forward = (time.process_time() - began) * len(ids) / len(ids[:4])
+    yield Row("seconds", forward)
+    yield Row("forward_passes", _moments(model, job.profile, 0)[1] / forward, arm="moments")
+    for factors in FITTED:
+        told = json.loads(_path(job.folder, factors, MAIN, 16, 0).with_suffix(".json").read_text())
+        yield Row("forward_passes", told["seconds"] / forward, arm=factors)
+
+
+STUDY = Study(
+    slug="cskv",
+    claims=CLAIMS,
+    measure=measure,
+    arms=arms,
+    seeds=seeds,
+    data=lambda: {"wikipedia": text.corpus_hash("wikipedia"), "smollm2": models.smollm2_hash()},
+    before=fit_before,
+    kind=lambda arm: f"{arm.factors}, {arm.condition}",
+    workers=1,
+    dtype="bfloat16",
+)

@@ -23,39 +23,26 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from refimpl.core.errors import CalibrationError
 from refimpl.core.train.loop import Recipe, batches, train
 from refimpl.core.train.losses import Weighted, sequence_losses
 from refimpl.lab.data.domains import domain_hash, llama, measured, windows
-from refimpl.lab.measure.statistics import Interval, seeds_ratio, t_interval
-from refimpl.lab.study.jobs import in_processes
-from refimpl.lab.study.ledger import Claim, Outcome, Verdict, judge
-from refimpl.lab.study.records import Record, Results
+from refimpl.lab.study.claims import BELOW_ONE, Bound, Claim, Every, Gap, Outcome, Place
+from refimpl.lab.study.claims import Arm as AnyArm
+from refimpl.lab.study.records import Results
+from refimpl.lab.study.study import TUNING_SEED, Job, Row, Run, Stages, Study, curves
 from refimpl.training_data.loss_reweighting import Focal, LossReweighting, OnLoss, Permuted, Thinned
 
-DEPENDS = [
-    "refimpl.training_data.loss_reweighting",
-    "refimpl.core.train.losses",
-    "refimpl.core.train.loop",
-    "refimpl.lab.data.domains",
-    "refimpl.lab.models.lstm",
-    "refimpl.lab.data.text",
-]
-
-SLUG = "loss_reweighting"
 SEEDS = (1, 2, 3, 4, 5)
-TUNING_SEED = 0
 RATES = (2e-3, 4e-3, 8e-3)  # one uniform training on validation text did better at 4e-3 than at 1e-2
 LENGTH = 64  # predicted tokens of a row
 BATCH = 64
@@ -85,6 +72,8 @@ LONG = ("uniform", "linupper", "quadratic")
 """What is trained for longer, too."""
 EXTRA = {False: (2.8e-3, 5.7e-3), True: (5.7e-3, 1.1e-2, 1.6e-2)}
 """More rates for these arms, in the short and in the longer run: between those of the grid, and beyond its end."""
+FIXED = {f"{arm}, rate {lr:g}": lr for extra in EXTRA.values() for arm in LONG for lr in extra}
+"""Arms of the records that train at one of these."""
 FINER = {f"uniform, rate {lr:g}": lr for lr in EXTRA[False]}
 """The plain mean at each of them in the short run."""
 
@@ -107,51 +96,25 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Size:
-    """What a profile spends: updates, short and long, windows measured for each corpus, draws and steps of the toy,
-    seeds.
+    """Size of the experiment at a profile.
+
+    Attributes:
+        steps, longer: updates of the short and of the longer run.
+        windows: measured of each corpus.
+        draws, toy_steps: of the toy.
     """
 
-    steps: int
-    longer: int
-    windows: int
-    draws: int
-    toy_steps: int
-    seeds: tuple[int, ...]
+    steps: int = 80
+    longer: int = 176
+    windows: int = 128
+    draws: int = 20
+    toy_steps: int = 150
 
 
-SIZES = {
-    "study": Size(80, 176, 128, 20, 150, SEEDS),
-    "live": Size(60, 120, 32, 5, 150, SEEDS[:1]),
-    "quick": Size(5, 7, 4, 3, 10, SEEDS[:1]),
-}
+SIZES = {"study": Size(), "quick": Size(5, 7, 4, 3, 10)}
 
 
-# -- the rules, written before the run --
-
-
-def _verdict(good: Sequence[bool]) -> Verdict:
-    return Verdict.HOLDS if all(good) else Verdict.PARTLY if any(good) else Verdict.DOES_NOT_HOLD
-
-
-def _worst(gaps: Sequence[Interval]) -> Interval:
-    return max(gaps, key=lambda gap: gap.high)
-
-
-def _bits(results: Results, arm: str, text: str = TEXT) -> np.ndarray:
-    return np.array([results.values(arm, text, seed, metric="bits per byte")[""] for seed in SEEDS])
-
-
-def _below(arm: str, controls: Sequence[str], control: str, quantity: str) -> Callable[[Results], Outcome]:
-    """Bits per byte of an arm over that of each control: good where all of the interval lies below 1."""
-
-    def outcome(results: Results) -> Outcome:
-        gaps = [seeds_ratio(_bits(results, arm), _bits(results, other)) for other in controls]
-        label = f"worst of {len(gaps)}: {quantity}" if len(gaps) > 1 else quantity
-        return Outcome.of(
-            _worst(gaps), _verdict([gap.high < 1 for gap in gaps]), scale=LM_SCALE, control=control, quantity=label
-        )
-
-    return outcome
+# -- arms --
 
 
 def at(condition: str, longer: bool) -> str:
@@ -162,6 +125,73 @@ def at(condition: str, longer: bool) -> str:
         ('held-out text', 'held-out text, longer')
     """
     return f"{condition}, longer" if longer else condition
+
+
+@dataclass(frozen=True)
+class Arm:
+    """The language model trained with one rule.
+
+    Attributes:
+        name: a key of `ARMS`, `VARIANTS` or `FIXED`, or `TWICE`.
+        longer: whether it is the longer run.
+    """
+
+    name: str
+    longer: bool = False
+
+    @property
+    def condition(self) -> str:
+        return at(TEXT, self.longer)
+
+    @property
+    def validation(self) -> str:
+        return at(VALIDATION, self.longer)
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Least squares with one rule; no temperature for the plain means."""
+
+    name: str
+    outliers: float
+    r: float | None = None
+
+    @property
+    def condition(self) -> str:
+        return f"toy, {self.outliers:.0%} outliers" + ("" if self.r is None else f", r = {self.r:g}")
+
+
+OUTLIERS = (0.0, 0.02, 0.1)
+TEMPERATURES = (R, 1.0, 10.0)
+TOY_SHAPES = ("linupper", "quadratic", "extremes", "upper")
+TOY_UNIFORM = ("uniform", "uniform, twice the step", "uniform, matched norm")
+
+
+def arms(profile: str) -> list[Arm | Toy]:
+    toys = [Toy(name, o) for o in OUTLIERS for name in TOY_UNIFORM]
+    temperatures = TEMPERATURES[:1] if profile == "quick" else TEMPERATURES
+    toys += [Toy(name, o, r) for o in OUTLIERS for r in temperatures for name in TOY_SHAPES]
+    if profile == "quick":
+        short = ("uniform", "linupper", "smaller batch", *list(FINER)[:1], "linupper, r = 10", "linupper, burn-in 0%")
+        return [*toys, *map(Arm, short), Arm("linupper", longer=True)]
+    return [*toys, *map(Arm, (*ARMS, TWICE, *FINER, *VARIANTS)), *(Arm(name, longer=True) for name in LONG)]
+
+
+def seeds(arm: Arm | Toy, profile: str) -> Sequence[int]:
+    if isinstance(arm, Toy):
+        return (0,)  # draws side by side
+    return SEEDS if profile == "study" else SEEDS[:1]
+
+
+def tuned_as(arm: Arm | Toy) -> Arm | Toy:
+    """Variants have the rate of their shape."""
+    if isinstance(arm, Toy) or arm.name in ARMS:
+        return arm
+    base = VARIANTS[arm.name].shape if arm.name in VARIANTS else arm.name.split(",")[0]
+    return replace(arm, name=base)
+
+
+# -- the rules, written before the run --
 
 
 def validated(results: Results, arm: str, lr: float, longer: bool = False) -> float:
@@ -180,248 +210,200 @@ def finest(results: Results, arm: str = "uniform", longer: bool = False) -> str:
     return min(scores, key=scores.__getitem__)
 
 
+def _gaps(a: Sequence[str], b: Sequence[str], longer: bool = False) -> tuple[Gap, ...]:
+    return tuple(Gap(Arm(x, longer), Arm(y, longer), "bits per byte", "ratio", SEEDS) for x in a for y in b)
+
+
+@dataclass(frozen=True)
+class Draws(Gap):
+    """Two rules in the toy, paired by draw."""
+
+    def numbers(self, results: Results, arm: AnyArm) -> np.ndarray:
+        """Of an arm, one for each draw."""
+        return np.array(list(results.values(arm.name, arm.condition, metric=self.metric).values()))
+
+    @property
+    def method(self) -> str:
+        """How the interval is made, in words."""
+        return f"t interval of the logarithm over {SIZES['study'].draws} draws"
+
+
+def _toy(*pairs: tuple[str, str, float]) -> tuple[Gap, ...]:
+    def toy(name: str, outliers: float) -> Toy:
+        return Toy(name, outliers, None if name in TOY_UNIFORM else R)
+
+    return tuple(Draws(toy(a, o), toy(b, o), "distance", "ratio") for a, b, o in pairs)
+
+
 _LONG_SCALE = LM_SCALE.replace("0.3M tokens", "0.7M tokens")
-
-
-def _both(
-    longer: bool, plain_finest: bool, shapes_finest: bool, scale: str, control: str, quantity: str
-) -> Callable[[Results], Outcome]:
-    """Bits per byte of LinUpper and of Quadratic over the plain mean's, each at its best rate of the grid or of all."""
-
-    def outcome(results: Results) -> Outcome:
-        def bits(arm: str, all_rates: bool) -> np.ndarray:
-            name = finest(results, arm, longer) if all_rates else arm
-            return _bits(results, name, at(TEXT, longer))
-
-        plain = bits("uniform", plain_finest)
-        gaps = [seeds_ratio(bits(arm, shapes_finest), plain) for arm in LONG[1:]]
-        return Outcome.of(
-            _worst(gaps),
-            _verdict([gap.high < 1 for gap in gaps]),
-            scale=scale,
-            control=control,
-            quantity=f"worst of 2: {quantity}",
-        )
-
-    return outcome
-
-
-def _place(outliers: float, r: float | None) -> str:
-    return f"toy, {outliers:.0%} outliers" + ("" if r is None else f", r = {r:g}")
-
-
-def _distances(results: Results, arm: str, outliers: float) -> np.ndarray:
-    place = _place(outliers, None if arm.startswith("uniform") else R)
-    return np.array(list(results.values(arm, place, metric="distance").values()))
-
-
 _TOY_SCALE = "least squares, 500 samples, 50 dimensions, 150 steps, 20 draws; the paper: a toy of this kind"
+_below = functools.partial(Every, bound=BELOW_ONE, partly="any", scale=LM_SCALE)
+_toy_below = functools.partial(_below, scale=_TOY_SCALE)
 
 
-def _toy(pairs: Sequence[tuple[str, str, float]], control: str, quantity: str) -> Callable[[Results], Outcome]:
-    """Squared distance to the solution, first over second of each pair at a share of outliers."""
+def _at_the_best(longer: bool, shapes_too: bool, **told: str) -> Callable[[Results], Outcome]:
+    """LinUpper and Quadratic over the plain mean at the best of all its rates, and they at theirs where `shapes_too`."""
 
     def outcome(results: Results) -> Outcome:
-        gaps = [seeds_ratio(_distances(results, a, o), _distances(results, b, o)) for a, b, o in pairs]
-        return Outcome.of(
-            _worst(gaps),
-            _verdict([gap.high < 1 for gap in gaps]),
-            scale=_TOY_SCALE,
-            control=control,
-            quantity=f"worst of {len(gaps)}: {quantity}",
-        )
+        plain, *shapes = (finest(results, a, longer) if shapes_too or a == "uniform" else a for a in LONG)
+        return _below(_gaps(shapes, [plain], longer), **told)(results)  # type: ignore[arg-type]
 
     return outcome
 
 
-def _low_losses(results: Results) -> Outcome:
-    gaps = [seeds_ratio(_bits(results, arm), _bits(results, "extremes")) for arm in ("linupper", "quadratic")]
-    return Outcome.of(
-        _worst(gaps),
-        _verdict([gap.high < 1 for gap in gaps]),
-        scale=LM_SCALE,
-        control="Extremes",
-        quantity="worst of 2: bits per byte, shape / Extremes",
-    )
-
-
-def _bound(results: Results) -> Outcome:
-    share = t_interval([results.values("linupper", TRAINING, seed, metric="share within 2")[""] for seed in SEEDS])
-    verdict = Verdict.HOLDS if share.low > 0.95 else Verdict.PARTLY if share.low > 0.5 else Verdict.DOES_NOT_HOLD
-    return Outcome.of(
-        share,
-        verdict,
-        scale=LM_SCALE,
-        control="none: a condition, not a comparison",
-        quantity="share of batches in which no weight is above 2/M",
-    )
-
-
-_OVER = "t interval over five seeds of the logarithm"
-_DRAWS = "t interval over twenty draws of the logarithm"
-_BITS = "Bits per byte of test text, all corpora together"
+_OVER = "t interval over 5 seeds of the logarithm"
 CLAIMS = [
     Claim(
         "rw-linupper",
         "LinUpper gives a better language model than the plain mean at equal steps.",
         "lower held-out perplexity from 124M to 7B; no table was available to us",
-        f"{_BITS}, LinUpper / uniform at its own best rate and / uniform at twice that rate, {_OVER}: holds if both "
-        "lie below 1, partly if one does.",
         _below(
-            "linupper",
-            ("uniform", TWICE),
-            "the plain mean, its own rate and twice it",
-            "bits per byte, LinUpper / uniform",
+            _gaps(["linupper"], ["uniform", TWICE]),
+            control="the plain mean, its own rate and twice it",
+            quantity="bits per byte, LinUpper / uniform",
+            arms="test text, uniform at its own best rate and at twice that rate",
         ),
     ),
     Claim(
         "rw-quadratic",
         "Quadratic gives a better language model than the plain mean at equal steps.",
         "lower held-out perplexity for GPT-2; no table was available to us",
-        f"{_BITS}, Quadratic / uniform at its own best rate and / uniform at twice that rate, {_OVER}: holds if both "
-        "lie below 1, partly if one does.",
         _below(
-            "quadratic",
-            ("uniform", TWICE),
-            "the plain mean, its own rate and twice it",
-            "bits per byte, Quadratic / uniform",
+            _gaps(["quadratic"], ["uniform", TWICE]),
+            control="the plain mean, its own rate and twice it",
+            quantity="bits per byte, Quadratic / uniform",
+            arms="test text, uniform at its own best rate and at twice that rate",
         ),
     ),
     Claim(
         "rw-signal",
         "What helps is which sequences get the weight, not that weights are unequal.",
         "not reported",
-        f"{_BITS}, LinUpper / LinUpper's weights on sequences drawn at random, and / a batch as small as its weights "
-        f"are worth, {_OVER}: holds if both lie below 1, partly if one does.",
         _below(
-            "linupper",
-            ("linupper shuffled", "smaller batch"),
-            "the same weights shuffled; a smaller batch",
-            "bits per byte, LinUpper / control",
+            _gaps(["linupper"], ["linupper shuffled", "smaller batch"]),
+            control="the same weights shuffled; a smaller batch",
+            quantity="bits per byte, LinUpper / control",
+            arms="test text, controls: LinUpper's weights on sequences drawn at random, and a batch as small as its "
+            "weights are worth",
         ),
     ),
     Claim(
         "rw-capped",
         "Weight that grows up to the highest losses does worse than weight that is capped at the middle.",
         "pure up-weighting is weaker; no table was available to us",
-        f"{_BITS}, LinUpper / upper, / focal (square of the loss), / soft-max of losses, {_OVER}: holds if all three "
-        "lie below 1, partly if one or two do.",
         _below(
-            "linupper",
-            ("upper", "focal", "soft-max of losses"),
-            "rules that rise to the highest loss",
-            "bits per byte, LinUpper / rising rule",
+            _gaps(["linupper"], ["upper", "focal", "soft-max of losses"]),
+            control="rules that rise to the highest loss",
+            quantity="bits per byte, LinUpper / rising rule",
+            arms="test text, rising rules: upper, focal (square of the loss), soft-max of losses",
         ),
     ),
     Claim(
         "rw-low-losses",
         "The common factor of what helps is that low losses count less.",
         "Extremes, which favours both ends, is weaker; no table was available to us",
-        f"{_BITS}, LinUpper / Extremes and Quadratic / Extremes, {_OVER}: holds if both lie below 1, partly if one "
-        "does.",
-        _low_losses,
+        _below(
+            _gaps(["linupper", "quadratic"], ["extremes"]),
+            control="Extremes",
+            quantity="bits per byte, shape / Extremes",
+            arms="test text, shapes: LinUpper and Quadratic",
+        ),
     ),
     Claim(
         "rw-bound",
         "The condition of the paper's analysis, no weight above 2/M, is met in training.",
         "assumed: LinUpper meets it if half of the batch lies in the upper half of the range",
-        "Batches after burn-in of LinUpper's language model, share in which the largest weight is at most 2/M, "
-        "t interval over five seeds: holds if it lies above 0.95, partly if above 0.5.",
-        _bound,
+        Every(
+            (Gap(Place("linupper", TRAINING), metric="share within 2", seeds=SEEDS),),
+            Bound(low=0.95),
+            Bound(low=0.5),
+            control="none: a condition, not a comparison",
+            quantity="share of batches in which no weight is above 2/M",
+            scale=LM_SCALE,
+            arms="LinUpper's language model after burn-in",
+        ),
     ),
     Claim(
         "rw-toy",
         "On least squares with redundant samples LinUpper converges faster than the plain mean.",
         "a figure: LinUpper fastest",
-        f"No outliers, r = 0.4, squared distance after 150 steps, LinUpper / uniform, / uniform with twice the step, / "
-        f"uniform with gradients as long as LinUpper's, {_DRAWS}: holds if all three lie below 1, partly if one or two "
-        "do.",
-        _toy(
-            [("linupper", other, 0.0) for other in ("uniform", "uniform, twice the step", "uniform, matched norm")],
-            "the plain mean with three step sizes",
-            "squared distance, LinUpper / uniform",
+        _toy_below(
+            _toy(*(("linupper", other, 0.0) for other in TOY_UNIFORM)),
+            control="the plain mean with three step sizes",
+            quantity="squared distance, LinUpper / uniform",
+            arms="no outliers, r = 0.4, after 150 steps, uniform with the same step, with twice the step, and with "
+            "gradients as long as LinUpper's",
         ),
     ),
     Claim(
         "rw-toy-order",
         "There, Quadratic is second and also beats the plain mean.",
         "a figure: LinUpper fastest, Quadratic next",
-        f"No outliers, r = 0.4, squared distance after 150 steps, LinUpper / Quadratic and Quadratic / uniform, "
-        f"{_DRAWS}: holds if both lie below 1, partly if one does.",
-        _toy(
-            [("linupper", "quadratic", 0.0), ("quadratic", "uniform", 0.0)],
-            "the next in the order",
-            "squared distance, better / worse in the paper's order",
+        _toy_below(
+            _toy(("linupper", "quadratic", 0.0), ("quadratic", "uniform", 0.0)),
+            control="the next in the order",
+            quantity="squared distance, better / worse in the paper's order",
+            arms="no outliers, r = 0.4, after 150 steps, LinUpper / Quadratic and Quadratic / uniform",
         ),
     ),
     Claim(
         "rw-outliers",
         "As the highest losses are capped, outliers do no harm to LinUpper's lead.",
         "the motive of the cap; not measured with outliers",
-        f"2 and 10 % outliers, r = 0.4, squared distance after 150 steps, LinUpper / uniform, {_DRAWS}: holds if both "
-        "lie below 1, partly if one does.",
-        _toy(
-            [("linupper", "uniform", share) for share in (0.02, 0.1)],
-            "the plain mean, same step",
-            "squared distance with outliers, LinUpper / uniform",
+        _toy_below(
+            _toy(*(("linupper", "uniform", share) for share in OUTLIERS[1:])),
+            control="the plain mean, same step",
+            quantity="squared distance with outliers, LinUpper / uniform",
+            arms="2 and 10 % outliers, r = 0.4, after 150 steps",
         ),
     ),
     Claim(
         "rw-finer",
         "LinUpper and Quadratic lead although the plain mean has more learning rates to choose from.",
         "not reported",
-        f"{_BITS}, LinUpper and Quadratic, each at the best of three rates, / uniform at the best of five, all chosen "
-        f"on validation text, {_OVER}: holds if both lie below 1, partly if one does.",
-        _both(
-            False,
-            True,
-            False,
-            LM_SCALE,
-            "the plain mean with five rates to choose from, against three",
-            "bits per byte, shape / uniform, finer rates",
+        _at_the_best(
+            longer=False,
+            shapes_too=False,
+            control="the plain mean with five rates to choose from, against three",
+            quantity="bits per byte, shape / uniform, finer rates",
         ),
+        "Bits per byte of test text, all corpora together, LinUpper and Quadratic, each at the best of three rates, "
+        f"/ uniform at the best of five, all chosen on validation text, {_OVER}: holds if both lie below 1, partly if one "
+        "does.",
     ),
     Claim(
         "rw-longer",
         "The lead over the plain mean is still there after 2.2 times the steps.",
         "lower held-out perplexity after 20 000 steps of GPT-2; no table was available to us",
-        "Bits per byte of test text after 176 steps, all corpora together, LinUpper / uniform and Quadratic / uniform, "
-        f"rates chosen again at that length, {_OVER}: holds if both lie below 1, partly if one does.",
-        _both(
-            True,
-            False,
-            False,
-            _LONG_SCALE,
-            "the plain mean, as long, at its own rate",
-            "bits per byte after 176 steps, shape / uniform",
+        _below(
+            _gaps(LONG[1:], LONG[:1], longer=True),
+            scale=_LONG_SCALE,
+            control="the plain mean, as long, at its own rate",
+            quantity="bits per byte after 176 steps, shape / uniform",
+            arms="test text, LinUpper / uniform and Quadratic / uniform, rates chosen again at that length",
         ),
     ),
     Claim(
         "rw-wider",
         "That lead is still there if every arm may choose from a wider grid of learning rates.",
         "not reported",
+        _at_the_best(
+            longer=True,
+            shapes_too=True,
+            scale=_LONG_SCALE,
+            control="the plain mean, as long, with as many rates to choose from",
+            quantity="bits per byte after 176 steps, shape / uniform, six rates",
+        ),
         "Bits per byte of test text after 176 steps, all corpora together, LinUpper / uniform and Quadratic / uniform, "
         "each at the best of six rates on validation text, up to twice the highest of the grid, "
         f"{_OVER}: holds if both lie below 1, partly if one does.",
-        _both(
-            True,
-            True,
-            True,
-            _LONG_SCALE,
-            "the plain mean, as long, with as many rates to choose from",
-            "bits per byte after 176 steps, shape / uniform, six rates",
-        ),
     ),
 ]
 
 
 # -- the toy --
 
-OUTLIERS = (0.0, 0.02, 0.1)
-TEMPERATURES = (0.4, 1.0, 10.0)
 TOY_RATE = 0.02
-TOY_SHAPES = ("linupper", "quadratic", "extremes", "upper")
-_UNIFORM = ("uniform", "uniform, twice the step", "uniform, matched norm")
 
 
 @dataclass(frozen=True)
@@ -525,43 +507,13 @@ def toy(arm: str, outliers: float, r: float, draws: int, steps: int) -> Tensor:
     return torch.stack(path)
 
 
-@dataclass(frozen=True)
-class ToyJob:
-    """One arm of the toy; no temperature for the plain means."""
-
-    arm: str
-    outliers: float
-    r: float | None
-    size: Size
-
-    @property
-    def place(self) -> str:
-        """Its condition in the records."""
-        return _place(self.outliers, self.r)
-
-
-def toys(size: Size, temperatures: Sequence[float] = TEMPERATURES) -> list[ToyJob]:
-    """All arms of the toy.
-
-    Example:
-        >>> len(toys(SIZES["study"]))
-        45
-    """
-    plain = [ToyJob(arm, o, None, size) for o in OUTLIERS for arm in _UNIFORM]
-    return plain + [ToyJob(arm, o, r, size) for o in OUTLIERS for r in temperatures for arm in TOY_SHAPES]
-
-
-def descended(job: ToyJob) -> list[Record]:
-    """Run an arm: distances draw by draw at the end, and the mean over draws on the way."""
-    path = toy(job.arm, job.outliers, R if job.r is None else job.r, job.size.draws, job.size.toy_steps)
-    records = [
-        Record(SLUG, job.arm, job.place, 0, str(draw), "distance", value)
-        for draw, value in enumerate(path[-1].tolist())
-    ]
-    for step in range(0, len(path), max(1, job.size.toy_steps // 30)):
-        mean = float(path[step].mean())
-        records.append(Record(SLUG, job.arm, f"{job.place}, on the way", 0, str(step), "mean distance", mean))
-    return records
+def _descended(arm: Toy, size: Size) -> Iterator[Row]:
+    """Distances draw by draw at the end, and the mean over draws on the way."""
+    path = toy(arm.name, arm.outliers, R if arm.r is None else arm.r, size.draws, size.toy_steps)
+    for draw, value in enumerate(path[-1].tolist()):
+        yield Row("distance", value, str(draw))
+    for step in range(0, len(path), max(1, size.toy_steps // 30)):
+        yield Row("mean distance", float(path[step].mean()), str(step), ", on the way")
 
 
 # -- the language model --
@@ -616,22 +568,6 @@ def _corpus(domain: str) -> tuple[Tensor, list[str]]:
     return windows(domain, "calibration", LENGTH)
 
 
-@dataclass(frozen=True)
-class Job:
-    """One training of the language model; `split` is "validation" to choose a rate."""
-
-    arm: str
-    seed: int
-    lr: float
-    size: Size
-    split: str = "test"
-    longer: bool = False
-
-    def at(self, condition: str) -> str:
-        """Its condition in the records."""
-        return at(condition, self.longer)
-
-
 def recipe_for(size: Size, lr: float, seed: int) -> Recipe:
     """The same for all arms but for the learning rate.
 
@@ -656,16 +592,22 @@ def rule_for(arm: str, steps: int, seed: int) -> tuple[Any, int]:
         burn_in = round(variant.burn_in * steps)
         return LossReweighting(variant.shape, variant.r, burn_in), burn_in
     burn_in = round(BURN_IN * steps)
-    base = "uniform" if arm == TWICE else arm.split(", rate ")[0]
+    base = tuned_as(Arm(arm)).name
     return ARMS[base](burn_in, seed), burn_in
 
 
-def trained(job: Job) -> list[Record]:
-    """Train one arm and measure it."""
-    size = replace(job.size, steps=job.size.longer) if job.longer else job.size
+def measure(job: Job) -> Iterator[Row]:
+    """Train one arm: losses of held-out text, concentration and place of the weights, seconds, and curves of some."""
+    yield from _descended(job.arm, SIZES[job.profile]) if isinstance(job.arm, Toy) else _trained(job)
+
+
+def _trained(job: Job) -> Iterator[Row]:
+    assert job.rate is not None
+    arm, size = job.arm, SIZES[job.profile]
+    size = replace(size, steps=size.longer) if arm.longer else size
     ids, sources = training_rows(job.seed, size.steps)
     model = llama(context=LENGTH, seed=job.seed)
-    rule, burn_in = rule_for(job.arm, size.steps, job.seed)
+    rule, burn_in = rule_for(arm.name, size.steps, job.seed)
     weighted = Weighted(model, sequence_losses, rule)
     shares: list[Tensor] = []  # of the weight, by source, in each batch
 
@@ -675,44 +617,46 @@ def trained(job: Job) -> list[Record]:
         shares.append(torch.zeros(len(SHARES)).index_add_(0, batch[1], weights))
         return value
 
-    followed = job.seed == SEEDS[0] and job.arm in (*ARMS, TWICE)
+    followed = job.seed == SEEDS[0] and arm.name in (*ARMS, TWICE)
     some = {domain: windows(domain, "validation", LENGTH, count=min(32, size.windows)) for domain in DOMAINS}
     began = time.process_time()  # of this process: a training has it to itself
     history = train(
         model,
         batches(ids, sources, batch_size=BATCH, shuffle=False),
         loss,
-        recipe_for(size, job.lr, job.seed),
+        recipe_for(size, job.rate, job.seed),
         progress=False,
-        evaluate=(lambda m: _together(m, some)) if followed else None,
+        evaluate=(lambda m: together(m, some)) if followed else None,
         evaluate_every=max(1, size.steps // 8),
     )
     seconds = time.process_time() - began
     weighted.close()
     held_out = {domain: windows(domain, job.split, LENGTH, count=size.windows) for domain in DOMAINS}
-    found = _together(model, held_out)
-    results = Results("", {"paper": SLUG})
-
-    def record(condition: str, metric: str, value: float, unit: str = "") -> None:
-        results.add(Record(SLUG, job.arm, job.at(condition), job.seed, unit, metric, value))
-
-    for name, value in found.items():
-        record(TEXT, name, value)
+    found = together(model, held_out)
+    if job.split != "test":
+        yield Row("bits per byte", found["bits per byte"])
+        return
+    yield from (Row(name, value) for name, value in found.items())
     late = weighted.history()[burn_in:]
     concentration = np.array([entry["concentration"] for entry in late])
-    record(TRAINING, "share within 2", float((concentration <= 2 + 1e-6).mean()))
-    record(TRAINING, "largest concentration", float(concentration.max()))
-    record(TRAINING, "mean concentration", float(concentration.mean()))
-    record(TRAINING, "effective", float(np.mean([entry["effective"] for entry in late])))
-    record(TRAINING, "cpu seconds", seconds)
+    training = {
+        "share within 2": float((concentration <= 2 + 1e-6).mean()),
+        "largest concentration": float(concentration.max()),
+        "mean concentration": float(concentration.mean()),
+        "effective": float(np.mean([entry["effective"] for entry in late])),
+        "cpu seconds": seconds,
+    }
+    if job.seed == SEEDS[0]:
+        training["rate"] = job.rate
+    where = at(TRAINING, arm.longer)
+    yield from (Row(name, value, condition=where) for name, value in training.items())
     for name, share in zip(SHARES, torch.stack(shares[burn_in:]).mean(0).tolist(), strict=True):
-        record(TRAINING, "share of the weight", share, name)
+        yield Row("share of the weight", share, name, condition=where)
     if followed:
-        results.add_history(job.arm, job.at("on the way"), job.seed, history, every=max(1, size.steps // 60))
-    return list(results.records())
+        yield from curves(history, "", max(1, size.steps // 60), at("on the way", arm.longer))
 
 
-def _together(model: nn.Module, text: dict[str, tuple[Tensor, list[str]]]) -> dict[str, float]:
+def together(model: nn.Module, text: dict[str, tuple[Tensor, list[str]]]) -> dict[str, float]:
     """Bits per byte of each corpus and, byte for byte, of all."""
     found = {domain: measured(model, *rows) for domain, rows in text.items()}
     values = {f"bits per byte, {domain}": one.value for domain, one in found.items()}
@@ -720,78 +664,31 @@ def _together(model: nn.Module, text: dict[str, tuple[Tensor, list[str]]]) -> di
     return {"bits per byte": bits / counts, **values}
 
 
-def _tune(results: Results, size: Size) -> dict[tuple[str, bool], float]:
-    """The rate of every arm, by its name and whether it is the longer run: fewest bits per byte on validation text.
-
-    Arms that do better at an extra rate are in it twice, the second time by the name that `finest` gives.
-    """
-    tuned = [(arm, longer) for longer in (False, True) for arm in (LONG if longer else ARMS)]
-    jobs = [Job(arm, TUNING_SEED, lr, size, "validation", longer) for arm, longer in tuned for lr in RATES]
-    jobs += [
-        Job(arm, TUNING_SEED, lr, size, "validation", longer)
-        for longer, extra in EXTRA.items()
-        for arm in LONG
-        for lr in extra
-    ]
-    todo = [job for job in jobs if not results.has(f"{job.arm} at {job.lr:g}", job.at(VALIDATION), TUNING_SEED)]
-    with tqdm(total=len(todo), desc=f"{SLUG}: learning rates", unit="training") as bar:
-        for job, records in in_processes(trained, todo):
-            (value,) = (r.value for r in records if r.condition == job.at(TEXT) and r.metric == "bits per byte")
-            arm, place = f"{job.arm} at {job.lr:g}", job.at(VALIDATION)
-            results.add(Record(SLUG, arm, place, TUNING_SEED, "", "bits per byte", value))
-            results.save()
-            bar.update()
-    rates = {}
-    for arm, longer in tuned:
-        scores = {lr: validated(results, arm, lr, longer) for lr in RATES}
-        rates[arm, longer] = min(scores, key=scores.__getitem__)
-    named = {(f"{arm}, rate {lr:g}", longer): lr for longer, extra in EXTRA.items() for arm in LONG for lr in extra}
-    best = [(finest(results, arm, longer), longer) for longer in EXTRA for arm in LONG]
-    return rates | {key: named[key] for key in best if key in named}
+def stages(run: Run) -> Stages:
+    """Rates of the grid, the extra rates, then the toy and every arm; what does better at an extra rate runs at both."""
+    every = arms(run.profile)
+    language = [arm for arm in every if isinstance(arm, Arm)]
+    rates: dict[Any, float | None] = yield from run.tuning(language)
+    if run.profile == "study":
+        long = [Arm(name, longer) for longer in EXTRA for name in LONG]
+        yield [run.job(arm, TUNING_SEED, lr, "validation") for arm in long for lr in EXTRA[arm.longer]]
+        best = [Arm(finest(run.results, arm.name, arm.longer), arm.longer) for arm in long]
+        every += [arm for arm in best if arm not in every]
+    rates |= {arm: FIXED[arm.name] for arm in every if arm.name in FIXED}
+    rates[Arm(TWICE)] = 2 * rates[Arm("uniform")]  # type: ignore[operator]
+    yield [run.job(arm, seed, rates.get(arm)) for arm in every for seed in seeds(arm, run.profile)]
 
 
-def run(out: Path, profile: str = "study") -> Results:
-    """Run every arm that the results file lacks, and judge the claims.
-
-    Args:
-        out: results file; an interrupted run goes on where it stopped, training by training.
-        profile: "study" (recorded; the rules must be committed), "live" or "quick".
-    """
-    size = SIZES[profile]
-    data = {domain: domain_hash(domain) for domain in DOMAINS}
-    results = Results.start(
-        out, paper=SLUG, study=__name__, depends=DEPENDS, data=data, profile=profile, provisional=profile != "study"
-    )
-    workers = 1 if profile == "quick" else None
-    todo_toys = [
-        job
-        for job in toys(size, TEMPERATURES[:1] if profile == "quick" else TEMPERATURES)
-        if not results.has(job.arm, job.place)
-    ]
-    with tqdm(total=len(todo_toys), desc=f"{SLUG}: toy", unit="arm") as bar:
-        for _, records in in_processes(descended, todo_toys, workers):
-            results.add(*records)
-            bar.update()
-    results.save()
-    rates = {(arm, False): RATES[1] for arm in ARMS} | {(arm, True): RATES[1] for arm in LONG}
-    if profile == "study":
-        rates = _tune(results, size)
-    rates[TWICE, False] = 2 * rates["uniform", False]
-    rates |= {(arm, False): lr for arm, lr in FINER.items()}
-    rates |= {(arm, False): rates[variant.shape, False] for arm, variant in VARIANTS.items()}
-    if profile == "quick":
-        few = ("uniform", "linupper", "smaller batch", *list(FINER)[:1], "linupper, r = 10", "linupper, burn-in 0%")
-        rates = {key: rates[key] for key in [(arm, False) for arm in few] + [("linupper", True)]}
-    jobs = [Job(arm, seed, lr, size, longer=longer) for seed in size.seeds for (arm, longer), lr in rates.items()]
-    todo = [job for job in jobs if not results.has(job.arm, job.at(TEXT), job.seed)]
-    with tqdm(total=len(todo), desc=f"{SLUG} ({profile})", unit="training") as bar:
-        for job, records in in_processes(trained, todo, workers):
-            results.add(*records)
-            if job.seed == SEEDS[0]:
-                results.add(Record(SLUG, job.arm, job.at(TRAINING), job.seed, "", "rate", job.lr))
-            results.save()
-            bar.update()
-    if profile == "study":
-        results.claims = judge(results, CLAIMS)
-    results.save()
-    return results
+STUDY = Study(
+    slug="loss_reweighting",
+    claims=CLAIMS,
+    measure=measure,
+    arms=arms,
+    seeds=seeds,
+    data=lambda: {domain: domain_hash(domain) for domain in DOMAINS},
+    rates=RATES,
+    tuned_as=tuned_as,
+    score=lambda values: -values["bits per byte"],
+    stages=stages,
+    kind=lambda arm: f"toy, {arm.name}" if isinstance(arm, Toy) else tuned_as(arm).name,
+)

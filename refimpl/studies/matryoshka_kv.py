@@ -44,12 +44,14 @@ from refimpl.kvcache.matryoshka_kv import (
 from refimpl.kvcache.ragged import Bases
 from refimpl.lab import models, wheels
 from refimpl.lab.data import text
+from refimpl.lab.data.windows import windows
+from refimpl.lab.measure.bits import token_bytes
 from refimpl.lab.measure.metrics import Perplexity
 from refimpl.lab.measure.statistics import Interval, seeds_ratio, t_interval
 from refimpl.lab.models import small
-from refimpl.lab.models.lstm import token_bytes, windows
+from refimpl.lab.study.claims import Claim, Outcome, Verdict, judge
 from refimpl.lab.study.jobs import in_processes
-from refimpl.lab.study.ledger import Claim, Outcome, Verdict, judge
+from refimpl.lab.study.precision import declares
 from refimpl.lab.study.records import Record, Results
 from refimpl.lab.study.sources import module_hash
 
@@ -241,59 +243,59 @@ CLAIMS = [
         "mkv-high-rank",
         "While three quarters of the cache are kept, PCA does as well as trained bases.",
         "average accuracy at 75 %: 60.67 PCA, 61.55 trained (LLaMA2-7B); 63.23 and 65.90 (Mistral-7B)",
+        _high,
         f"Test articles, bits per byte at 75 %, trained / PCA, {_OVER} of the logarithm: holds if it lies within 0.99 "
         "to 1.01, partly within 0.97 to 1.03.",
-        _high,
     ),
     Claim(
         "mkv-low-rank",
         "At half of the cache and less, trained bases are clearly better than PCA.",
         "average accuracy at 50, 37.5, 25 %: 43.07, 33.14, 32.92 PCA; 59.11, 56.94, 48.73 trained (LLaMA2-7B, 61.16)",
+        _low,
         f"Bits per byte lost against the whole cache, trained / PCA, at 50, 37.5 and 25 %, {_OVER} of the logarithm: "
         "holds if all three upper ends lie below 0.9, partly if one lies below 1.",
-        _low,
         paper_effect=1 - (61.16 - 59.11) / (61.16 - 43.07),
     ),
     Claim(
         "mkv-own-rank",
         "Bases trained at one rank are best at that rank only.",
         "an ablation figure; no numbers in the text",
+        _own_rank,
         f"Trained at rank 16 (50 %) against drawn ranks, bits per byte, {_OVER}: holds if drawn ranks win at 75, 37.5 "
         "and 25 % and lose at 50 %; partly if they win at all three and do not lose, or win at one or two.",
-        _own_rank,
     ),
     Claim(
         "mkv-sampling",
         "Of the method's parts, drawing ranks during training matters most.",
         "an ablation figure, as its reviewers read it",
+        _sampling,
         "Bits per byte, mean over the four budgets: what training at one rank loses minus what training without "
         f"orthogonality loses (each against the whole method), {_OVER}: holds if it lies above 0.",
-        _sampling,
     ),
     Claim(
         "mkv-orthogonal",
         "Orthogonality matters mainly where much of the cache is kept.",
         "an ablation figure, as its reviewers read it: above 50 %",
+        _orthogonality,
         f"Bits per byte, unconstrained minus orthogonal, {_OVER}: holds if it lies above 0 at 100 and at 75 %, and the "
         "gap at 75 % minus that at 25 % lies above 0; partly if only one of the two.",
-        _orthogonality,
     ),
     Claim(
         "mkv-search",
         "Ranks found by greedy search serve better than the same rank everywhere.",
         "an ablation figure: a little",
+        _search,
         "Trained bases; ranks lowered by 4, four entries a round by divergence on calibration text that was not "
         f"trained on. Bits per byte lost, searched / uniform at 50, 37.5, 25 %, {_OVER} of the logarithm: holds if all "
         "three lie below 1, partly if one or two do.",
-        _search,
     ),
     Claim(
         "mkv-ninety",
         "Over 90 % of the performance remains with 40 % of the cache.",
         "average accuracy 56.94 of 61.16 at 37.5 % (LLaMA2-7B, 93 %), 61.29 of 66.17 (Mistral-7B, 93 %)",
+        _ninety,
         f"How often the most probable token is right on test articles, at 37.5 %, uniform ranks, as a share of the "
         f"whole cache's, {_OVER}: holds if it lies above 0.9, partly if it reaches above.",
-        _ninety,
     ),
 ]
 
@@ -641,6 +643,7 @@ def jobs_of(profile: str, rates: dict[str, float], dtype: str) -> list[Job | Smo
     return jobs + [Job(arm, seed, lr, size) for seed in size.seeds for arm, lr in arms.items()]
 
 
+@declares("bfloat16")
 def run(out: Path, profile: str = "study") -> Results:
     """Run every arm that the results file lacks, and judge the claims.
 

@@ -38,10 +38,10 @@ from refimpl.continual.meta_experience_replay import (
 )
 from refimpl.core.train.loop import Recipe, train
 from refimpl.lab.data.domains import DOMAINS, domain_hash, llama, measured, windows
+from refimpl.lab.measure.bits import language_model_loss
 from refimpl.lab.measure.statistics import t_interval
-from refimpl.lab.models.lstm import language_model_loss
+from refimpl.lab.study.claims import Claim, Outcome, Verdict, judge
 from refimpl.lab.study.jobs import in_processes
-from refimpl.lab.study.ledger import Claim, Outcome, Verdict, judge
 from refimpl.lab.study.records import Record, Results
 
 DEPENDS = [
@@ -225,45 +225,42 @@ CLAIMS = [
         "mer-replay",
         "Replay cuts forgetting.",
         "560M, three languages: validation loss at the end about 3.3 without replay, 3.0 with 50 %",
-        f"Forgetting in bits per byte on test text after four stages, with replay minus sequential, {_OVER}: holds if "
-        "it lies below 0 for 25 and for 50 %, partly if for one.",
         _lower(
             "forgetting",
             [(QUARTER, SEQUENTIAL), (HALF, SEQUENTIAL)],
             "no replay, as many steps and rows",
             "forgetting, bits per byte, replay minus sequential",
         ),
+        f"Forgetting in bits per byte on test text after four stages, with replay minus sequential, {_OVER}: holds if "
+        "it lies below 0 for 25 and for 50 %, partly if for one.",
     ),
     Claim(
         "mer-reptile",
         "Reptile forgets less, and not because its steps are smaller.",
         "Reptile lowers forgetting at every size; no control that moves as little",
-        "Forgetting, with merges (epsilon 0.3, k = 5) minus the same training with every update shortened until the "
-        f"weights end as far from the first stage's, {_OVER}: holds if it lies below 0 without replay and with 25 %, "
-        "partly if for one; cannot be tested if the mean distance is off by a tenth.",
         _lower(
             "forgetting",
             [(REPTILE, SLOWER), (MER, QUARTER_SLOWER)],
             "as short a way, no merges",
             "forgetting, bits per byte, Reptile minus its control",
         ),
+        "Forgetting, with merges (epsilon 0.3, k = 5) minus the same training with every update shortened until the "
+        f"weights end as far from the first stage's, {_OVER}: holds if it lies below 0 without replay and with 25 %, "
+        "partly if for one; cannot be tested if the mean distance is off by a tenth.",
     ),
     Claim(
         "mer-whole",
         "Replay with Reptile retains more than replay alone.",
         "560M, 25 %: downstream average 67.5 against 66.4",
+        _better_at_equal_learning,
         f"Mean loss of the four domains at the end, MER minus replay (25 %, each at its best rate), {_OVER}: holds if "
         f"it lies below 0 while the loss right after each domain's own stage is higher by less than {MARGIN} bits per "
         "byte (upper end); partly if only the first.",
-        _better_at_equal_learning,
     ),
     Claim(
         "mer-alignment",
         "Reptile makes gradients of old and new rows point more the same way.",
         "the motivation of the method; not measured",
-        "Mean cosine between gradients of old and new batches at two points of each later stage, with merges minus "
-        f"the control that moves as far, {_OVER}: holds if it lies above 0 without replay and with 25 %, partly if for "
-        "one; cannot be tested if the mean distance is off by a tenth.",
         _lower(
             "alignment",
             [(REPTILE, SLOWER), (MER, QUARTER_SLOWER)],
@@ -271,27 +268,30 @@ CLAIMS = [
             "mean cosine, Reptile minus its control",
             raised=True,
         ),
+        "Mean cosine between gradients of old and new batches at two points of each later stage, with merges minus "
+        f"the control that moves as far, {_OVER}: holds if it lies above 0 without replay and with 25 %, partly if for "
+        "one; cannot be tested if the mean distance is off by a tenth.",
     ),
     Claim(
         "mer-size",
         "Compute spent on replay is worth more than compute spent on a larger model.",
         "560M with 50 % replay is close to 1B without; from 0 to 25 % replay is worth more than a bigger model",
-        "Mean loss at the end, 25 % replay minus a model of 4/3 the arithmetic for each row, on as many new rows of "
-        f"the later stages and none replayed, {_OVER}: holds if it lies below 0.",
         _lower(
             "retained",
             [(QUARTER, BIGGER)],
             "a larger model of equal compute",
             "retained loss, bits per byte, replay minus larger model",
         ),
+        "Mean loss at the end, 25 % replay minus a model of 4/3 the arithmetic for each row, on as many new rows of "
+        f"the later stages and none replayed, {_OVER}: holds if it lies below 0.",
     ),
     Claim(
         "mer-joint",
         "Replay with Reptile comes up to joint training.",
         "560M: downstream average 67.5 against 67.33",
+        _like_joint,
         f"Mean loss at the end, MER minus training on the rows of all stages shuffled, {_OVER}: holds if the upper end "
         f"lies below {MARGIN}, partly if only the lower end does.",
-        _like_joint,
     ),
 ]
 

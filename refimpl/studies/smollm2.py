@@ -36,10 +36,11 @@ from refimpl.core.train.sampling import Shuffled, loader, mixture_loader
 from refimpl.core.train.schedules import Constant, Cosine, Schedule, Scheduled
 from refimpl.lab import models
 from refimpl.lab.data import domains, text
+from refimpl.lab.measure.bits import BitsPerByte, bits_per_byte
 from refimpl.lab.measure.statistics import Interval, difference, paired_bootstrap
-from refimpl.lab.models.lstm import BitsPerByte, bits_per_byte
+from refimpl.lab.study.claims import Claim, Outcome, Verdict, judge
 from refimpl.lab.study.jobs import in_processes
-from refimpl.lab.study.ledger import Claim, Outcome, Verdict, judge
+from refimpl.lab.study.precision import declares
 from refimpl.lab.study.records import Record, Results
 from refimpl.training_data.loss_reweighting import LossReweighting
 from refimpl.training_data.rs2 import RS2, steps, subset_size
@@ -247,36 +248,36 @@ CLAIMS = [
         "smollm2-replay",
         "A pre-trained model that goes on with another kind of text forgets less with a quarter of replay.",
         "405M, English to German: average loss 2.34 without replay, 1.75 with 25 %",
+        _replay,
         "SmolLM2 on C++ headers at ten times the rate that is best for C++, Wikipedia as the old text, bits per byte "
         f"of Wikipedia, 25 % replay minus none, {_OVER}: holds if it lies below 0; cannot be tested if nothing is "
         "forgotten without replay (its rise over the model as it came does not lie above 0).",
-        _replay,
     ),
     Claim(
         "smollm2-merges",
         "Replay with Reptile retains more than replay whose steps are as short.",
         "560M, 25 %: downstream average 67.5 against 66.4",
+        _merges,
         "SmolLM2 on documentation, Python, C++, buffer of Wikipedia, bits per byte of all four kinds at the end, MER "
         f"at ten times the rate minus replay at three times, {_OVER}: holds if it lies below 0; cannot be tested if "
         "the ways of the two from the start are further than 0.8 to 1.25 of each other.",
-        _merges,
     ),
     Claim(
         "smollm2-weights",
         "Weights by loss give a better model than the plain mean at equal steps.",
         "lower held-out perplexity from 124M to 7B; no table was available to us",
+        _weights,
         "SmolLM2 on four kinds of text in equal parts, batches of 32, bits per byte of all four, LinUpper and "
         f"Quadratic minus the plain mean, {_OVER}: holds if both lie below 0, partly if one does.",
-        _weights,
     ),
     Claim(
         "smollm2-rs2",
         "A subset redrawn every round beats subsets chosen once.",
         "CIFAR-10, 10 %: 91.7 against 85.0 (best other) and 78.4 (random); a language model in the repository only",
+        _subsets,
         f"SmolLM2, ten rounds over a tenth of 240 rows of C++, bits per byte of other C++, RS2 minus a random tenth, "
         f"the tenth of the highest and of the lowest losses, {_OVER}: holds if all three lie below 0, partly if one or "
         "two do.",
-        _subsets,
     ),
 ]
 
@@ -483,6 +484,7 @@ def _add(results: Results, chapter: str, arm: str, found: dict[str, BitsPerByte]
 # -- the run --
 
 
+@declares("bfloat16")
 def run(out: Path, profile: str = "study") -> Results:
     """Train every arm that the results file lacks, and judge the claims.
 

@@ -1,4 +1,4 @@
-"""Does perplexity order compressed models as tasks do? The measurement behind "Why perplexity misleads".
+"""Does perplexity order compressed models as tasks do? The measurement of "Why perplexity misleads".
 
 SmolLM2-135M is compressed in several ways, each calibrated on the same Wikipedia tokens. Every model is then measured
 twice: perplexity on Wikipedia (and Python) test documents, and the six tasks of `refimpl.lab.measure.tasks`, whose items no
@@ -7,66 +7,49 @@ method saw. This is no paper's experiment; it serves the language-model bench an
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import torch
 from scipy.stats import binomtest
 from torch import nn
-from tqdm.auto import tqdm
 
-from refimpl import GPTQ, RTN, EoRA, SparseGPT, Wanda, compress, load, save
-from refimpl.core.compress.method import Method
+from refimpl import EoRA, compress
 from refimpl.core.layers import PackedLinear
-from refimpl.lab import models, wheels
+from refimpl.lab import models
 from refimpl.lab.data import text
 from refimpl.lab.measure import tasks
 from refimpl.lab.measure.metrics import footprint, perplexity
 from refimpl.lab.measure.statistics import compare
 from refimpl.lab.measure.tasks.items import group
-from refimpl.lab.study.ledger import Claim, Outcome, Verdict, judge
+from refimpl.lab.study.claims import Claim, Outcome, Verdict
 from refimpl.lab.study.records import Results
-from refimpl.lab.study.sources import module_hashes
+from refimpl.lab.study.study import Job, Row, Run, Study, documents
+from refimpl.studies._bases import RANK, Base, make_before, repaired
 
-COMPRESSION = [
-    "refimpl.lowrank.eora",
-    "refimpl.baselines.gptq",
-    "refimpl.baselines.obs",
-    "refimpl.baselines.pruning",
-    "refimpl.baselines.rtn",
-    "refimpl.core.layers.grid",
-    "refimpl.core.layers.lowrank",
-    "refimpl.core.layers.packed",
-    "refimpl.core.compress.stats",
-    "refimpl.lab.data.text",
-]
-DEPENDS = [
-    *COMPRESSION,
-    "refimpl.lab.measure.metrics",
-    "refimpl.lab.measure.tasks.items",
-    "refimpl.lab.measure.tasks.made",
-    "refimpl.lab.measure.tasks.scoring",
-]
-
-RANK = 64
 SCALE = "SmolLM2, 135M weights; 13 compressed models"
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a profile spends: blocks of the model, calibration sequences, windows measured, items of each task."""
+    """Size of the experiment at a profile.
+
+    Attributes:
+        layers: blocks of the model; None: all.
+        sequences, length: calibration sequences, and tokens of each.
+        windows: of each corpus, how many are measured, and tokens of each.
+        items: of each task, at most.
+        rank: of the repair.
+    """
 
     layers: int | None
     sequences: int
     length: int
-    windows: dict[str, tuple[int, int]]  # corpus: (windows, tokens each)
-    items: dict[str, int]  # of each task, at most
+    windows: dict[str, tuple[int, int]]
+    items: dict[str, int]
     rank: int
-    arms: tuple[str, ...] | None = None
 
 
 SIZES = {
@@ -78,36 +61,33 @@ SIZES = {
         items=dict.fromkeys(tasks.TASKS, 128) | {"cloze": 500},  # facts are short, so all of them
         rank=RANK,
     ),
-    "live": Size(
-        layers=None,
-        sequences=8,
-        length=512,
-        windows={"wikipedia": (12, 512), "python": (12, 512)},
-        items=dict.fromkeys(tasks.TASKS, 60),
-        rank=RANK,
-        arms=("GPTQ 3-bit g64", "SparseGPT 50%"),
-    ),
-    "quick": Size(
-        layers=1,
-        sequences=2,
-        length=64,
-        windows={"wikipedia": (2, 64), "python": (2, 64)},
-        items=dict.fromkeys(tasks.TASKS, 4),
-        rank=16,
-        arms=("RTN 3-bit g64", "SparseGPT 2:4"),
-    ),
+    "quick": Size(1, 2, 64, {"wikipedia": (2, 64), "python": (2, 64)}, dict.fromkeys(tasks.TASKS, 4), 16),
 }
 
-BASES: dict[str, Method] = {
-    **{f"RTN {bits}-bit g{group}": RTN(bits, group) for bits, group in ((4, 64), (3, 32), (3, 64))},
-    **{f"GPTQ {bits}-bit g{group}": GPTQ(bits, group) for bits, group in ((4, 64), (3, 32), (3, 64))},
-    "Wanda 2:4": Wanda("2:4"),
-    "SparseGPT 2:4": SparseGPT("2:4"),
-    **{f"SparseGPT {share}%": SparseGPT("unstructured", sparsity=share / 100) for share in (40, 50, 60)},
-}
-#: Arm -> the base that EoRA repairs, with the names that the EoRA study gives them.
-REPAIRED = {f"SparseGPT+EoRA 2:4 r{RANK}": "SparseGPT 2:4", f"GPTQ+EoRA 3-bit g64 r{RANK}": "GPTQ 3-bit g64"}
-ARMS = (*BASES, *REPAIRED)
+ROUNDED = tuple(f"{method} {label}" for method in ("RTN", "GPTQ") for label in ("4-bit g64", "3-bit g32", "3-bit g64"))
+PRUNED = ("Wanda 2:4", "SparseGPT 2:4", "SparseGPT 40%", "SparseGPT 50%", "SparseGPT 60%")
+#: What EoRA repairs, by name of the repaired model.
+REPAIRED = {repaired(base, "EoRA", f"r{RANK}"): base for base in ("SparseGPT 2:4", "GPTQ 3-bit g64")}
+#: The compressed models that are compared.
+COMPRESSED = (*ROUNDED, *PRUNED, *REPAIRED)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A model that is measured: "dense" or one of `COMPRESSED`."""
+
+    name: str
+    condition: str = "wikipedia"
+
+    @property
+    def base(self) -> str:
+        """The compressed model that it is, or that is repaired; "" for the dense one."""
+        return "" if self.name == "dense" else REPAIRED.get(self.name, self.name)
+
+
+def arms(profile: str) -> list[Arm]:
+    compressed = COMPRESSED if profile == "study" else ("RTN 3-bit g64", "SparseGPT 2:4")
+    return [Arm(name) for name in ("dense", *compressed)]
 
 
 # -- the rule, written before the run --
@@ -135,7 +115,7 @@ class Disagreement:
     p: float
 
 
-def comparisons(results: Results, arms: tuple[str, ...] = ARMS) -> Iterator[Disagreement]:
+def comparisons(results: Results, arms: Sequence[str] = COMPRESSED) -> Iterator[Disagreement]:
     """Every pair of arms that perplexity tells apart (95 % interval of the ratio over articles), for every score."""
     for pair in itertools.combinations(arms, 2):
         ratio = compare(*(results.perplexity(arm, "wikipedia") for arm in pair))
@@ -160,7 +140,7 @@ def _gaps(results: Results, a: str, b: str, task: str, metric: str) -> dict[str,
     return {item: theirs[item] - others[item] for item in theirs}
 
 
-def disagreements(results: Results, arms: tuple[str, ...] = ARMS) -> list[Disagreement]:
+def disagreements(results: Results, arms: Sequence[str] = COMPRESSED) -> list[Disagreement]:
     """Those comparisons in which the task contradicts perplexity, at 5 % over all of them together (Holm, 1979)."""
     found = sorted(comparisons(results, arms), key=lambda entry: entry.p)
     kept = itertools.takewhile(lambda at: at[1].p <= 0.05 / (len(found) - at[0]), enumerate(found))
@@ -182,79 +162,60 @@ CLAIMS = [
         "tasks-one-order",
         "Of two compressed models, the one with the lower perplexity is also the better one at tasks.",
         "the working assumption of most papers on compression; LLM-KICK (arXiv 2310.01382) disputes it at 7B",
+        _one_order,
         "All pairs of the 13 compressed models whose perplexities on Wikipedia differ (95 % interval of the ratio, "
         "paired bootstrap over articles, excludes 1), six tasks, each scored free and restricted: does not hold if in "
         "at least one comparison the model with the higher perplexity gets more right, by a one-sided exact sign test "
         "over groups of items (items about one text are a group) with Holm's correction over all comparisons at 5 %; "
         "holds otherwise. Shown is the comparison with the smallest p.",
-        _one_order,
     )
 ]
 
 
-# -- the run --
+# -- one model --
 
 
-class _Run:
-    """One run of the study: sizes, texts, the folder of compressed models, and the records."""
-
-    def __init__(self, results: Results, profile: str) -> None:
-        self.results, self.size = results, SIZES[profile]
-        self.dtype = models.compute_dtype()
-        self.tokenizer = models.tokenizer()
-        self.tokens = {
-            corpus: text.evaluation(corpus, sequences=windows, length=length)
-            for corpus, (windows, length) in self.size.windows.items()
-        }
-        made_by = [*module_hashes(COMPRESSION).values(), models.smollm2_hash(), text.corpus_hash("wikipedia")]
-        digest = hashlib.sha256("-".join(made_by).encode()).hexdigest()[:12]
-        self.work = wheels.cache_folder() / "studies" / "tasks" / f"{profile}-{self.dtype}-{digest}"
-
-    def dense(self) -> Any:
-        return models.smollm2(self.dtype, layers=self.size.layers)
-
-    def calibration(self, draw: int) -> text.TokenSet:
-        return text.calibration("wikipedia", sequences=self.size.sequences, length=self.size.length, seed=draw)
-
-    def model(self, arm: str) -> nn.Module:
-        """The compressed model of an arm, made once and kept on disk."""
-        if arm == "dense":
-            return self.dense()
-        folder = self.work / "".join(c if c.isalnum() else "-" for c in arm)
-        if (folder / "refimpl.json").is_file():
-            return load(folder, self.dtype)
-        if arm in REPAIRED:
-            model = self.model(REPAIRED[arm])
-            reference = models.smollm2_path()
-            compress(model, EoRA(self.size.rank), self.calibration(1), reference=reference, progress=False)
-        else:
-            model = self.dense()
-            compress(model, BASES[arm], self.calibration(0), progress=False)
-        save(model, folder)
-        return model
-
-    def measure(self, arm: str) -> None:
-        if self.results.has(arm, f"task {tasks.TASKS[-1]}"):
-            return
-        model = self.model(arm)
-        bits = footprint(model).bits_per_weight
-        _unpack(model)
-        for corpus, tokens in self.tokens.items():
-            if not self.results.has(arm, corpus):
-                found = perplexity(model, tokens, batch_size=8, progress=False)
-                self.results.add_perplexity(arm, corpus, 0, found, cost=bits)
-        chosen = {task: _spread(tasks.items(task, "full"), most) for task, most in self.size.items.items()}
-        card = tasks.score(model, self.tokenizer, chosen, progress=False)
-        tasks.add_scores(self.results, arm, 0, card, cost=bits)
+def _base(job: Job) -> Base:
+    size = SIZES[job.profile]
+    return Base(job.arm.base, size.layers, size.sequences, size.length, job.dtype, job.folder)
 
 
-def _spread(items: list[tasks.Item], most: int) -> list[tasks.Item]:
+def bases_before(run: Run, jobs: Sequence[Job]) -> None:
+    """The compressed models that some jobs read."""
+    make_before(run, [_base(job) for job in jobs if job.arm.base])
+
+
+def _model(job: Job) -> nn.Module:
+    size = SIZES[job.profile]
+    if not job.arm.base:
+        dense: Any = models.smollm2(getattr(torch, job.dtype), layers=size.layers)
+        return dense
+    model = _base(job).model()
+    if job.arm.name in REPAIRED:
+        tokens = text.calibration("wikipedia", sequences=size.sequences, length=size.length, seed=1)
+        compress(model, EoRA(size.rank), tokens, reference=models.smollm2_path(), progress=False)
+    return model
+
+
+def measure(job: Job) -> Iterator[Row]:
+    """One model: perplexity by document, and scores by item."""
+    size, model = SIZES[job.profile], _model(job)
+    bits = footprint(model).bits_per_weight
+    unpack(model)
+    for corpus, (windows, length) in size.windows.items():
+        tokens = text.evaluation(corpus, sequences=windows, length=length)
+        yield from documents(perplexity(model, tokens, batch_size=8, progress=False), bits, condition=corpus)
+    chosen = {task: spread(tasks.items(task, "full"), most) for task, most in size.items.items()}
+    yield from tasks.score_rows(tasks.score(model, models.tokenizer(), chosen, progress=False), bits)
+
+
+def spread(items: list[tasks.Item], most: int) -> list[tasks.Item]:
     """Items from all over the list."""
     n = min(most, len(items))
     return [items[k * len(items) // n] for k in range(n)]
 
 
-def _unpack(model: nn.Module) -> None:
+def unpack(model: nn.Module) -> None:
     """Put dense weights in place of packed ones, which are unpacked at every forward pass: the same numbers, faster."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, PackedLinear):
@@ -265,36 +226,22 @@ def _unpack(model: nn.Module) -> None:
             setattr(model.get_submodule(parent), attribute, dense)
 
 
-def run(out: Path, profile: str = "study") -> Results:
-    """Run every arm that the results file lacks, and judge the claim.
-
-    Args:
-        out: results file; an interrupted run goes on where it stopped.
-        profile: "study" (recorded; the rule must be committed), "live" or "quick".
-    """
+def _data() -> dict[str, str]:
     data = {corpus: text.corpus_hash(corpus) for corpus in ("wikipedia", "python")}
-    data["smollm2"] = models.smollm2_hash()
-    data["tasks"] = tasks.items_hash([*tasks.items("cloze"), *tasks.items("summary")])  # the others follow from code
-    dtype = str(models.compute_dtype()).removeprefix("torch.")
-    results = Results.start(
-        out,
-        paper="tasks",
-        study=__name__,
-        depends=DEPENDS,
-        data=data,
-        profile=profile,
-        dtype=dtype,
-        provisional=profile != "study",
-    )
-    this = _Run(results, profile)
-    arms = this.size.arms or ARMS
-    steps = [(arm, functools.partial(this.measure, arm)) for arm in ("dense", *arms)]
-    bar = tqdm(steps, desc=f"tasks ({profile})", unit="model")
-    for name, step in bar:
-        bar.set_postfix_str(name)
-        step()
-        results.save()
-    if profile == "study":
-        results.claims = judge(results, CLAIMS)
-    results.save()
-    return results
+    # the items of the other tasks follow from code
+    made = tasks.items_hash([*tasks.items("cloze"), *tasks.items("summary")])
+    return data | {"smollm2": models.smollm2_hash(), "tasks": made}
+
+
+STUDY = Study(
+    slug="tasks",
+    claims=CLAIMS,
+    measure=measure,
+    arms=arms,
+    seeds=lambda arm, profile: (0,),
+    data=_data,
+    before=bases_before,
+    kind=lambda arm: arm.name.partition(" ")[0],  # "dense", or the method
+    workers=1,  # every step uses all cores
+    dtype="bfloat16",
+)

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from refimpl import compress
 from refimpl.baselines.adaround import BETA, WARM_UP, AdaRound, RoundedSite
-from refimpl.core.compress.quantizer import mse_range, snap, step_and_zero
 from refimpl.core.compress.reconstruct import QuantizedSite
 from refimpl.core.compress.sites import Site
 from refimpl.core.compress.stats import InputStats
 from refimpl.core.errors import CalibrationError, OptionError
 from refimpl.core.layers import QuantizedInput
+from refimpl.core.layers.quantizer import mse_range, snap, step_and_zero
 
 Factory = Callable[..., Any]
 

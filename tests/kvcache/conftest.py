@@ -1,14 +1,6 @@
-"""The fake GPU of the host's tests, for the caches of this part."""
+"""The fake GPU of the hosts' tests and the models of the cache contract, for the caches of this part."""
 
-from __future__ import annotations
+from tests.core.cache.conftest import make
+from tests.core.conftest import fake_cuda
 
-import importlib.util
-from pathlib import Path
-
-_spec = importlib.util.spec_from_file_location(
-    "refimpl_core_conftest", Path(__file__).parents[1] / "core" / "conftest.py"
-)
-assert _spec is not None and _spec.loader is not None
-_module = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_module)
-fake_cuda = _module.fake_cuda
+__all__ = ["fake_cuda", "make"]

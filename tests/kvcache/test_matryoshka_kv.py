@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-from refimpl.core.cache import CompressedCache, Policy, cache_argument, prefill
-from refimpl.core.errors import CalibrationError, CheckpointError, OptionError
+from refimpl.core.cache import cache_argument, prefill
+from refimpl.core.errors import CalibrationError, OptionError
 from refimpl.core.train.loop import Recipe, batches, train
 from refimpl.kernels.ragged_decode import reference
 from refimpl.kvcache.matryoshka_kv import (
@@ -39,38 +39,12 @@ from refimpl.kvcache.matryoshka_kv import (
     truncate,
 )
 from refimpl.kvcache.ragged import Bases, FoldedOutput, MatryoshkaLayer, Packed, output_matrix
+from refimpl.lab.data.windows import windows
 from refimpl.lab.models import small
-from refimpl.lab.models.lstm import windows
+from tests.core.cache.policy_contract import steps
 
 Make = Callable[[str], PreTrainedModel]
 NAMES = ("llama", "qwen3", "gemma3", "gpt2")
-
-
-def gemma3(seed: int = 0) -> PreTrainedModel:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        config = Gemma3TextConfig(
-            vocab_size=256,
-            hidden_size=64,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            intermediate_size=96,
-            num_hidden_layers=3,
-            sliding_window=12,
-            max_position_embeddings=256,
-            layer_types=["sliding_attention", "full_attention", "full_attention"],
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
-        return Gemma3ForCausalLM(config).eval()
-
-
-@pytest.fixture(scope="module")
-def make(request: pytest.FixtureRequest) -> Make:
-    factories = {name: request.getfixturevalue(f"tiny_{name}") for name in ("llama", "qwen3", "gpt2")}
-    return lambda name: (factories | {"gemma3": gemma3})[name]()
 
 
 def ids_of(rows: int = 4, length: int = 30, seed: int = 0) -> Tensor:
@@ -516,131 +490,28 @@ def test_training_goes_on_after_an_interruption(make: Make, tmp_path: Path) -> N
     assert torch.equal(found[1].Q_V, whole[1].Q_V)  # type: ignore[union-attr]
 
 
-# -- the life of the cache --
-
-WAYS: dict[str, dict[str, Any]] = {
-    "greedy": {},
-    "sampling": {"do_sample": True, "top_k": 20},
-    "beams": {"num_beams": 3},
-    "chunks": {"prefill_chunk_size": 9},
-}
+# -- the cache (the contract of policies has the rest) --
 
 
-def batch(pads: tuple[int, ...] = (6, 0), length: int = 41, seed: int = 0) -> dict[str, Tensor]:
-    ids = ids_of(len(pads), length, seed)
-    mask = torch.ones_like(ids)
-    for row, pad in enumerate(pads):
-        ids[row, :pad] = mask[row, :pad] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def answer(model: PreTrainedModel, way: str, cache: Any = None) -> list[list[int]]:
-    torch.manual_seed(1)
-    options = {"do_sample": False} | WAYS[way] | ({} if cache is None else cache_argument(cache))
-    return model.generate(**batch(), max_new_tokens=9, eos_token_id=None, **options).tolist()
-
-
-def steps(model: PreTrainedModel, cache: Any, pieces: list[int], pads: tuple[int, ...] = (6, 0)) -> Tensor:
-    """Logits of every token of a batch that is fed in pieces."""
-    inputs = batch(pads, sum(pieces))
-    positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    found, first = [], 0
-    with torch.no_grad():
-        for size in pieces:
-            last = first + size
-            found.append(
-                model(
-                    inputs["input_ids"][:, first:last],
-                    attention_mask=inputs["attention_mask"][:, :last],
-                    position_ids=positions[:, first:last],
-                    **cache_argument(cache),
-                ).logits
-            )
-            first = last
-    return torch.cat(found, 1)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_full_budget_gives_the_tokens_of_the_library(name: str, make: Make) -> None:
-    stock, model = make(name), make(name)
-    policy = MatryoshkaKV(pca(calibrate(model, ids_of())))
-    for way in WAYS:
-        if name == "gpt2" and way == "chunks":
-            continue
-        cache = policy.cache(model, budget=1.0, length=50)
-        assert answer(model, way, cache) == answer(stock, way), way
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("pads", [(0, 0), (6, 0)])
-@pytest.mark.parametrize("even", [False, True])
-def test_tokens_may_come_in_any_pieces(name: str, pads: tuple[int, int], even: bool, make: Make) -> None:
-    model = make(name)
-    bases = pca(calibrate(model, ids_of()))
-    policy = MatryoshkaKV(bases, 5 if even else ragged(bases))
-    caches = [policy.cache(model) for _ in range(3)]
-    whole = steps(model, caches[0], [50], pads)
-    for cache, pieces in zip(caches[1:], ([1] * 50, [3, 17, 1, 20, 9]), strict=True):
-        found = steps(model, cache, pieces, pads)
-        for row, pad in enumerate(pads):
-            assert torch.allclose(found[row, pad:], whole[row, pad:], atol=1e-4)
-            # and padding is nothing: the same as the row alone
-        if pads[0]:
-            alone = batch(pads, 50)["input_ids"][:1, pads[0] :]
-            assert torch.allclose(logits(model, alone, policy.cache(model))[0], whole[0, pads[0] :], atol=1e-4)
-
-
-def test_it_can_be_cropped_copied_reordered_and_saved(make: Make, tmp_path: Path) -> None:
-    model = make("gemma3")
-    bases = pca(calibrate(model, ids_of()))
-    policy = MatryoshkaKV(bases, ragged(bases))
-    ids = ids_of(2, 40)
-    cache = policy.cache(model)
-    prefill(model, cache, ids[:, :30], chunk=11)
-    fork = cache.copy()
-    expected = logits(model, ids[:, 30:], fork)
-    assert cache.get_seq_length() == 30
-    cache.activate_past_recording()
-    logits(model, ids_of(2, 8, seed=9), cache)
-    cache.crop(-8)
-    assert torch.allclose(logits(model, ids[:, 30:], cache), expected, atol=1e-5)
-    fork.layers[1].crop(-15)  # behind the last forward pass
-    assert fork.layers[1].parts["keys"].shape[2] == 25
-    swapped = policy.cache(model)
-    prefill(model, swapped, ids[:, :30])
-    swapped.reorder_cache(torch.tensor([1, 0]))
-    assert torch.allclose(logits(model, ids[[1, 0], 30:], swapped), expected[[1, 0]], atol=1e-4)
-    fresh = policy.cache(model)
-    prefill(model, fresh, ids[:, :30])
-    fresh.save(tmp_path / "cache.safetensors")
-    policy.save(tmp_path / "policy.safetensors")
-    read = Policy.load(tmp_path / "policy.safetensors")
-    assert read == policy
-    twin = make("gemma3")
-    loaded = CompressedCache.load(tmp_path / "cache.safetensors", twin, read)
-    assert torch.allclose(logits(twin, ids[:, 30:], loaded), expected, atol=1e-5)
-    other = MatryoshkaKV(random_orthogonal(calibrate(model, ids)), policy.ranks)
-    with pytest.raises(CheckpointError):
-        CompressedCache.load(tmp_path / "cache.safetensors", twin, other)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_and_budgets(dtype: torch.dtype, make: Make) -> None:
-    model = make("llama").to(dtype)
-    ids = ids_of(1, 64)
-    bases = pca(calibrate(model, ids))
-    full = 64 * 2 * 2 * 2 * 16 * dtype.itemsize
+def test_a_budget_sets_the_rank(make: Make) -> None:
+    model, policy = make("llama"), MatryoshkaKV(pca(calibrate(make("llama"), ids_of(1, 64))))
     for budget in (0.75, 0.5, 0.2, 0.07):
-        cache = MatryoshkaKV(bases).cache(model, budget=budget, length=64)
-        prefill(model, cache, ids)
-        assert cache.policy.ranks == int(budget * 16)  # type: ignore[attr-defined]
-        assert cache.nbytes == sum(cache.policy.nbytes(cache._shape(model, i), 64) for i in range(2))
-        assert budget * full - full / 16 < cache.nbytes <= budget * full
-        held = sum(t.untyped_storage().nbytes() for layer in cache.layers for t in layer.parts.values())
-        assert held == cache.nbytes
-    assert MatryoshkaKV(bases).cache(model, budget=1.0, length=64).policy.ranks is None  # type: ignore[attr-defined]
+        assert policy.cache(model, budget=budget, length=64).policy.ranks == int(budget * 16)  # type: ignore[attr-defined]
+    assert policy.cache(model, budget=1.0, length=64).policy.ranks is None  # type: ignore[attr-defined]
     with pytest.raises(OptionError, match=r"the least it can do is \d+ bytes \(6\.2%\) \(ranks=1\)"):
-        MatryoshkaKV(bases).cache(model, budget=0.05, length=64)
+        policy.cache(model, budget=0.05, length=64)
+
+
+def test_fit_is_its_stages_one_after_the_other(make: Make) -> None:
+    model, ids = make("gemma3"), ids_of(4, 20)
+    plain = MatryoshkaKV()
+    start = pca(calibrate(model, ids))
+    assert plain.fit(model, ids) == MatryoshkaKV(start)
+    recipe = Recipe(steps=3, lr=1e-3)
+    trained, _ = fit_bases(model, start, ids, recipe, progress=False)
+    assert plain.fit(model, ids, recipe=recipe, progress=False) == MatryoshkaKV(trained) != MatryoshkaKV(start)
+    path = search(model, start, ids[:1], budget=0.8, step=2, progress=False)  # an eighth of 16 channels
+    assert plain.fit(model, ids, search_on=ids[:1], budget=0.8, progress=False) == MatryoshkaKV(start, path=path)
 
 
 def test_a_budget_chooses_along_the_path_of_a_search(make: Make) -> None:
@@ -657,19 +528,6 @@ def test_a_budget_chooses_along_the_path_of_a_search(make: Make) -> None:
         policy.cache(model, budget=0.3, length=64)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_sixteen_bits(name: str, make: Make) -> None:
-    model, ids = make(name), ids_of()
-    bases = pca(calibrate(model, ids))
-    expected = logits(model, ids, MatryoshkaKV(bases, 5).cache(model))
-    model.bfloat16()
-    cache = MatryoshkaKV(bases, 5).cache(model)
-    found = logits(model, ids, cache)
-    assert found.dtype == torch.bfloat16
-    assert all(t.dtype == torch.bfloat16 for layer in cache._compressed for t in layer.parts.values())
-    assert (found.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_devices(name: str, make: Make, fake_cuda: Callable[[], Any]) -> None:
     built: Any = make(name)
@@ -678,14 +536,6 @@ def test_devices(name: str, make: Make, fake_cuda: Callable[[], Any]) -> None:
     with fake_cuda() as place:
         model = place(built)
         ids = torch.ones(2, 40, dtype=torch.long, device="cuda")
-        even = MatryoshkaKV(ready, 5).cache(model)
-        prefill(model, even, ids)
-        assert model(ids[:, :1], **cache_argument(even)).logits.device.type == "cuda"
-        cache = policy.cache(model)
-        prefill(model, cache, ids, chunk=16)
-        found = model(ids[:, :1], **cache_argument(cache)).logits
-        assert found.device.type == "cuda"
-        assert all(t.device.type == "cuda" for layer in cache._compressed for t in layer.parts.values())
         fitted = pca(calibrate(model, ids))
         student = Projections(model, fitted)
         assert all(p.device.type == "cuda" for p in student.parameters())
@@ -711,12 +561,12 @@ def test_the_kernel_gets_what_the_layer_attends_to(
     if folded:
         fold(model, policy)
     compared = []
-    plain = MatryoshkaLayer._attend
+    plain = MatryoshkaLayer.attention
 
-    def both(layer: MatryoshkaLayer, new: Any) -> Any:
-        out, mass = plain(layer, new)
-        inputs = layer.kernel_inputs(new)
-        if len(new.slots) == 1:
+    def both(layer: MatryoshkaLayer, incoming: Any) -> Any:
+        out, mass = plain(layer, incoming)
+        inputs = layer.kernel_inputs(incoming)
+        if len(incoming.slots) == 1:
             assert inputs is not None
             expected = reference(inputs)
             compared.append((out, expected[:, None, None] if folded else expected))
@@ -724,7 +574,7 @@ def test_the_kernel_gets_what_the_layer_attends_to(
             assert inputs is None
         return out, mass
 
-    monkeypatch.setattr(MatryoshkaLayer, "_attend", both)
+    monkeypatch.setattr(MatryoshkaLayer, "attention", both)
     steps(model, policy.cache(model), [20, 1, 1, 3, 1], pads)
     assert len(compared) == 9
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in compared)
@@ -733,13 +583,13 @@ def test_the_kernel_gets_what_the_layer_attends_to(
 def test_padding_in_the_middle_is_not_for_the_kernel(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = make("llama"), []
     bases = pca(calibrate(model, ids_of()))
-    plain = MatryoshkaLayer._attend
+    plain = MatryoshkaLayer.attention
 
-    def spy(layer: MatryoshkaLayer, new: Any) -> Any:
-        asked.append(layer.kernel_inputs(new))
-        return plain(layer, new)
+    def spy(layer: MatryoshkaLayer, incoming: Any) -> Any:
+        asked.append(layer.kernel_inputs(incoming))
+        return plain(layer, incoming)
 
-    monkeypatch.setattr(MatryoshkaLayer, "_attend", spy)
+    monkeypatch.setattr(MatryoshkaLayer, "attention", spy)
     mask = torch.ones(2, 25, dtype=torch.long)
     mask[0, 10:13] = 0
     cache = MatryoshkaKV(bases, 5).cache(model)

@@ -631,7 +631,8 @@ def test_language_models_prune_export_save_and_load(layout, structure, tmp_path,
 
 
 def test_an_lstm_is_pruned_in_all_four_gate_matrices() -> None:
-    from refimpl.lab.models.lstm import LSTMLanguageModel, language_model_loss
+    from refimpl.lab.measure.bits import language_model_loss
+    from refimpl.lab.models.lstm import LSTMLanguageModel
 
     torch.manual_seed(0)
     model = LSTMLanguageModel(embedding=8, hidden=12)

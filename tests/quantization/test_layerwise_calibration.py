@@ -27,12 +27,12 @@ from refimpl import RTN, SparseGPT, compress, load, save
 from refimpl.baselines.qat import all_logits, divergence
 from refimpl.core.compress.fold import FoldedNorms, fold_batch_norms
 from refimpl.core.compress.inputs import InputSamples
-from refimpl.core.compress.quantizer import fake_quantize, minmax_range
 from refimpl.core.compress.reconstruct import QuantizedSite, quadratic, reconstruct
 from refimpl.core.compress.sites import Site, find_sites
 from refimpl.core.compress.stats import InputStats
 from refimpl.core.errors import CalibrationError, OptionError
 from refimpl.core.layers import PackedConv2d, PackedLinear, QuantizedInput
+from refimpl.core.layers.quantizer import fake_quantize, minmax_range
 from refimpl.core.train.loop import Recipe
 from refimpl.quantization.layerwise_calibration import (
     AdaQuant,

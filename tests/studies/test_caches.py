@@ -11,7 +11,7 @@ from refimpl.core.errors import OptionError
 from refimpl.core.files.io import data_path
 from refimpl.lab import fetch, models
 from refimpl.lab.measure.metrics import Perplexity
-from refimpl.lab.study.ledger import Verdict, judge
+from refimpl.lab.study.claims import Verdict, judge
 from refimpl.lab.study.records import Record, Results
 from refimpl.studies import caches
 
@@ -124,9 +124,9 @@ def test_every_method_of_the_bench_is_there_at_every_budget() -> None:
 def test_arms_keep_within_their_budget_or_say_what_the_least_is(monkeypatch: pytest.MonkeyPatch) -> None:
     fetch.fetch("smollm2")
     model = models.smollm2(layers=1)
-    full = model.config.num_key_value_heads * 64 * 2 * model.dtype.itemsize
+    full = model.config.num_key_value_heads * 64 * 2 * 2  # keys and values, 16 bits each
     length = caches.SIZES["quick"].length
-    shape = caches.CompressedCache._shape(model, 0)
+    shape = caches.CompressedCache.layer_shape(model, 0)
     for arm in caches.arms("quick"):
         if arm.budget is None:
             continue

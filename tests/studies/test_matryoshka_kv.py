@@ -12,7 +12,7 @@ from refimpl.core.files.io import data_path
 from refimpl.kvcache.matryoshka_kv import MatryoshkaKV
 from refimpl.lab import models
 from refimpl.lab.models import small
-from refimpl.lab.study.ledger import Outcome, Verdict, judge
+from refimpl.lab.study.claims import Outcome, Verdict, judge
 from refimpl.lab.study.records import Record, Results
 from refimpl.studies import matryoshka_kv as study
 
@@ -39,7 +39,7 @@ def put(results: Results, arm: str, losses: dict[float, float], metric: str = "b
 
 def rule(results: Results, identity: str) -> Outcome:
     (claim,) = (claim for claim in study.CLAIMS if claim.id == identity)
-    return claim.outcome(results)
+    return claim.rule(results)
 
 
 @pytest.mark.parametrize(("loss", "verdict"), [(0.012, HOLDS), (-0.03, PARTLY), (0.2, NOT), (-0.2, NOT)])
@@ -140,7 +140,7 @@ def test_measures_are_those_of_the_model():
     exact = study.exact_scores(model, rows)
     found = study.measure(model, rows, None, exact)
     assert found["divergence"] == 0
-    from refimpl.lab.models.lstm import bits_per_byte
+    from refimpl.lab.measure.bits import bits_per_byte
 
     expected = bits_per_byte(model, rows, ["a"] * len(rows), small.tokenizer()).value
     assert found["bits per byte"] == pytest.approx(expected, rel=1e-6)

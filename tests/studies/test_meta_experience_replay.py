@@ -10,7 +10,7 @@ import torch
 
 from refimpl.core.files.io import data_path
 from refimpl.lab.data.domains import DOMAINS
-from refimpl.lab.study.ledger import Outcome, Verdict, judge
+from refimpl.lab.study.claims import Outcome, Verdict, judge
 from refimpl.lab.study.records import Record, Results
 from refimpl.studies import meta_experience_replay as study
 
@@ -33,7 +33,7 @@ def put(results: Results, metric: str, **values: float) -> None:
 
 def rule(results: Results, identity: str) -> Outcome:
     (claim,) = (claim for claim in study.CLAIMS if claim.id == identity)
-    return claim.outcome(results)
+    return claim.rule(results)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from refimpl.core.files.io import data_path
-from refimpl.lab.study.ledger import Outcome, Verdict, judge
+from refimpl.lab.study.claims import Outcome, Verdict, judge
 from refimpl.lab.study.records import Record, Results
 from refimpl.studies import rs2 as study
 
@@ -42,7 +42,7 @@ def put_time(
 
 def rule(results: Results, identity: str) -> Outcome:
     (claim,) = (claim for claim in study.CLAIMS if claim.id == identity)
-    return claim.outcome(results)
+    return claim.rule(results)
 
 
 @pytest.mark.parametrize(("worst", "verdict"), [(0.02, HOLDS), (0.0, PARTLY), (-0.02, PARTLY)])

@@ -10,8 +10,8 @@ import pytest
 
 from refimpl.core.files.io import data_path
 from refimpl.lab.data.domains import DOMAINS
-from refimpl.lab.models import lstm
-from refimpl.lab.study.ledger import Outcome, Verdict, judge
+from refimpl.lab.measure import bits
+from refimpl.lab.study.claims import Outcome, Verdict, judge
 from refimpl.lab.study.records import Record, Results
 from refimpl.studies import smollm2 as study
 from refimpl.training_data.rs2 import RS2
@@ -37,7 +37,7 @@ def put(results: Results, chapter: str, arm: str, kinds: dict[str, float]) -> No
 
 def rule(results: Results, identity: str) -> Outcome:
     (claim,) = (claim for claim in study.CLAIMS if claim.id == identity)
-    return claim.outcome(results)
+    return claim.rule(results)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_training_rows_are_not_measured():
 
 
 def test_it_runs_and_takes_up_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(lstm, "token_bytes", functools.cache(lstm.token_bytes))  # a walk over 49,152 tokens a look
+    monkeypatch.setattr(bits, "token_bytes", functools.cache(bits.token_bytes))  # a walk over 49,152 tokens a look
     out = tmp_path / "r.json"
     first = study.run(out, "quick")
     for arm in study.QUICK:

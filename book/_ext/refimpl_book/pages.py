@@ -20,6 +20,7 @@ import refimpl
 from refimpl.core.files.io import data_path
 from refimpl.lab.show import plots
 from refimpl.lab.study import ledger
+from refimpl.lab.study.claims import Verdict
 from refimpl.lab.study.records import Results
 from refimpl.markdown import table
 from refimpl.papers import PARTS, Paper, package, papers
@@ -160,7 +161,7 @@ def claim_card(row: dict[str, Any], paper: Paper) -> str:
         "Compared with": row["control"],
         "Scale": row["scale"],
         "Smallest visible effect": f"{row['mde']:.2g}",
-        **({"Why not tested": why_blind(row)} if row["verdict"] == ledger.Verdict.CANNOT_BE_TESTED.value else {}),
+        **({"Why not tested": why_blind(row)} if row["verdict"] == Verdict.CANNOT_BE_TESTED.value else {}),
         "Rule": row["rule"],
     }
     shown = "".join(f"<div><dt>{name}</dt><dd>{html.escape(text)}</dd></div>" for name, text in facts.items())

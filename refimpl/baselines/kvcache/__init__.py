@@ -1,4 +1,4 @@
-"""Ways of keeping fewer bytes of keys and values that the papers compare with; each works in ``generate``."""
+"""Key-value cache policies that the papers compare with; each works in ``generate``."""
 
 from refimpl.baselines.kvcache.full import Full
 from refimpl.baselines.kvcache.h2o import H2O

@@ -1,4 +1,4 @@
-"""The reference: everything is kept as it came."""
+"""The reference: everything is kept uncompressed."""
 
 from __future__ import annotations
 

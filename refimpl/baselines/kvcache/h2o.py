@@ -3,8 +3,8 @@
 Source: Zhang et al., 2023, arXiv 2306.14048, section 4 and algorithm 1.
 
 Every entry carries the attention it has received, summed over all queries so far. When there are more entries than
-the capacity, the one with the least leaves, the newest excepted; each head keeps its own. What has left is gone, and
-what came early had more queries to collect from: the rule favours old tokens, as in the paper.
+the capacity, the one with the least attention leaves, the newest excepted; each head keeps its own. An entry that has
+left is gone. Early entries had more queries to collect from: the rule favours old tokens, as in the paper.
 
 With grouped queries an entry belongs to a key head and collects from all query heads that share it. A prompt is first
 attended to as a whole, then cut to the capacity at once, as in the authors' code.
@@ -18,52 +18,57 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from refimpl.core.cache import Dense, KVLayer, LayerShape, New, Policy, Segment
+from refimpl.core.cache import Dense, Incoming, KVLayer, LayerShape, Policy, Segment
 from refimpl.core.errors import OptionError
 
 
 class H2OLayer(KVLayer):
-    """Parts: "keys", "values" [B, H, n, d], "slots" int32 and "mass" fp32 [B, H, n], in the order of the text."""
+    """One layer of an H2O cache.
+
+    Parts: "keys", "values" [B, H, n, d], "slots" int32 and "mass" fp32 [B, H, n], in the order of the text.
+    """
 
     needs_mass = True
+    wide = ("mass",)
 
     def __init__(self, policy: H2O, shape: LayerShape, streamed: bool) -> None:
         super().__init__(shape.heads, streamed)
         self.capacity, self.recent = policy.capacity, policy.newest
 
-    def append(self, new: New) -> None:
-        rows, heads, count, _ = new.keys.shape
-        slots = torch.arange(new.slots.start, new.slots.stop, dtype=torch.int32, device=new.keys.device)
-        # padding has less than nothing and leaves first
-        mass = torch.zeros(rows, heads, count, device=new.keys.device)
-        if new.valid is not None:
-            mass = mass.masked_fill(~new.valid.unsqueeze(1), -torch.inf)
-        self.extend(keys=new.keys, values=new.values, slots=slots.expand(rows, heads, -1), mass=mass)
+    def append(self, incoming: Incoming) -> None:
+        rows, heads, count, _ = incoming.keys.shape
+        slots = torch.arange(incoming.slots.start, incoming.slots.stop, dtype=torch.int32, device=incoming.keys.device)
+        # padding starts at minus infinity and leaves first
+        mass = torch.zeros(rows, heads, count, device=incoming.keys.device)
+        if incoming.valid is not None:
+            mass = mass.masked_fill(~incoming.valid.unsqueeze(1), -torch.inf)
+        self.extend(keys=incoming.keys, values=incoming.values, slots=slots.expand(rows, heads, -1), mass=mass)
 
-    def segments(self, new: New) -> list[Segment]:
+    def segments(self, incoming: Incoming) -> list[Segment]:
         p = self.parts
         return [Dense(p["keys"], p["values"], p["slots"])]
 
-    def observe(self, new: New, mass: Tensor | None) -> None:
+    def observe(self, incoming: Incoming, mass: Tensor | None) -> None:
         assert mass is not None
         self.parts["mass"] = self.parts["mass"] + mass
 
-    def room(self) -> int:
+    def tokens_until_compress(self) -> int:
         return 1 if self.capacity is None or not self.parts else max(1, self.capacity - self.parts["keys"].shape[2])
 
-    def settle(self, new: New, mass: Tensor | None) -> None:
-        self.observe(new, mass)
+    def compress_decoded(self, incoming: Incoming, mass: Tensor | None) -> None:
+        self.observe(incoming, mass)
         self.finish_prompt()
 
     def finish_prompt(self) -> None:
         count = self.parts["keys"].shape[2]
         if self.capacity is None or count <= self.capacity:
             return
+        # algorithm 1: the newest stay; of the older entries, those with the most attention so far
         older = count - self.recent
         best = self.parts["mass"][..., :older].topk(self.capacity - self.recent, dim=-1).indices.sort(-1).values
         newest = torch.arange(older, count, device=best.device).expand(*best.shape[:2], -1)
         kept = torch.cat([best, newest], -1)  # [B, H, capacity]
-        # whole rows of a flat tensor: several times faster than gathering number by number
+        # whole rows of a flattened tensor: several times faster than `gather` along one dimension
         rows = torch.arange(kept.shape[0] * kept.shape[1], device=best.device).view(*kept.shape[:2], 1)
         index = (rows * count + kept).flatten()
         for name, tensor in self.parts.items():
@@ -82,7 +87,7 @@ class H2O(Policy):
     """Keep the heavy hitters and the newest entries of each key head.
 
     Args:
-        capacity: entries kept per key head; None keeps all; what a budget sets. (The paper: a fifth of the prompt.)
+        capacity: entries kept per key head; None keeps all; a budget sets it. (The paper: a fifth of the prompt.)
         recent: share of the capacity that goes to the newest entries (the paper: a half).
 
     Example:

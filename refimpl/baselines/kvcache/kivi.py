@@ -22,7 +22,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from refimpl.core.cache import LayerShape, New, Policy, Segment, WindowLayer
+from refimpl.core.cache import Incoming, LayerShape, Policy, Segment, WindowLayer
 from refimpl.core.errors import OptionError
 from refimpl.core.layers.packing import pack_bits, unpack_bits
 
@@ -33,7 +33,7 @@ def quantise(x: Tensor, bits: int, valid: Tensor | None = None) -> tuple[Tensor,
     Args:
         x: [..., n].
         bits: 1 to 8.
-        valid: bool, broadcasts against ``x``: what may set the range; None for all.
+        valid: bool, broadcasts against ``x``: the numbers that set the range; None for all.
 
     Returns:
         Codes uint8 [..., n], step and least value fp16 [..., 1]. ``code * step + least`` is within half a step.
@@ -72,7 +72,7 @@ class Quantised(Segment):
         self.parts, self.index = parts, index
         self.bits, self.group, self.value_group = bits, group, value_group
 
-    # A scale belongs to a channel of a group of keys, or to a token and its channels: for few queries it goes into the
+    # With K = codes * step + least, q K^T = (q * step) codes^T + q least^T: for few queries the scales go into the
     # query and into the weights, which are small, and the codes are used as they are.
 
     def scores(self, query: Tensor, slots: range) -> Tensor:
@@ -115,17 +115,23 @@ class Quantised(Segment):
 
 
 class KIVILayer(WindowLayer):
-    """Parts: "key_codes" [B, H, n / group, d, bytes of a group], "value_codes" [B, H, n, d / value_group, bytes]."""
+    """One layer of a KIVI cache.
+
+    Parts beside the window: "key_codes" [B, H, n / group, d, bytes of a group] and "value_codes" [B, H, n,
+    d / value_group, bytes], each with its step and least value, fp16.
+    """
 
     def __init__(self, policy: KIVI, shape: LayerShape, streamed: bool) -> None:
         super().__init__(shape.heads, streamed, policy.window, policy.group)
         self.bits, self.value_group = policy.bits, gcd(policy.value_group, shape.head_dim)
 
     def store(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
+        # keys: one scale for each channel and group of tokens
         channels = keys.unflatten(2, (-1, self.group)).transpose(-1, -2)  # [B, H, groups, d, group]
         mask = None if valid is None else valid.unflatten(1, (-1, self.group))[:, None, :, None]
         codes, step, least = quantise(channels, self.bits, mask)
         self.extend(key_codes=pack_bits(codes, self.bits), key_step=step, key_least=least)
+        # values: one scale for each token and group of channels
         codes, step, least = quantise(values.unflatten(-1, (-1, self.value_group)), self.bits)
         self.extend(value_codes=pack_bits(codes, self.bits), value_step=step, value_least=least)
 
@@ -133,7 +139,7 @@ class KIVILayer(WindowLayer):
     def _stored(self) -> Quantised:
         return Quantised(self.parts, range(self.start), self.bits, self.group, self.value_group)
 
-    def segments(self, new: New) -> list[Segment]:
+    def segments(self, incoming: Incoming) -> list[Segment]:
         return [self._stored, self.tail] if self.start else [self.tail]
 
     def finish_prompt(self) -> None:
@@ -141,13 +147,13 @@ class KIVILayer(WindowLayer):
             super().finish_prompt()
 
     def reach_back(self, length: int) -> None:
-        # groups stay whole: the tokens of a broken one go back to the window as the store knows them
+        # groups stay whole: the tokens of one that is cut go back to the window, as rebuilt from their codes
         whole = length // self.group
         stored = self._stored
         for name, kept in (("keys", stored.keys), ("values", stored.values)):
             back = kept[:, :, whole * self.group :].to(self.dtype)
             self.parts[name] = torch.cat([back, self.parts[name]], 2)
-        if "valid" in self.parts:  # only ranges of groups to come are at stake
+        if "valid" in self.parts:  # it only decides which tokens set the range of a group to come
             self.parts["valid"] = torch.nn.functional.pad(
                 self.parts["valid"], (self.start - whole * self.group, 0), value=True
             )
@@ -159,10 +165,10 @@ class KIVILayer(WindowLayer):
 
 @dataclass(frozen=True)
 class KIVI(Policy):
-    """Quantise what has left a window of exact tokens; keys per channel, values per token.
+    """Quantise the tokens that have left a window of exact ones; keys per channel, values per token.
 
     Args:
-        bits: 8, 4 or 2 per number (the paper: 2 and 4), 16 for none at all; what a budget sets.
+        bits: 8, 4 or 2 per number (the paper: 2 and 4), 16 to quantise nothing; a budget sets it.
         window: tokens that stay exact (the paper: 128; its experiments on retrieval: 32 to 128).
         group: tokens that share a scale of a key channel (the paper: 32).
         value_group: channels that share a scale of a value (the paper: 32; or the largest divisor of the head dimension
@@ -206,9 +212,9 @@ class KIVI(Policy):
     def settings(self, shapes: Sequence[LayerShape], length: int) -> Sequence[int]:
         return (2, 4, 8, 16)
 
-    def fit(self, shapes: Sequence[LayerShape], nbytes: int, length: int) -> KIVI:
-        """The most bits that fit; what is left of the budget widens the window."""
-        best = super().fit(shapes, nbytes, length)
+    def within_budget(self, shapes: Sequence[LayerShape], nbytes: int, length: int) -> KIVI:
+        """The most bits that fit; the rest of the budget widens the window."""
+        best = super().within_budget(shapes, nbytes, length)
         assert isinstance(best, KIVI)
         if best.bits == 16:
             return best

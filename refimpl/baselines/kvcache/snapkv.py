@@ -1,10 +1,10 @@
-"""SnapKV: what the end of the prompt looks at is what the answer will need.
+"""SnapKV: the entries that the end of the prompt attends to are those the answer will need.
 
 Source: Li et al., 2024, arXiv 2404.14469, section 4 and listing 1.
 
 1. The last ``window`` queries of the prompt attend to all of it; their weights are summed, for each key head over the
    query heads that share it.
-2. The sums are averaged over ``kernel`` neighbours, so that what is kept comes in runs that can be read.
+2. The sums are averaged over ``kernel`` neighbours, so that the entries kept come in readable runs.
 3. The best entries and the window stay, ``capacity`` together, each head its own. All later tokens stay.
 
 Only the first prompt is cut: later turns are kept as they come, as the paper says nothing of them.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from refimpl.core.cache import Dense, LayerShape, Mask, New, Policy, Segment, TailLayer, weights
+from refimpl.core.cache import Dense, Incoming, LayerShape, Mask, Policy, Segment, TailLayer, weights
 from refimpl.core.errors import OptionError
 
 
@@ -39,15 +39,15 @@ class ObservingLayer(TailLayer):
         super().reset()
         self.ended = False
 
-    def observe(self, new: New, mass: Tensor | None) -> None:
+    def observe(self, incoming: Incoming, mass: Tensor | None) -> None:
         if self.ended:
             return
         old = self.parts.get("queries")
-        queries = new.query if old is None else torch.cat([old, new.query], 2)
+        queries = incoming.query if old is None else torch.cat([old, incoming.query], 2)
         self.parts["queries"] = queries[:, :, -self.observed :].clone()
-        if new.mask.padding is not None:
-            self.parts["real"] = new.mask.padding[:, : self.seen]
-        self.scaling, self.softcap = new.scaling, new.softcap
+        if incoming.mask.padding is not None:
+            self.parts["real"] = incoming.mask.padding[:, : self.seen]
+        self.scaling, self.softcap = incoming.scaling, incoming.softcap
 
     def finish_prompt(self) -> None:
         if self.ended:
@@ -55,7 +55,7 @@ class ObservingLayer(TailLayer):
         self.ended = True
         queries = self.parts.pop("queries").unflatten(1, (self.heads, -1)).float()
         real = self.parts.pop("real", None)
-        if real is not None:  # what padding looks for says nothing
+        if real is not None:  # the queries of padding do not count
             queries = queries * real[:, None, None, -queries.shape[3] :, None]
         self.choose(queries, real)
 
@@ -78,13 +78,16 @@ class ObservingLayer(TailLayer):
 
 
 class SnapKVLayer(ObservingLayer):
-    """Parts beside the tail: "kept_keys", "kept_values" [B, H, n, d] and "kept_slots" int32 [B, H, n]."""
+    """One layer of a SnapKV cache.
+
+    Parts beside the tail: "kept_keys", "kept_values" [B, H, n, d] and "kept_slots" int32 [B, H, n].
+    """
 
     def __init__(self, policy: SnapKV, shape: LayerShape) -> None:
         super().__init__(shape.heads, policy.window)
         self.capacity, self.kernel = policy.capacity, policy.kernel
 
-    def segments(self, new: New) -> list[Segment]:
+    def segments(self, incoming: Incoming) -> list[Segment]:
         p = self.parts
         if "kept_keys" not in p:
             return [self.tail]
@@ -99,10 +102,11 @@ class SnapKVLayer(ObservingLayer):
         shares = weights(queries, [self.tail], mask, slots, self.scaling, self.softcap)
         if real is not None:
             shares = shares * real[:, None, None, older:, None]
-        votes = shares[..., :older].sum((2, 3))  # [B, H, n]
-        votes = F.avg_pool1d(votes, self.kernel, stride=1, padding=self.kernel // 2)
+        votes = shares[..., :older].sum((2, 3))  # step 1: [B, H, n]
+        votes = F.avg_pool1d(votes, self.kernel, stride=1, padding=self.kernel // 2)  # step 2
         if real is not None:  # padding beside real tokens has votes now
             votes = votes.masked_fill(~real[:, None, :older], -1.0)
+        # step 3
         best = votes.topk(self.capacity - len(slots), dim=-1).indices.sort(-1).values
         index = best.unsqueeze(-1).expand(-1, -1, -1, self.parts["keys"].shape[-1])
         keys, values = self.drop(older)
@@ -118,7 +122,7 @@ class SnapKV(Policy):
     """Cut the prompt to the entries its end attends to; keep every later token.
 
     Args:
-        capacity: entries of the prompt kept per key head, the window included; None keeps all; what a budget sets.
+        capacity: entries of the prompt kept per key head, the window included; None keeps all; a budget sets it.
         window: last tokens of the prompt, which observe and stay (the paper: 16 to 64).
         kernel: entries averaged, odd (the authors' default: 5).
 

@@ -2,8 +2,8 @@
 
 Source: Xiao et al., 2023, arXiv 2309.17453, section 3.2.
 
-Attention puts what it has no use for on the first tokens ("sinks"); a plain sliding window drops them and the model
-breaks. Kept beside the window they make it run for ever. What lies between is gone.
+Attention puts the weight it has no use for on the first tokens ("sinks"); a plain sliding window drops them and the
+model breaks. Kept beside the window they let it run forever. The tokens between are gone.
 
 Positions count places in the cache, not in the text: a query sees its window at the true distances and the sinks right
 before it. RoPE depends on distances only, so keys stay as they came, and for its products with the sinks a query is
@@ -19,16 +19,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from refimpl.core.cache import Dense, LayerShape, Mask, New, Policy, Rotary, Segment, TailLayer, rotate
+from refimpl.core.cache import (
+    Dense,
+    Incoming,
+    LayerShape,
+    Mask,
+    Policy,
+    Rotary,
+    Segment,
+    Sinks,
+    TailLayer,
+    keep_sinks,
+    rotate,
+)
 from refimpl.core.errors import OptionError
 
 
-class Sinks(Dense):
-    """The first tokens, seen by queries whose window they have left, at the distance they have in the cache.
+class DistantSinks(Sinks):
+    """Sinks that are seen by the queries whose window they have left, at the distance they have in the cache.
 
     Args:
-        keys, values, index: see `Dense`; index [B, 1, s].
-        after: slot behind the last sink, [B].
+        keys, values, index: see `Sinks`.
+        after: slot after the last sink, [B].
         reach: window of the queries.
         rotary: of the layer.
     """
@@ -39,6 +51,7 @@ class Sinks(Dense):
 
     def scores(self, query: Tensor, slots: range) -> Tensor:
         rows = torch.arange(slots.start, slots.stop, device=query.device)
+        # positions are places in the cache: turn the query back by the tokens dropped between the sinks and its window
         dropped = (rows - self.reach + 1 - self.after.unsqueeze(1)).clamp(min=0)  # [B, Q]
         angles = dropped.unsqueeze(-1) * self.rotary.frequencies.to(query.device)
         angles = torch.cat([angles, angles], -1)[:, None, None]
@@ -46,58 +59,37 @@ class Sinks(Dense):
 
     def visible(self, mask: Mask, slots: range) -> Tensor | None:
         rows = torch.arange(slots.start, slots.stop, device=self.keys.device).unsqueeze(-1)
-        assert isinstance(self.index, Tensor)
         index = self.index.unsqueeze(-2)
-        return (index >= 0) & (index <= rows - self.reach)
+        return (index >= 0) & (index <= rows - self.reach)  # nearer ones are still in the window
 
 
 class StreamingLayer(TailLayer):
-    """Parts beside the window: "sink_keys", "sink_values" [B, H, s, d]; "sink_slots" int32 [B, 1, s], -1: empty."""
+    """One layer of a StreamingLLM cache: the window, and the parts of `keep_sinks`."""
 
     def __init__(self, policy: StreamingLLM, shape: LayerShape, rotary: Rotary) -> None:
         super().__init__(shape.heads, streamed=True)
         self.sinks, self.window, self.rotary = policy.sinks, policy.window, rotary
 
-    def append(self, new: New) -> None:
+    def append(self, incoming: Incoming) -> None:
         if self.seen == 0:
-            new.check(self.rotary)
-        super().append(new)
-        if new.mask.padding is not None or new.slots.start < self.sinks:
-            self._fill(new)
+            incoming.check(self.rotary)
+        super().append(incoming)
+        if incoming.mask.padding is not None or incoming.slots.start < self.sinks:
+            i = incoming
+            self.parts |= keep_sinks(self.parts, self.sinks, i.keys, i.values, i.valid, i.slots.start)
 
-    def _fill(self, new: New) -> None:
-        """Take in those of the first tokens of each row that are among the new ones."""
-        rows, heads, count, dim = new.keys.shape
-        device = new.keys.device
-        if "sink_slots" not in self.parts:
-            empty = new.keys.new_zeros(rows, heads, self.sinks, dim)
-            self.parts["sink_keys"], self.parts["sink_values"] = empty, empty.clone()
-            self.parts["sink_slots"] = torch.full((rows, 1, self.sinks), -1, dtype=torch.int32, device=device)
-        valid = new.valid
-        if valid is None:
-            valid = torch.ones(rows, count, dtype=torch.bool, device=device)
-        had = (self.parts["sink_slots"] >= 0).sum(-1)  # [B, 1]
-        rank = had + valid.long().cumsum(-1) - 1
-        match = (rank.unsqueeze(1) == torch.arange(self.sinks, device=device).view(1, -1, 1)) & valid.unsqueeze(1)
-        found, place = match.any(-1), match.long().argmax(-1)  # [B, s]
-        for name, states in (("sink_keys", new.keys), ("sink_values", new.values)):
-            taken = states.gather(2, place[:, None, :, None].expand(-1, heads, -1, dim))
-            self.parts[name] = torch.where(found[:, None, :, None], taken, self.parts[name])
-        slots = (place + new.slots.start).int().unsqueeze(1)
-        self.parts["sink_slots"] = torch.where(found.unsqueeze(1), slots, self.parts["sink_slots"])
-
-    def segments(self, new: New) -> list[Segment]:
+    def segments(self, incoming: Incoming) -> list[Segment]:
         p = self.parts
         tail = Dense(p["keys"], p["values"], range(self.start, self.seen), self.window)
         if not self.sinks or self.seen <= self.window:
             return [tail]
         after = p["sink_slots"][:, 0].amax(-1) + 1
-        return [Sinks(p["sink_keys"], p["sink_values"], p["sink_slots"], after, self.window, self.rotary), tail]
+        return [DistantSinks(p["sink_keys"], p["sink_values"], p["sink_slots"], after, self.window, self.rotary), tail]
 
-    def room(self) -> int:
+    def tokens_until_compress(self) -> int:
         return max(self.window, 64)  # the result is the same for any number; this one bounds time and memory
 
-    def settle(self, new: New, mass: Tensor | None) -> None:
+    def compress_decoded(self, incoming: Incoming, mass: Tensor | None) -> None:
         surplus = self.seen - self.start - self.window
         if surplus > 0:
             self.drop(surplus)
@@ -109,7 +101,7 @@ class StreamingLLM(Policy):
 
     Args:
         sinks: first tokens kept (the paper: 4; padding does not count).
-        window: last tokens kept, the current one included (the paper: 1020 and more); what a budget sets.
+        window: last tokens kept, the current one included (the paper: 1020 and more); a budget sets it.
 
     Example:
         >>> StreamingLLM(window=252)

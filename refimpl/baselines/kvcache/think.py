@@ -1,4 +1,4 @@
-"""ThinK: drop the channels of the keys that the prompt's last queries make least use of.
+"""ThinK: drop the key channels that the prompt's last queries use least.
 
 Source: Xu et al., 2024, arXiv 2407.21018, section 3 (equations 5 and 6).
 
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from refimpl.baselines.kvcache.snapkv import ObservingLayer
-from refimpl.core.cache import Dense, LayerShape, New, Policy, Segment
+from refimpl.core.cache import Dense, Incoming, LayerShape, Policy, Segment
 from refimpl.core.errors import OptionError
 
 
 class Narrow(Dense):
-    """Keys with fewer channels [B, H, n, r]; ``channels`` [B, H, r] says which."""
+    """Keys with fewer channels, [B, H, n, r]; ``channels`` [B, H, r] are the ones that were kept."""
 
     def __init__(self, keys: Tensor, values: Tensor, index: range, channels: Tensor) -> None:
         super().__init__(keys, values, index)
@@ -36,14 +36,17 @@ class Narrow(Dense):
 
 
 class ThinKLayer(ObservingLayer):
-    """Parts beside the tail: "narrow_keys" [B, H, n, r], "wide_values" [B, H, n, d], "channels" uint8 [B, H, r]."""
+    """One layer of a ThinK cache.
+
+    Parts beside the tail: "narrow_keys" [B, H, n, r], "wide_values" [B, H, n, d], "channels" uint8 [B, H, r].
+    """
 
     def __init__(self, policy: ThinK, shape: LayerShape) -> None:
         super().__init__(shape.heads, policy.window)
         self.channels, self.group = policy.kept(shape.head_dim), policy.group
         self.narrow = self.channels < shape.head_dim
 
-    def segments(self, new: New) -> list[Segment]:
+    def segments(self, incoming: Incoming) -> list[Segment]:
         p = self.parts
         if "narrow_keys" not in p:
             return [self.tail]
@@ -54,7 +57,8 @@ class ThinKLayer(ObservingLayer):
         keys = self.parts["keys"].float()
         if real is not None:
             keys = keys * real[:, None, :, None]
-        norm = queries.square().sum((2, 3)) * keys.square().sum(2)  # [B, H, d], squared
+        # equations 5 and 6: the score of channel i is ||Q_i K_i^T||_F = |Q_i| |K_i|, here squared
+        norm = queries.square().sum((2, 3)) * keys.square().sum(2)  # [B, H, d]
         self.parts["channels"] = norm.topk(self.channels, dim=-1).indices.sort(-1).values.to(torch.uint8)
 
     def finish_prompt(self) -> None:
@@ -66,10 +70,10 @@ class ThinKLayer(ObservingLayer):
             self.parts.pop("real", None)
             self.ended = True
 
-    def room(self) -> int:
+    def tokens_until_compress(self) -> int:
         return self.observed + self.group - (self.seen - self.start)
 
-    def settle(self, new: New, mass: Tensor | None) -> None:
+    def compress_decoded(self, incoming: Incoming, mass: Tensor | None) -> None:
         if self.ended and self.narrow:
             self._leave()
 
@@ -86,7 +90,7 @@ class ThinK(Policy):
     """Keep a share of the key channels, chosen by the prompt's last queries.
 
     Args:
-        channels: share of the channels kept, above 0 (the paper: 0.6 and 0.5); what a budget sets.
+        channels: share of the channels kept, above 0 (the paper: 0.6 and 0.5); a budget sets it.
         window: last queries of the prompt that choose, and tokens whose keys stay whole (the paper: 32).
         group: tokens that leave the window together.
 
@@ -124,7 +128,7 @@ class ThinK(Policy):
         if kept == shape.head_dim:
             return length * shape.token_bytes
         stored = max(0, (length - self.window) // self.group * self.group)
-        saved = stored * shape.heads * (shape.head_dim - kept) * shape.dtype.itemsize
+        saved = stored * shape.heads * (shape.head_dim - kept) * shape.itemsize
         return length * shape.token_bytes - saved + shape.heads * kept  # one byte names a channel
 
     def settings(self, shapes: Sequence[LayerShape], length: int) -> Sequence[float]:

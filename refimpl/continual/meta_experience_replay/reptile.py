@@ -15,25 +15,25 @@ from refimpl.core.train.outer import OuterStep
 
 @torch.no_grad()
 def merge(slow: Sequence[Tensor], fast: Sequence[Tensor], epsilon: float) -> None:
-    """``fast <- (1 - epsilon) slow + epsilon fast``, in place and from the nearer end.
+    """``theta <- theta_0 + epsilon (theta - theta_0)``, then ``theta_0 <- theta``: in place, from the nearer end.
 
-    `torch.lerp` starts from `fast` where epsilon is a half or more, so epsilon = 1 leaves every bit of it as it is. The
-    form ``slow + epsilon (fast - slow)`` would round. Both lists end with the merged values: no third copy of a model
-    is made.
+    `torch.lerp` computes it as ``theta - (1 - epsilon) (theta - theta_0)`` where epsilon is a half or more, so
+    epsilon = 1 leaves every bit of theta as it is; the line as written would round.
 
     Args:
-        slow, fast: tensors of the same shapes in fp32 or fp64.
+        slow: theta_0, the weights of k updates ago, in fp32 or fp64.
+        fast: theta, the weights now, of the same shapes.
         epsilon: how far to go towards `fast`.
 
     Example:
         >>> slow, fast = [torch.zeros(2)], [torch.ones(2)]
         >>> merge(slow, fast, 0.25)
-        >>> fast[0]
-        tensor([0.2500, 0.2500])
+        >>> fast[0], slow[0]
+        (tensor([0.2500, 0.2500]), tensor([0.2500, 0.2500]))
     """
-    torch._foreach_lerp_(list(slow), list(fast), epsilon)
-    for tensor, value in zip(fast, slow, strict=True):  # torch._foreach_copy_ knows no sharded tensors
-        tensor.copy_(value)
+    for theta_0, theta in zip(slow, fast, strict=True):
+        theta_0.lerp_(theta, epsilon)  # theta_0 + epsilon (theta - theta_0)
+        theta.copy_(theta_0)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,11 @@ A policy (a short dataclass, see `refimpl.baselines.kvcache`) makes a `Compresse
 from refimpl.core.cache.attention import NAME, Dense, Mask, Segment, attend, weights
 from refimpl.core.cache.content import ByContent
 from refimpl.core.cache.host import CompressedCache, cache_argument, fingerprint, prefill
-from refimpl.core.cache.layer import KVLayer, New, TailLayer, WindowLayer
+from refimpl.core.cache.layer import Incoming, KVLayer, TailLayer, WindowLayer
 from refimpl.core.cache.policy import LayerShape, Policy, check_rank
 from refimpl.core.cache.rope import Rotary, rotate, unrotate
+from refimpl.core.cache.sinks import Sinks, keep_sinks
+from refimpl.core.cache.tap import attention_modules, full_attention_layers, hidden_states, tapped
 
 __all__ = [
     "NAME",
@@ -21,18 +23,24 @@ __all__ = [
     "KVLayer",
     "LayerShape",
     "Mask",
-    "New",
+    "Incoming",
     "Policy",
     "Rotary",
     "Segment",
+    "Sinks",
     "TailLayer",
     "WindowLayer",
     "attend",
+    "attention_modules",
     "cache_argument",
     "check_rank",
     "fingerprint",
+    "full_attention_layers",
+    "hidden_states",
+    "keep_sinks",
     "prefill",
     "rotate",
+    "tapped",
     "unrotate",
     "weights",
 ]

@@ -2,7 +2,7 @@
 
 transformers calls one registered function for every attention layer, and one more that builds the mask. Both are
 registered here under the name "refimpl". With an ordinary cache they do what "sdpa" does, bit for bit. With a
-compressed cache the keys and values that arrive are `Ticket`s, and the layer of the cache answers.
+compressed cache the keys and values that arrive are `DeferredKV`s, and the layer of the cache answers.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from refimpl.core.cache.layer import KVLayer
 
 NAME = "refimpl"
-SCORES = 1 << 22  # attention scores held at once (16 MB in fp32; 64 take twice as long); more queries take turns
+SCORES = 1 << 22  # most attention scores held at once: 16 MB in fp32 (with 64 MB attention takes twice as long)
 
 
 class Mask:
-    """Which slots a query may see, as a rule; a tensor of all pairs is built only where a dense cache needs it.
+    """The rule that says which slots a query may see; a tensor of all pairs is built only for a dense cache.
 
     A slot is a place in the sequence as it was fed, padding included: 0 for its first column.
     """
@@ -41,7 +41,7 @@ class Mask:
 
     @classmethod
     def causal(cls, queries: range, rows: int, padding: Tensor | None, device: torch.device) -> Mask:
-        """The rule of the last of some tokens, for use outside a forward pass.
+        """The causal rule for queries at the end of a sequence, for use outside a forward pass.
 
         Args:
             queries: their slots; the last one is the end of the sequence.
@@ -62,7 +62,7 @@ class Mask:
 
     @cached_property
     def tensor(self) -> Tensor | None:
-        """The mask as "sdpa" gets it: bool [B, 1, Q, K], or None for plain causal attention."""
+        """The mask in the form "sdpa" takes: bool [B, 1, Q, K], or None for plain causal attention."""
         return sdpa_mask(**self._rule)
 
     @cached_property
@@ -78,6 +78,19 @@ class Mask:
             )
         return given
 
+    @cached_property
+    def first_real(self) -> Tensor | None:
+        """Slot of the first real token of each row, int64 [B]; None if nothing is padded."""
+        return None if self.padding is None else self.padding.int().argmax(-1)
+
+    @cached_property
+    def padded_on_the_left(self) -> bool:
+        """Whether all padding, if there is any, precedes the first real token of its row."""
+        if self.padding is None or self.first_real is None:
+            return True
+        gaps = self.padding.sum(-1) + self.first_real < self.padding.shape[-1]
+        return not read(gaps.any())
+
     def valid(self, slots: range) -> Tensor | None:
         """The columns of `padding` for these slots."""
         return None if self.padding is None else self.padding[:, slots.start : slots.stop]
@@ -85,7 +98,7 @@ class Mask:
     def positions(self, slots: range) -> Tensor:
         """Positions of the tokens at these slots as ``generate`` counts them (real tokens before), int [B or 1, n].
 
-        The same tensor for the same slots: the layers of a model ask one after the other (see `Rotary`).
+        The same slots give the same tensor: the layers of a model ask one after the other (see `Rotary`).
         """
         if slots not in self._positions:
             if self.padding is None:
@@ -96,12 +109,12 @@ class Mask:
         return self._positions[slots]
 
     def block(self, queries: range, index: range | Tensor, window: int | None = None) -> Tensor | None:
-        """Which of some entries some queries see.
+        """Visibility of the given entries to the given queries.
 
         Args:
             queries: slots of the queries.
             index: slots of the entries; a tensor [B, H, n] if rows or heads keep different ones (H may be 1).
-            window: see only the last so many slots, the query's own included.
+            window: a query sees only so many of the latest slots, its own included; None for all.
 
         Returns:
             bool, broadcasts against [B, H, Q, n]; None if every entry is visible.
@@ -112,8 +125,8 @@ class Mask:
                 "attention_mask: this model overlays its causal mask with another one, which a compressed cache "
                 "cannot follow; use the Full policy"
             )
-        behind = isinstance(index, range) and index.stop <= queries.start + 1
-        if behind and window is None and self.padding is None and rule.get("local_size") is None:
+        past = isinstance(index, range) and index.stop <= queries.start + 1
+        if past and window is None and self.padding is None and rule.get("local_size") is None:
             return None
         device = rule["device"]
         slots = (
@@ -131,8 +144,8 @@ class Mask:
         return seen
 
 
-class Ticket:
-    """Stands for the keys (or values) of a compressed layer between `update` and the attention function."""
+class DeferredKV:
+    """Placeholder for the keys (or values) of a compressed layer between `update` and the attention function."""
 
     def __init__(self, layer: KVLayer) -> None:
         self.layer = layer
@@ -155,7 +168,7 @@ class Ticket:
 def by_head(rows: Tensor, matrix: Tensor) -> Tensor:
     """Products of the rows of all query heads of a group with the one matrix of their key head.
 
-    The group's rows stand below each other: a broadcast over the group would copy the matrix once for each.
+    The rows of a group are stacked into one matrix; a broadcast would copy the other one for every query head.
 
     Args:
         rows: [B, H, G, Q, m].
@@ -172,14 +185,14 @@ def by_head(rows: Tensor, matrix: Tensor) -> Tensor:
 
 
 class Segment:
-    """A run of cache entries with one way of being stored.
+    """Cache entries that are stored in one way.
 
     A subclass gives `keys` and `values`, or overrides `scores` and `mix` to work on the stored form (a product with
     a low-rank factor, a projected query), which is what makes a compressed cache fast.
 
     Attributes:
         index: slots of the entries, as `Mask.block` takes them.
-        window: if given, a query sees only the last so many slots, its own included.
+        window: a query sees only so many of the latest slots, its own included; None for all.
     """
 
     index: range | Tensor
@@ -209,12 +222,12 @@ class Segment:
         return by_head(weights, self.values.float())
 
     def visible(self, mask: Mask, slots: range) -> Tensor | None:
-        """As `Mask.block`, for the entries of this segment."""
+        """Visibility of the entries of this segment to the queries at these slots, as `Mask.block` gives it."""
         return mask.block(slots, self.index, self.window)
 
 
 class Dense(Segment):
-    """Entries kept as they came.
+    """Entries kept uncompressed.
 
     Args:
         keys, values: [B, H, n, d].
@@ -228,7 +241,7 @@ class Dense(Segment):
 def weights(
     query: Tensor, segments: Sequence[Segment], mask: Mask, slots: range, scaling: float, softcap: float | None
 ) -> Tensor:
-    """Attention weights of some queries over all entries, fp32 [B, H, G, Q, n].
+    """Attention weights of the queries over all entries, softmax(scaling q k^T) where visible: fp32 [B, H, G, Q, n].
 
     Args:
         query: fp32 [B, H, G, Q, d].
@@ -297,7 +310,7 @@ def attend(
         outputs.append(sum(s.mix(w) for s, w in zip(segments, shares.split(sizes, -1), strict=True)))  # type: ignore[arg-type]
         if mass:
             valid = mask.valid(part)
-            if valid is not None:  # what padding looks at says nothing
+            if valid is not None:  # the attention that padding pays does not count
                 shares = shares * valid[:, None, None, :, None]
             summed = shares.sum((2, 3))
             total = summed if total is None else total + summed
@@ -315,7 +328,7 @@ def mask_rule(
     device: torch.device | str = "cpu",
     **rule: Any,
 ) -> Mask:
-    """What transformers calls for a mask under this attention; see `transformers.masking_utils.sdpa_mask`.
+    """The mask of a forward pass; transformers calls this under `NAME` as it calls `masking_utils.sdpa_mask`.
 
     Example:
         >>> rule = mask_rule(batch_size=1, q_length=2, kv_length=2, mask_function=causal_mask_function)
@@ -337,14 +350,14 @@ def mask_rule(
 def attention(
     module: torch.nn.Module,
     query: Tensor,
-    key: Tensor | Ticket,
-    value: Tensor | Ticket,
+    key: Tensor | DeferredKV,
+    value: Tensor | DeferredKV,
     attention_mask: Mask | Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls for attention under this name: [B, Hq, Q, d] to [B, Q, Hq, d], and no weights.
+    """The attention function that transformers calls under `NAME`: [B, Hq, Q, d] to [B, Q, Hq, d], and no weights.
 
     Example:
         >>> x = torch.ones(1, 2, 3, 4)
@@ -357,7 +370,7 @@ def attention(
             "use attn_implementation='eager' and an ordinary cache"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if isinstance(key, Ticket):
+    if isinstance(key, DeferredKV):
         if not isinstance(attention_mask, Mask):
             raise OptionError(
                 "attention_mask: a compressed cache takes the two-dimensional mask of padding, not a prepared one"
@@ -381,7 +394,7 @@ def plain(
     scaling: float,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Exactly what "sdpa" computes.
+    """Attention as "sdpa" computes it, bit for bit.
 
     Example:
         >>> x = torch.ones(1, 2, 3, 4)
@@ -393,10 +406,10 @@ def plain(
 
 
 def single(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float) -> Tensor:
-    """What "sdpa" computes for one query a row, the query heads of a group taken together.
+    """Attention as "sdpa" computes it for one query a row, the query heads of a group taken together.
 
-    They see the same entries, so they are rows of one product with the keys, which are then read once and not once
-    for each of them: on a CPU in bf16, three heads a group, seven times faster.
+    The heads of a group see the same entries, so they are rows of one product with the keys, which are read once
+    instead of once a head: seven times faster on a CPU in bf16 with three heads a group.
 
     Args:
         query: [B, Hq, 1, d].

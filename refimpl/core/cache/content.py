@@ -1,4 +1,4 @@
-"""Policies and what they hold, tensors included: compared and shown by content, told as JSON, built from it again."""
+"""Policies and their contents, tensors included: compared and printed by value, written as JSON, built from it again."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _SHOWN = 3  # entries printed of a sequence that holds tensors
 class ByContent:
     """Base of frozen dataclasses that hold tensors, also inside tuples, lists, dictionaries and other dataclasses.
 
-    The methods that `dataclass` writes ask a tensor for its truth and print its numbers. These compare the numbers
-    (wherever they lie), print types and shapes, and hash in no time.
+    The methods that `dataclass` generates fail on tensors: they ask ``bool(a == b)`` and print every number. These
+    compare numbers (on any device), print dtypes and shapes, and hash without reading them.
 
     Example:
         >>> from dataclasses import dataclass
@@ -39,7 +39,7 @@ class ByContent:
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         methods: dict[str, Callable[..., Any]] = {"__eq__": _equal, "__hash__": _hash, "__repr__": _shown}
-        for name, method in methods.items():  # `dataclass` leaves alone what stands in the class itself
+        for name, method in methods.items():  # `dataclass` keeps a method that the class itself defines
             if name not in cls.__dict__:
                 setattr(cls, name, method)
 
@@ -72,7 +72,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _outline(value: Any) -> Any:
-    """Something that can be hashed, equal for equal values."""
+    """A hashable stand-in for a value, equal for equal values."""
     if isinstance(value, Tensor):
         return value.dtype, value.shape
     if isinstance(value, (list, tuple)):
@@ -110,19 +110,19 @@ def _holds_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def describe(value: Any, tensors: dict[str, Tensor] | None = None, name: str = "value") -> Any:
-    """A value as JSON that `rebuild` takes; a tensor stands in by a digest of its dtype, shape and numbers.
+def to_json(value: Any, tensors: dict[str, Tensor] | None = None, name: str = "value") -> Any:
+    """A value as JSON that `from_json` takes; a digest of dtype, shape and numbers stands for each tensor.
 
     Args:
         value: None, a number, a text, a tensor, or tuples, lists, dictionaries and dataclasses of these.
         tensors: collects the tensors by digest; None drops them.
-        name: what the error calls the value.
+        name: of the value, for the error.
 
     Raises:
-        OptionError: something else is in it.
+        OptionError: anything else is in it.
 
     Example:
-        >>> describe((1, {"a": torch.zeros(2)}))["tuple"][0]
+        >>> to_json((1, {"a": torch.zeros(2)}))["tuple"][0]
         1
     """
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -136,23 +136,23 @@ def describe(value: Any, tensors: dict[str, Tensor] | None = None, name: str = "
             tensors[key] = data
         return {"tensor": key}
     if isinstance(value, list):
-        return [describe(item, tensors, f"{name}[{i}]") for i, item in enumerate(value)]
+        return [to_json(item, tensors, f"{name}[{i}]") for i, item in enumerate(value)]
     if type(value) is tuple:
-        return {"tuple": [describe(item, tensors, f"{name}[{i}]") for i, item in enumerate(value)]}
+        return {"tuple": [to_json(item, tensors, f"{name}[{i}]") for i, item in enumerate(value)]}
     if isinstance(value, dict) and all(isinstance(key, (int, str)) for key in value):
-        return {"dict": [[key, describe(item, tensors, f"{name}[{key!r}]")] for key, item in value.items()]}
+        return {"dict": [[key, to_json(item, tensors, f"{name}[{key!r}]")] for key, item in value.items()]}
     if is_dataclass(value) and not isinstance(value, type):
         kind = type(value)
-        config = {f.name: describe(getattr(value, f.name), tensors, f.name) for f in fields(value) if f.init}
+        config = {f.name: to_json(getattr(value, f.name), tensors, f.name) for f in fields(value) if f.init}
         return {"kind": kind.__qualname__, "module": kind.__module__, "config": config}
     raise OptionError(
-        f"{name}={value!r}: a {type(value).__name__} cannot be told in a file; use numbers, texts, tensors, and "
+        f"{name}={value!r}: a {type(value).__name__} cannot be written to a file; use numbers, texts, tensors, and "
         "tuples, lists, dictionaries or dataclasses of these"
     )
 
 
-def rebuild(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The value that `describe` told.
+def from_json(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The value that `to_json` described.
 
     Args:
         tree: JSON.
@@ -163,11 +163,11 @@ def rebuild(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
 
     Example:
         >>> tensors = {}
-        >>> rebuild(describe([torch.ones(2), (1, 2), {3: "x"}], tensors), tensors)
+        >>> from_json(to_json([torch.ones(2), (1, 2), {3: "x"}], tensors), tensors)
         [tensor([1., 1.]), (1, 2), {3: 'x'}]
     """
     if isinstance(tree, list):
-        return [rebuild(item, tensors) for item in tree]
+        return [from_json(item, tensors) for item in tree]
     if not isinstance(tree, dict):
         return tree
     if "tensor" in tree:
@@ -175,15 +175,39 @@ def rebuild(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
             raise CheckpointError(f"the tensor {tree['tensor']} is not in the file")
         return tensors[tree["tensor"]]
     if "tuple" in tree:
-        return tuple(rebuild(item, tensors) for item in tree["tuple"])
+        return tuple(from_json(item, tensors) for item in tree["tuple"])
     if "dict" in tree:
-        return {key: rebuild(item, tensors) for key, item in tree["dict"]}
+        return {key: from_json(item, tensors) for key, item in tree["dict"]}
     kind = _class(tree["kind"], tree["module"])
-    config = {name: rebuild(item, tensors) for name, item in tree["config"].items()}
+    config = {name: from_json(item, tensors) for name, item in tree["config"].items()}
     try:
         return kind(**config)
     except TypeError as error:  # written by a version with other fields
         raise CheckpointError(f"{tree['kind']} of {tree['module']} cannot be built again: {error}") from error
+
+
+def current_modules(tree: Any) -> Any:
+    """A description with every class named by the module it is in now, where that is known.
+
+    Files name the module of each dataclass at the time of writing. A class that has moved since is still found under
+    the old name, where that imports it, so such descriptions are equal.
+
+    Example:
+        >>> from refimpl.baselines.kvcache import SnapKV   # moved into a file of its own below this package
+        >>> current_modules({"kind": "SnapKV", "module": "refimpl.baselines.kvcache", "config": {}})["module"]
+        'refimpl.baselines.kvcache.snapkv'
+    """
+    if isinstance(tree, list):
+        return [current_modules(item) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    known = {name: current_modules(item) for name, item in tree.items()}
+    if "kind" in tree:
+        try:
+            known["module"] = _class(tree["kind"], tree["module"]).__module__
+        except CheckpointError:
+            pass  # a class unknown here keeps its name
+    return known
 
 
 def _class(kind: str, module: str) -> type:
@@ -203,15 +227,15 @@ def _class(kind: str, module: str) -> type:
     return found
 
 
-def read_told(
+def load_described(
     path: str | Path, key: str, what: str, device: torch.device | str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A safetensors file that tells its content as JSON in the metadata.
+    """Read a safetensors file whose metadata describes its content as JSON.
 
     Args:
         path: the file.
         key: of the JSON among the metadata.
-        what: the file is expected to be, for messages.
+        what: the kind of file that is expected, for messages.
         device: of the tensors.
 
     Returns:
@@ -221,7 +245,7 @@ def read_told(
         CheckpointError: it cannot be read, or is not such a file.
 
     Example:
-        >>> read_told("nowhere.safetensors", "refimpl-policy", "a policy", "cpu")
+        >>> load_described("nowhere.safetensors", "refimpl-policy", "a policy", "cpu")
         Traceback (most recent call last):
         ...
         refimpl.core.errors.CheckpointError: path='nowhere.safetensors' cannot be read...

@@ -19,12 +19,14 @@ from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import Cache, DynamicLayer
 
 from refimpl.core.cache.attention import NAME
-from refimpl.core.cache.content import describe, read_told
+from refimpl.core.cache.content import load_described, to_json
 from refimpl.core.cache.layer import KVLayer
 from refimpl.core.cache.policy import LayerShape, Policy, policy_from
 from refimpl.core.cache.rope import find_rotary
+from refimpl.core.cache.tap import attention_input, attention_modules
 from refimpl.core.errors import CheckpointError, OptionError
 from refimpl.core.files.io import atomic_write
+from refimpl.core.stored import stored_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,17 +52,7 @@ def cache_argument(cache: Cache | None) -> dict[str, Cache | None]:
 def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     cache = kwargs.get(ARGUMENT)
     if isinstance(cache, CompressedCache):
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        cache._expect(module, hidden, kwargs.get("position_embeddings"))
-
-
-def _attention_modules(model: nn.Module) -> list[nn.Module]:
-    found: dict[Any, nn.Module] = {
-        module.layer_idx: module
-        for module in model.modules()
-        if hasattr(module, "layer_idx") and hasattr(module, "is_causal") and hasattr(module, "config")
-    }
-    return [found[index] for index in sorted(found)]
+        cache._expect(module, attention_input(args, kwargs), kwargs.get("position_embeddings"))
 
 
 class CompressedCache(Cache):
@@ -70,7 +62,7 @@ class CompressedCache(Cache):
     beams, prompt lookup, left padding and several turns. It belongs to the model it was made for.
 
     Attributes:
-        policy: with the budget worked in.
+        policy: the policy, set to the budget.
         streamed: whether prompts are compressed as they come.
     """
 
@@ -83,7 +75,7 @@ class CompressedCache(Cache):
         length: int | None = None,
         prefill: str | None = None,
     ) -> None:
-        self._modules = [weakref.ref(module) for module in _attention_modules(model)]
+        self._modules = [weakref.ref(module) for module in attention_modules(model)]
         self._model = weakref.ref(model)
         stock = DynamicCache(config=model.config).layers
         if len(stock) != len(self._modules) or not any(type(layer) is DynamicLayer for layer in stock):
@@ -97,23 +89,30 @@ class CompressedCache(Cache):
                 f"prefill={prefill!r}: {type(policy).__name__} can do {' or '.join(map(repr, policy.prefills))}"
             )
         self.streamed = mode == "streamed"
-        shapes = {index: self._shape(model, index) for index in range(len(stock)) if type(stock[index]) is DynamicLayer}
-        self.policy = _fitted(policy, list(shapes.values()), budget, bytes_per_token, length)
+        shapes = {
+            index: self.layer_shape(model, index) for index in range(len(stock)) if type(stock[index]) is DynamicLayer
+        }
+        self.policy = _within_budget(policy, list(shapes.values()), budget, bytes_per_token, length)
         layers = [
             self.policy.layer(shapes[index], self.streamed) if index in shapes else layer
             for index, layer in enumerate(stock)
         ]
+        self._stored = stored_dtype(model)
+        for layer in layers:
+            if isinstance(layer, KVLayer):
+                layer.stored = self._stored
         if model.config._attn_implementation != NAME:
             model.set_attn_implementation(NAME)
-        for module in _attention_modules(model):
+        for module in attention_modules(model):
             if not hasattr(module, _HOOKED):
                 setattr(module, _HOOKED, module.register_forward_pre_hook(_before_attention, with_kwargs=True))
         super().__init__(layers=layers)
 
     @staticmethod
-    def _shape(model: PreTrainedModel, index: int) -> LayerShape:
+    def layer_shape(model: PreTrainedModel, index: int) -> LayerShape:
+        """The attention layer ``index`` of a model as policies see it."""
         config = model.config.get_text_config(decoder=True)
-        module: Any = _attention_modules(model)[index]
+        module: Any = attention_modules(model)[index]
         types = getattr(config, "layer_types", None)
         query_heads = config.num_attention_heads
         heads = getattr(config, "num_key_value_heads", None) or query_heads
@@ -126,6 +125,7 @@ class CompressedCache(Cache):
             head_dim,
             model.dtype,
             find_rotary(model, types[index] if types else None),
+            stored_dtype(model),
         )
 
     # -- the life of a cache ---------------------------------------------------------------------------------------
@@ -141,7 +141,8 @@ class CompressedCache(Cache):
         self._layers: list[Any] | None = layers
 
     @property
-    def _compressed(self) -> list[KVLayer]:
+    def compressed_layers(self) -> list[KVLayer]:
+        """The layers a policy made; the others keep a sliding window and are the library's."""
         return [layer for layer in self.layers if isinstance(layer, KVLayer)]
 
     def _expect(self, module: nn.Module, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> None:
@@ -163,7 +164,7 @@ class CompressedCache(Cache):
 
     @contextmanager
     def prompt(self) -> Iterator[CompressedCache]:
-        """Take all that is fed inside the block as one prompt, whatever the size of its pieces; it ends with the block.
+        """Take everything fed inside the block as one prompt, whatever the size of its pieces; it ends with the block.
 
         Outside, a single token counts as decoded and ends the prompt before it.
 
@@ -179,30 +180,30 @@ class CompressedCache(Cache):
             >>> sorted(cache.layers[0].parts)[:2], cache.get_seq_length()
             (['key_codes', 'key_least'], 16)
         """
-        for layer in self._compressed:
+        for layer in self.compressed_layers:
             layer.finish()
             layer.hold_open = True
         try:
             yield self
         finally:
-            for layer in self._compressed:
+            for layer in self.compressed_layers:
                 layer.hold_open = False
         self.finish()
 
     def finish(self) -> None:
         """End an open prompt now: compress it."""
-        for layer in self._compressed:
+        for layer in self.compressed_layers:
             layer.finish()
 
     def copy(self) -> CompressedCache:
-        """Another cache with the same content; memory is shared until one of the two goes on.
+        """Another cache with the same content; memory is shared until one of the two reads on.
 
         One document, many questions: prepare once, then give each question a copy.
         """
         self.finish()
         other = copy.copy(self)
         other.layers = [copy.copy(layer) for layer in self.layers]
-        for layer in other._compressed:
+        for layer in other.compressed_layers:
             layer.parts = dict(layer.parts)
             layer._undo = None
         return other
@@ -215,18 +216,24 @@ class CompressedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every tensor kept, sliding-window layers included; while a prompt is open, it is not compressed."""
-        return sum(_layer_bytes(layer) for layer in self.layers)
+        """Bytes of every tensor kept, sliding-window layers included; while a prompt is open, it is not compressed.
+
+        As stored: numbers in the dtype of the model count as `refimpl.core.stored.stored_dtype` says, so a model of
+        16 bits that is computed in float32 has the cache of a model of 16 bits.
+        """
+        sliding = [layer for layer in self.layers if not isinstance(layer, KVLayer)]
+        numbers = sum(tensor.numel() for layer in sliding for tensor in _layer_state(layer)[0].values())
+        return self.compressed_nbytes + numbers * self._stored.itemsize
 
     @property
     def compressed_nbytes(self) -> int:
-        """Bytes kept by the layers that are compressed: what a budget speaks of."""
-        return sum(layer.nbytes for layer in self._compressed)
+        """Bytes kept by the compressed layers; a budget bounds these."""
+        return sum(layer.nbytes for layer in self.compressed_layers)
 
     @property
     def bytes_per_token(self) -> float:
         """`compressed_nbytes` per token and sequence."""
-        first = self._compressed[0]
+        first = self.compressed_layers[0]
         return self.compressed_nbytes / max(1, first.seen * (first.batch or 1))
 
     # -- files -----------------------------------------------------------------------------------------------------
@@ -246,7 +253,7 @@ class CompressedCache(Cache):
         for index, layer in enumerate(self.layers):
             parts, counts = _layer_state(layer)
             numbers.append(counts)
-            # entries cut out of longer tensors, or shared by two names, must stand alone in a file
+            # safetensors refuses tensors that share memory: views are copied
             tensors |= {
                 f"{index}.{name}": tensor.detach().clone(memory_format=torch.contiguous_format)
                 for name, tensor in parts.items()
@@ -255,7 +262,7 @@ class CompressedCache(Cache):
             "format": _FORMAT,
             "model": fingerprint(model),
             "streamed": self.streamed,
-            "policy": describe(self.policy),
+            "policy": to_json(self.policy),
             "numbers": numbers,
         }
         with atomic_write(path) as temporary:
@@ -273,7 +280,7 @@ class CompressedCache(Cache):
         Raises:
             CheckpointError: not a cache of ours, damaged, of another model, or of another policy.
         """
-        about, tensors = read_told(path, _ABOUT, "cache", model.device)
+        about, tensors = load_described(path, _ABOUT, "cache", model.device)
         if about["format"] != _FORMAT:
             raise CheckpointError(f"path={str(path)!r}: format {about['format']} needs another version of refimpl")
         if about["model"] != fingerprint(model):
@@ -289,7 +296,7 @@ class CompressedCache(Cache):
         return cache
 
 
-def _fitted(
+def _within_budget(
     policy: Policy, shapes: list[LayerShape], budget: float | None, bytes_per_token: float | None, length: int | None
 ) -> Policy:
     if budget is None and bytes_per_token is None:
@@ -306,7 +313,7 @@ def _fitted(
         raise OptionError(f"bytes_per_token={bytes_per_token}: use a positive number")
     full = sum(shape.token_bytes for shape in shapes)
     allowed = int(length * (budget * full if budget is not None else bytes_per_token or 0.0))
-    return policy.fit(shapes, allowed, length)
+    return policy.within_budget(shapes, allowed, length)
 
 
 def _layer_state(layer: Any) -> tuple[dict[str, Tensor], dict[str, int]]:
@@ -326,12 +333,8 @@ def _set_layer_state(layer: Any, parts: dict[str, Tensor], numbers: dict[str, in
         layer.cumulative_length = numbers["cumulative_length"]
 
 
-def _layer_bytes(layer: Any) -> int:
-    return sum(tensor.nbytes for tensor in _layer_state(layer)[0].values())
-
-
 def fingerprint(model: nn.Module) -> str:
-    """A digest of what makes a model's cache its own: the weights (a sample of each), their dtypes, and the positions.
+    """A digest of everything a model's caches depend on: weights (a sample of each), dtypes, positions.
 
     Example:
         >>> a, b = nn.Linear(3, 2), nn.Linear(3, 2)
@@ -365,10 +368,10 @@ def prefill(
 
     Args:
         model: the model of the cache.
-        cache: takes the prompt in, behind what it holds.
+        cache: takes the prompt in, after the tokens it holds.
         input_ids: int [B, T].
         chunk: tokens at a time.
-        attention_mask: 1 for real tokens, [B, what the cache holds + T]; None if there is no padding.
+        attention_mask: 1 for real tokens, [B, tokens the cache holds + T]; None if there is no padding.
 
     Returns:
         Logits of the last token, [B, vocabulary].

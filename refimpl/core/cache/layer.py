@@ -1,12 +1,12 @@
-"""One layer of a compressed cache: what every policy shares, so that a policy is only its rule.
+"""One layer of a compressed cache: everything that policies share, so that a policy is only its rule.
 
-Every tensor a layer keeps stands in `parts`, rows of the batch first. Reordering, repeating, selecting, copying,
+Every tensor a layer keeps is in `parts`, rows of the batch first. Reordering, repeating, selecting, copying,
 moving, saving and counting bytes are then the same few lines for all policies. Tensors are replaced, never written
 into, so a copy of a cache shares its memory until one of the two goes on.
 
 A layer meets tokens in one of two ways. A *prompt* is attended to exactly as it came, in one piece or in chunks, and
-compressed when it ends: with the first single token after it, or when the cache is told so. *Decoded* tokens are
-compressed as they come, at places that depend on how many tokens went before and never on how they were fed.
+compressed when it ends: with the first single token after it, or on `CompressedCache.finish`. *Decoded* tokens are
+compressed as they come, at points that depend on how many tokens went before and never on how they were fed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from refimpl.core.cache.attention import Dense, Mask, Segment, Ticket, attend, plain, single
+from refimpl.core.cache.attention import DeferredKV, Dense, Mask, Segment, attend, plain, single
 from refimpl.core.cache.rope import Rotary
 from refimpl.core.errors import OptionError
 
@@ -28,17 +28,17 @@ ENDLESS = 1 << 62
 
 
 @dataclass(frozen=True)
-class New:
-    """What one forward pass, or a piece of it, brings to one layer (B rows, N tokens).
+class Incoming:
+    """The tokens that one forward pass, or a piece of it, brings to one layer (B rows, N tokens).
 
     Attributes:
-        module: the attention module that asks.
+        module: the attention module.
         query: [B, Hq, N, d], rotated.
         keys, values: [B, H, N, d]; keys are rotated.
-        hidden: [B, N, width], input of the attention module (what its projections see).
+        hidden: [B, N, width], input of the attention module and so of its projections.
         rotation: cos and sin the keys were rotated with, [B or 1, N, d] each; None in models without RoPE.
-        slots: where the tokens stand in the sequence as it was fed, padding included.
-        mask: which slots a query sees; `valid` comes from it.
+        slots: places of the tokens in the sequence as it was fed, padding included.
+        mask: the rule of which slots a query sees; `valid` comes from it.
         scaling, softcap: of the attention scores.
     """
 
@@ -53,7 +53,7 @@ class New:
     scaling: float
     softcap: float | None
 
-    def piece(self, first: int, last: int) -> New:
+    def piece(self, first: int, last: int) -> Incoming:
         """Tokens ``first`` to ``last`` - 1 of these."""
         if (first, last) == (0, len(self.slots)):
             return self
@@ -80,26 +80,32 @@ class New:
 
 
 class KVLayer(CacheLayerMixin, abc.ABC):
-    """Base of the layers of a `CompressedCache`.
+    """Base class of the layers of a `CompressedCache`.
 
-    A subclass gives `append`, `segments` and `crop_to`, and where it has something to compress `finish_prompt`,
-    `settle` and `room`.
+    A subclass defines `append`, `segments` and `crop_to`, and if it has something to compress `finish_prompt`,
+    `compress_decoded` and `tokens_until_compress`.
 
     Attributes:
         parts: every tensor kept, [B, ...].
         seen: slots so far.
-        prompt_open: the tokens of a prompt are still as they came.
-        numbers: names of the attributes that belong to the state beside `parts`.
-        needs_mass: `settle` and `observe` want to know how much attention each entry got.
+        prompt_open: a prompt is being read, and its tokens are uncompressed.
+        numbers: names of the integer attributes that belong to the state, beside `parts`.
+        needs_mass: `compress_decoded` and `observe` are to be told how much attention each entry received.
+        wide: names of the parts that are fp32 in every model.
+        stored: what the other floating parts count as (`refimpl.core.stored`); None: their own dtype.
     """
 
     is_sliding = False
-    is_croppable = True  # what the last forward pass brought can always be taken back, see `crop`
+    is_croppable = True  # the tokens of the last forward pass can always be taken back, see `crop`
     numbers: ClassVar[tuple[str, ...]] = ("seen", "prompt_open")
     needs_mass: ClassVar[bool] = False
-    _call: Any = None  # what `expect` was told
-    _states: Any = None  # what `update` brought
-    _undo: Any = None  # while recording: the state before the last forward pass, what that brought, and how
+    wide: ClassVar[tuple[str, ...]] = ()
+    stored: torch.dtype | None = None  # set by the cache
+    _call: Any = None  # arguments of `expect`
+    _states: Any = None  # keys and values of `update`
+    _undo: Any = (
+        None  # while recording: the state before the last forward pass, its tokens, and whether they are decoded
+    )
 
     def __init__(self, heads: int, streamed: bool) -> None:
         super().__init__()
@@ -107,31 +113,31 @@ class KVLayer(CacheLayerMixin, abc.ABC):
         self.record_past = False
         self.reset()
 
-    # -- what a policy says ----------------------------------------------------------------------------------------
+    # -- defined by a policy ----------------------------------------------------------------------------------------
 
     @abc.abstractmethod
-    def append(self, new: New) -> None:
+    def append(self, incoming: Incoming) -> None:
         """Take tokens in, before they are attended to; `seen` is advanced afterwards."""
 
     @abc.abstractmethod
-    def segments(self, new: New) -> list[Segment]:
-        """All entries, those of ``new`` included, in the order in which attention mass is reported."""
+    def segments(self, incoming: Incoming) -> list[Segment]:
+        """All entries, those of ``incoming`` included, in the order in which attention mass is reported."""
 
     @abc.abstractmethod
     def crop_to(self, length: int) -> None:
         """Forget all slots from ``length`` on, further back than the last forward pass; or refuse."""
 
-    def observe(self, new: New, mass: Tensor | None) -> None:
-        """Look at a chunk of a prompt that has been attended to; nothing may be compressed yet."""
+    def observe(self, incoming: Incoming, mass: Tensor | None) -> None:
+        """Take note of a chunk of a prompt that has been attended to; nothing may be compressed yet."""
 
     def finish_prompt(self) -> None:
         """Compress the prompt that has ended."""
 
-    def settle(self, new: New, mass: Tensor | None) -> None:
+    def compress_decoded(self, incoming: Incoming, mass: Tensor | None) -> None:
         """Compress after decoded tokens have been attended to."""
 
-    def room(self) -> int:
-        """How many decoded tokens may be attended to before `settle` must be called, at least 1."""
+    def tokens_until_compress(self) -> int:
+        """Decoded tokens that may be attended to before `compress_decoded` must be called, at least 1."""
         return ENDLESS
 
     # -- what transformers calls -----------------------------------------------------------------------------------
@@ -141,7 +147,7 @@ class KVLayer(CacheLayerMixin, abc.ABC):
         self.is_initialized = True
 
     def expect(self, module: torch.nn.Module, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> None:
-        """What the attention module was called with: comes just before `update`."""
+        """Take note of the arguments of the attention module; called just before `update`."""
         self._call = module, hidden, rotation
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -160,15 +166,15 @@ class KVLayer(CacheLayerMixin, abc.ABC):
                 f"batch_repeat_interleave (beams and several answers need one row each)"
             )
         self._states = key_states, value_states
-        return Ticket(self), Ticket(self)
+        return DeferredKV(self), DeferredKV(self)
 
     def attend(
         self, module: torch.nn.Module, query: Tensor, mask: Mask, scaling: float, softcap: float | None
     ) -> Tensor:
-        """Take in what `update` brought and attend to it: [B, Hq, N, d]."""
+        """Take in the tokens that `update` brought and attend to all entries: [B, Hq, N, d]."""
         (_, hidden, rotation), (keys, values) = self._call, self._states
         self._call = self._states = None
-        new = New(
+        incoming = Incoming(
             module,
             query,
             keys,
@@ -182,33 +188,38 @@ class KVLayer(CacheLayerMixin, abc.ABC):
         )
         decoded = self.streamed or (not self.hold_open and (keys.shape[2] == 1 or (self.record_past and self.seen > 0)))
         if self.record_past:
-            self._undo = self.state(), new, decoded
-        return self._run(new, decoded)
+            self._undo = self.state(), incoming, decoded
+        return self._run(incoming, decoded)
 
-    def _run(self, new: New, decoded: bool, replayed: bool = False) -> Tensor:
+    def _run(self, incoming: Incoming, decoded: bool, replayed: bool = False) -> Tensor:
         quiet = replayed and not self.needs_mass  # nobody reads the output of a replay
         if not decoded:
-            self.append(new)
-            self.seen = new.slots.stop
+            self.append(incoming)
+            self.seen = incoming.slots.stop
             self.prompt_open = True
-            out, mass = (new.query, None) if quiet else self._attend(new)
-            self.observe(new, mass)
+            out, mass = (incoming.query, None) if quiet else self.attention(incoming)
+            self.observe(incoming, mass)
             return out
         self.finish()
-        outputs, first, length = [], 0, len(new.slots)
+        outputs, first, length = [], 0, len(incoming.slots)
         while first < length:
-            last = min(length, first + max(1, self.room()))
-            piece = new.piece(first, last)
+            last = min(length, first + max(1, self.tokens_until_compress()))
+            piece = incoming.piece(first, last)
             self.append(piece)
             self.seen = piece.slots.stop
-            out, mass = (piece.query, None) if quiet else self._attend(piece)
+            out, mass = (piece.query, None) if quiet else self.attention(piece)
             outputs.append(out)
-            self.settle(piece, mass)
+            self.compress_decoded(piece, mass)
             first = last
         return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
 
-    def _attend(self, new: New) -> tuple[Tensor, Tensor | None]:
-        segments = self.segments(new)
+    def attention(self, incoming: Incoming) -> tuple[Tensor, Tensor | None]:
+        """Attention of the incoming tokens to all entries; a policy overrides it where it has a kernel.
+
+        Returns:
+            Output [B, Hq, N, d], and the attention each entry received, fp32 [B, H, n] (None unless `needs_mass`).
+        """
+        segments = self.segments(incoming)
         whole = segments[0]
         if (
             len(segments) == 1
@@ -216,15 +227,33 @@ class KVLayer(CacheLayerMixin, abc.ABC):
             and whole.window is None
             and not self.needs_mass
             and isinstance(whole.index, range)
-            and whole.index == range(new.mask.keys)
-            and new.slots == new.mask.queries
-            and new.softcap is None
+            and whole.index == range(incoming.mask.keys)
+            and incoming.slots == incoming.mask.queries
+            and incoming.softcap is None
         ):
-            if len(new.slots) == 1:
-                return single(new.query, whole.keys, whole.values, new.mask, new.scaling), None
-            out, _ = plain(new.module, new.query, whole.keys, whole.values, new.mask, new.scaling)
+            if len(incoming.slots) == 1:
+                return single(incoming.query, whole.keys, whole.values, incoming.mask, incoming.scaling), None
+            out, _ = plain(incoming.module, incoming.query, whole.keys, whole.values, incoming.mask, incoming.scaling)
             return out.transpose(1, 2), None
-        return attend(new.query, segments, new.mask, new.slots, new.scaling, new.softcap, self.heads, self.needs_mass)
+        return attend(
+            incoming.query,
+            segments,
+            incoming.mask,
+            incoming.slots,
+            incoming.scaling,
+            incoming.softcap,
+            self.heads,
+            self.needs_mass,
+        )
+
+    def replay(self, incoming: Incoming) -> None:
+        """Take in a piece of a prompt that another layer was shown; its attention output is not computed.
+
+        One pass of a model over a prompt then serves the caches of many policies.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(incoming.keys, incoming.values)
+        self._run(incoming, decoded=False, replayed=True)
 
     def finish(self) -> None:
         """End an open prompt."""
@@ -242,14 +271,14 @@ class KVLayer(CacheLayerMixin, abc.ABC):
         return -1
 
     def activate_past_recording(self) -> None:
-        """Remember what a forward pass brings, so that `crop` can take any part of it back."""
+        """Remember the tokens of each forward pass, so that `crop` can take back any part of the last one."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` slots.
 
-        While recording, what the last forward pass brought is taken back exactly, with all that it caused: the state
-        before it comes back and the tokens that stay are taken in again. Further back it is up to the policy.
+        While recording, the tokens of the last forward pass are taken back exactly, with everything they caused: the
+        state before it returns, and the tokens that stay are taken in again. Further back it is up to the policy.
 
         Raises:
             OptionError: a positive count, more than there are, or entries that are gone would have to come back.
@@ -262,11 +291,11 @@ class KVLayer(CacheLayerMixin, abc.ABC):
         if tokens_to_remove == 0:
             return
         if undo is not None and -tokens_to_remove <= len(undo[1].slots):
-            state, new, decoded = undo
+            state, incoming, decoded = undo
             self.set_state(state)
-            kept = len(new.slots) + tokens_to_remove
+            kept = len(incoming.slots) + tokens_to_remove
             if kept:
-                self._run(new.piece(0, kept), decoded, replayed=True)
+                self._run(incoming.piece(0, kept), decoded, replayed=True)
             return
         self.crop_to(self.seen + tokens_to_remove)
         self.seen += tokens_to_remove
@@ -286,11 +315,17 @@ class KVLayer(CacheLayerMixin, abc.ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors kept."""
-        return sum(tensor.nbytes for tensor in self.parts.values())
+        """Bytes of all tensors kept, as stored."""
+        stored = self.stored
+
+        def itemsize(name: str, tensor: Tensor) -> int:
+            computed = tensor.dtype == self.dtype and name not in self.wide
+            return stored.itemsize if stored and computed else tensor.itemsize
+
+        return sum(tensor.numel() * itemsize(name, tensor) for name, tensor in self.parts.items())
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """All that a layer knows; tensors are shared, not copied."""
+        """Everything a layer knows; tensors are shared, not copied."""
         return dict(self.parts), {name: getattr(self, name) for name in self.numbers}
 
     def set_state(self, state: tuple[dict[str, Tensor], dict[str, int]]) -> None:
@@ -327,7 +362,7 @@ class KVLayer(CacheLayerMixin, abc.ABC):
 
 
 class TailLayer(KVLayer):
-    """Keeps its newest tokens, slots `start` to `seen`, as they came: parts "keys" and "values" [B, H, n, d]."""
+    """Keeps its newest tokens, slots `start` to `seen`, uncompressed: parts "keys" and "values" [B, H, n, d]."""
 
     numbers = (*KVLayer.numbers, "start")
 
@@ -335,15 +370,15 @@ class TailLayer(KVLayer):
         super().reset()
         self.start = 0
 
-    def append(self, new: New) -> None:
-        self.extend(keys=new.keys, values=new.values)
+    def append(self, incoming: Incoming) -> None:
+        self.extend(keys=incoming.keys, values=incoming.values)
 
     @property
     def tail(self) -> Dense:
         """The newest tokens as a segment."""
         return Dense(self.parts["keys"], self.parts["values"], range(self.start, self.seen))
 
-    def segments(self, new: New) -> list[Segment]:
+    def segments(self, incoming: Incoming) -> list[Segment]:
         return [self.tail]
 
     def drop(self, count: int, names: tuple[str, ...] = ("keys", "values")) -> list[Tensor]:
@@ -363,10 +398,10 @@ class TailLayer(KVLayer):
             self.parts[name] = self.parts[name][:, :, : length - self.start].clone()
 
     def reach_back(self, length: int) -> None:
-        """Bring slots from ``length`` on back into the tail, or refuse (the default: what they were is gone)."""
+        """Bring slots from ``length`` on back into the tail, or refuse (the default: their content is gone)."""
         raise OptionError(
-            f"crop: {self.seen - length} tokens reach behind slot {self.start}, where this cache has given up what it "
-            "would need; take cache.copy() before the tokens you want to take back"
+            f"crop: {self.seen - length} tokens reach back before slot {self.start}, whose tokens this cache has "
+            "given up; take cache.copy() before the tokens you want to take back"
         )
 
 
@@ -395,20 +430,20 @@ class WindowLayer(TailLayer):
             valid: True for real tokens, bool [B, n]; None if there is no padding.
         """
 
-    def append(self, new: New) -> None:
-        valid = new.valid
+    def append(self, incoming: Incoming) -> None:
+        valid = incoming.valid
         if valid is not None or "valid" in self.parts:  # once padded, always: the tail is short
-            rows, _, count, _ = new.keys.shape
-            ones = torch.ones(rows, 1, self.seen - self.start + count, dtype=torch.bool, device=new.keys.device)
+            rows, _, count, _ = incoming.keys.shape
+            ones = torch.ones(rows, 1, self.seen - self.start + count, dtype=torch.bool, device=incoming.keys.device)
             if "valid" not in self.parts:
                 self.parts["valid"] = ones[:, :, count:]
             self.extend(valid=ones[:, :, :count] if valid is None else valid.unsqueeze(1))
-        super().append(new)
+        super().append(incoming)
 
-    def room(self) -> int:
+    def tokens_until_compress(self) -> int:
         return self.window + self.group - (self.seen - self.start)
 
-    def settle(self, new: New, mass: Tensor | None) -> None:
+    def compress_decoded(self, incoming: Incoming, mass: Tensor | None) -> None:
         self.finish_prompt()
 
     def finish_prompt(self) -> None:

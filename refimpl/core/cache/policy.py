@@ -1,4 +1,4 @@
-"""What a way of keeping less is: a frozen dataclass that makes the layers of a cache and knows what they cost."""
+"""Base class of cache-compression policies: frozen dataclasses that make the layers of a cache and know their cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from refimpl.core.cache.content import ByContent, describe, read_told, rebuild
+from refimpl.core.cache.content import ByContent, current_modules, from_json, load_described, to_json
 from refimpl.core.cache.layer import KVLayer
 from refimpl.core.cache.rope import Rotary
 from refimpl.core.errors import CheckpointError, OptionError
@@ -39,8 +39,9 @@ class LayerShape:
         heads: key/value heads.
         groups: query heads that share each of them.
         head_dim: width of a head.
-        dtype: of keys and values.
+        dtype: of keys and values as they are computed.
         rotary: the model's rotary embedding for this layer; None if keys are not rotated, or not in the usual way.
+        stored: what keys and values count as (`refimpl.core.stored`); None: their dtype.
     """
 
     index: int
@@ -50,11 +51,17 @@ class LayerShape:
     head_dim: int
     dtype: torch.dtype
     rotary: Rotary | None
+    stored: torch.dtype | None = None
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number of a key or value, as stored."""
+        return (self.stored or self.dtype).itemsize
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token's keys and values, uncompressed."""
-        return 2 * self.heads * self.head_dim * self.dtype.itemsize
+        return 2 * self.heads * self.head_dim * self.itemsize
 
     def rotation(self, policy: Policy) -> Rotary:
         """The rotary embedding, for policies that turn keys themselves.
@@ -88,14 +95,16 @@ def check_rank(name: str, rank: int, shape: LayerShape) -> None:
 
 @dataclass(frozen=True)
 class Policy(ByContent, abc.ABC):
-    """Base of all ways of keeping a compressed cache; a subclass is a frozen dataclass of hyper-parameters.
+    """Base class of cache-compression policies; a subclass is a frozen dataclass of hyper-parameters.
 
-    Tensors (fitted factors, say) may be among them: see `ByContent` and `save`.
+    Tensors (fitted factors, say) may be among them: see `ByContent` and `save`. The stages of its life have the same
+    names for every policy: `fit` learns what it needs from calibration tokens, `cache` makes a cache for a model within
+    a budget of bytes, `save` and `load` keep it.
 
     Attributes:
-        prefills: how a prompt may be taken in, the default first. "exact": it is attended to as it came and compressed
-            when it ends. "streamed": its tokens are compressed as they come, as if each had been decoded, so memory
-            is bounded at any length and every query feels the compression.
+        prefills: how a prompt may be taken in, the default first. "exact": it is attended to uncompressed and
+            compressed when it ends. "streamed": its tokens are compressed as they come, as if each had been decoded, so
+            memory is bounded at any length and every query feels the compression.
         knob: the field that a budget sets; None if there is nothing to set.
     """
 
@@ -112,22 +121,36 @@ class Policy(ByContent, abc.ABC):
 
     @abc.abstractmethod
     def nbytes(self, shape: LayerShape, length: int) -> int:
-        """Bytes one layer keeps of one sequence after a prompt of ``length`` tokens that has ended."""
+        """Bytes one layer keeps, as stored, of one sequence after a prompt of ``length`` tokens that has ended."""
 
     def settings(self, shapes: Sequence[LayerShape], length: int) -> Sequence[Any]:
         """Values of `knob` from the fewest bytes to the most; with the last one nothing is given up."""
         raise NotImplementedError
 
-    def fit(self, shapes: Sequence[LayerShape], nbytes: int, length: int) -> Policy:
-        """This policy with its `knob` at the most that fits.
+    def fit(self: P, model: PreTrainedModel, tokens: Any) -> P:
+        """Learn factors, bases or whatever else the policy needs of a model, from calibration tokens.
+
+        Policies without anything to learn return themselves; the others take further options.
+
+        Args:
+            model: a decoder of transformers; not changed.
+            tokens: token ids int [sequences, length], without padding.
+
+        Returns:
+            The policy, ready for caches of this model.
+        """
+        return self
+
+    def within_budget(self, shapes: Sequence[LayerShape], nbytes: int, length: int) -> Policy:
+        """This policy with its `knob` at the largest setting that fits.
 
         Args:
             shapes: the layers to be compressed.
-            nbytes: what they may keep together of one sequence of ``length`` tokens.
+            nbytes: bytes they may keep together of one sequence of ``length`` tokens.
             length: tokens.
 
         Raises:
-            OptionError: not even the least fits; the message says what the least is.
+            OptionError: not even the smallest setting fits; the message says how many bytes that needs.
         """
         full = length * sum(shape.token_bytes for shape in shapes)
         if self.knob is None:
@@ -171,10 +194,10 @@ class Policy(ByContent, abc.ABC):
             budget: bytes allowed, as a share of the full cache of the layers that are compressed; 1.0 gives nothing up.
             bytes_per_token: the same in bytes per token, all compressed layers together.
             length: tokens at which the budget is to be met (windows and sinks count).
-            prefill: "exact" or "streamed"; default: what the paper does.
+            prefill: "exact" or "streamed"; None: as in the paper.
 
         Raises:
-            OptionError: a budget that cannot be met (says what the least is), a model or mode that cannot work.
+            OptionError: a budget that cannot be met (says the least that can), a model or mode that cannot work.
 
         Example:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -192,8 +215,8 @@ class Policy(ByContent, abc.ABC):
         return CompressedCache(model, self, budget, bytes_per_token, length, prefill)
 
     def config(self) -> dict[str, Any]:
-        """The hyper-parameters as JSON; tensors stand in by a digest, wherever they are."""
-        return {field.name: describe(getattr(self, field.name), name=field.name) for field in fields(self)}
+        """The hyper-parameters as JSON; a digest stands for each tensor."""
+        return {field.name: to_json(getattr(self, field.name), name=field.name) for field in fields(self)}
 
     def save(self, path: str | Path) -> None:
         """Write the policy to a safetensors file, tensors included (fitted factors, trained bases).
@@ -205,7 +228,7 @@ class Policy(ByContent, abc.ABC):
             path: the file.
 
         Raises:
-            OptionError: a field that holds something else than numbers, texts, tensors and containers of these.
+            OptionError: a field holds something other than numbers, texts, tensors and containers of these.
 
         Example:
             >>> import tempfile, pathlib
@@ -216,9 +239,9 @@ class Policy(ByContent, abc.ABC):
             SnapKV(capacity=64, window=32, kernel=5)
         """
         tensors: dict[str, Tensor] = {}
-        about = {"format": _FORMAT} | describe(self, tensors)
+        about = {"format": _FORMAT} | to_json(self, tensors)
         with atomic_write(path) as temporary:
-            # a tensor cut out of another one must stand alone in a file
+            # safetensors refuses tensors that share memory: a view is copied
             save_file(
                 {name: tensor.clone() for name, tensor in tensors.items()}, temporary, {_ABOUT: json.dumps(about)}
             )
@@ -234,10 +257,10 @@ class Policy(ByContent, abc.ABC):
         Raises:
             CheckpointError: not a policy of ours, damaged, of another kind, or of a class that is not known here.
         """
-        about, tensors = read_told(path, _ABOUT, "policy", device)
+        about, tensors = load_described(path, _ABOUT, "policy", device)
         if about["format"] != _FORMAT:
             raise CheckpointError(f"path={str(path)!r}: format {about['format']} needs another version of refimpl")
-        policy = rebuild(about, tensors)
+        policy = from_json(about, tensors)
         if not isinstance(policy, cls):
             raise CheckpointError(f"path={str(path)!r} holds a {about['kind']}, not a {cls.__name__}")
         return policy
@@ -247,8 +270,8 @@ def policy_from(description: dict[str, Any], given: Policy | None) -> Policy:
     """The policy a saved cache was made with.
 
     Args:
-        description: as `describe` tells a policy.
-        given: the policy itself, needed if it has tensors; hyper-parameters and tensors must be those of then.
+        description: of `to_json`, perhaps of a release in which the class was in another module.
+        given: the policy itself, needed if it has tensors; hyper-parameters and tensors must be the same.
 
     Raises:
         CheckpointError: the policy is unknown, or another one was given.
@@ -259,7 +282,7 @@ def policy_from(description: dict[str, Any], given: Policy | None) -> Policy:
     """
     kind, module = description["kind"], description["module"]
     if given is not None:
-        found = describe(given)
+        found, description = to_json(given), current_modules(description)
         if found != description:
             names = [
                 name
@@ -272,7 +295,7 @@ def policy_from(description: dict[str, Any], given: Policy | None) -> Policy:
             )
         return given
     try:
-        policy = rebuild(description, {})
+        policy = from_json(description, {})
     except CheckpointError as error:
         raise CheckpointError(
             f"this cache was made with {kind} of {module}, which the file alone does not bring back ({error}); pass "

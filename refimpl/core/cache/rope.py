@@ -1,4 +1,4 @@
-"""Rotary positions: turn keys back, turn them again, at positions that are given."""
+"""Rotary positions (RoPE): turn keys back, and turn them again at given positions."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from refimpl.core.device import read
 from refimpl.core.errors import OptionError
 
-# Layers ask for the turns of the same positions one after the other; they live as long as the tensor of positions does.
+# All layers ask for the cos and sin of the same positions: kept for as long as the tensor of positions lives.
 _TURNS: Any = WeakTensorKeyDictionary()
 _MOVING = {"dynamic", "longrope"}  # their frequencies change with the length: a key cannot be turned again later
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + d/2) of channels: what Llama-like models do to queries and keys.
+    """Rotate pairs (i, i + d/2) of channels, as Llama-like models rotate queries and keys.
+
+    Each pair becomes ``(x_i cos - x_j sin, x_j cos + x_i sin)`` with ``j = i + d/2``.
 
     Args:
         x: [..., d].
@@ -29,7 +31,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         [0.0, 1.0]
     """
     half = x.shape[-1] // 2
-    out = x * cos  # what is added goes into place: at these sizes new memory costs more than the sums
+    out = x * cos  # the rest is added in place: at these sizes new memory costs more than the arithmetic
     wide = x.to(out.dtype)
     sin = sin.to(out.dtype)
     out[..., :half].addcmul_(wide[..., half:], sin[..., :half], value=-1)
@@ -54,7 +56,7 @@ class Rotary:
 
     Args:
         frequencies: radians per token, fp32 [d / 2].
-        factor: what cos and sin are multiplied with.
+        factor: cos and sin are multiplied with it.
 
     Example:
         >>> cos, sin = Rotary(torch.tensor([1.0, 0.1]), 1.0)(torch.tensor([[0, 3]]))
@@ -66,7 +68,7 @@ class Rotary:
         self.frequencies, self.factor = frequencies, factor
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions [B, n] to cos and sin, fp32 [B, n, d]; the same tensors for the same ones, to be read only."""
+        """Positions [B, n] to cos and sin, fp32 [B, n, d]; do not write into them: the same positions share them."""
         known = _TURNS.setdefault(positions, {})
         key = id(self.frequencies), self.factor
         if key not in known:

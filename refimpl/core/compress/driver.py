@@ -44,6 +44,7 @@ from refimpl.core.errors import CalibrationError, CheckpointError, OptionError, 
 from refimpl.core.files import io
 from refimpl.core.files.checkpoint import Checkpoint, Reference, empty_model, read_config, set_tensor, weight_key
 from refimpl.core.layers import CompressedLayer, empty_layer
+from refimpl.core.stored import declare_stored, stored_dtype, stored_dtypes
 
 ORDERS = ("sequential", "parallel")
 BATCH = 4  # sequences per forward pass unless told otherwise
@@ -212,6 +213,8 @@ def _fingerprints(
 ) -> list[str]:
     """Identify a run for resuming, per block: digests of options and tokens, and of the block's sites as they are."""
     run = hashlib.sha256(f"{method!r} {order} {getattr(model, 'config', None)}".encode())
+    if (stored := stored_dtype(model)) != next(p.dtype for p in model.parameters() if p.is_floating_point()):
+        run.update(f"{stored}".encode())
     run.update(repr([[site.name for site in sites] for sites in by_block.values()]).encode())
     for batch in batches:
         run.update(f"{tuple(batch.shape)}".encode() + batch.cpu().numpy().tobytes())
@@ -256,6 +259,7 @@ def compress(
     targets: str | None = None,
     out: str | Path | None = None,
     dtype: torch.dtype | None = None,
+    store: torch.dtype | None = None,
     progress: bool = True,
 ) -> Report:
     """Compress the linear maps inside a language model's blocks, or all maps of another model, in place.
@@ -281,8 +285,10 @@ def compress(
         targets: regular expression; only sites whose name matches are touched.
         out: folder for the result, in `save` format. Every finished block is written at once; the same call
             resumes after an interruption. For models with blocks only; `save` the others.
-        dtype: when `model` is a folder: what to compute and store unpacked weights in; default: as stored. Many CPUs
-            are slow at bfloat16, and float32 is the better choice there.
+        dtype: when `model` is a folder: what to compute in; default: as stored. Many CPUs are slow at bfloat16, and
+            float32 is the better choice there.
+        store: when `model` is a folder: what to store unpacked weights in; default: `dtype`. A model in memory is
+            stored in what `refimpl.core.stored.stored_dtype` says, its own dtype unless a loader said otherwise.
         progress: show a progress bar.
 
     Returns:
@@ -313,8 +319,9 @@ def compress(
                 f"out=None: compressing the folder {str(model)!r} block by block needs a folder to write to"
             )
         source, folder = Checkpoint(model), Path(model)
-        dtype = dtype or _stored_dtype(source)
+        dtype = dtype or source.dtype
         model = empty_model(read_config(folder), dtype, folder)
+        declare_stored(model, store or dtype)
         if not has_blocks(model):
             raise OptionError(
                 f"model={str(folder)!r}: {type(model).__name__} has no decoder blocks to read one by one; "
@@ -322,8 +329,9 @@ def compress(
             )
         if io.is_compressed(folder):
             io.restore_layers(model, folder, device="meta", dtype=dtype)
-    elif dtype is not None:
-        raise OptionError(f"dtype={dtype} is for models read from a folder; change this one with model.to(dtype)")
+    elif dtype is not None or store is not None:
+        name, given = ("dtype", dtype) if dtype is not None else ("store", store)
+        raise OptionError(f"{name}={given} is for models read from a folder; change this one with model.to(dtype)")
     elif not isinstance(model, nn.Module):
         raise OptionError(f"model={model!r}: pass a transformers model, or the folder of its checkpoint")
     with experts_put_back(model, always=False):  # whatever is refused below leaves the model as it was
@@ -448,14 +456,6 @@ def _width(model: nn.Module) -> int:
     return 0 if embedding is None else embedding.weight.shape[1]
 
 
-def _stored_dtype(source: Checkpoint) -> torch.dtype:
-    """The dtype of a checkpoint's weights, read off the first."""
-    for key in source.keys():
-        if key.endswith("weight"):
-            return source.tensor(key).dtype
-    raise CheckpointError(f"checkpoint={str(source.folder)!r} has no weights")
-
-
 def _load_outside_blocks(model: nn.Module, source: Checkpoint) -> None:
     """Read embeddings, norms and head; the blocks stay on "meta"."""
     prefix, _ = find_blocks(model)
@@ -556,7 +556,7 @@ def plan(
         raise OptionError(f"order={order!r}: use {nearest(order, ORDERS)}")
     if isinstance(model, (str, Path)):
         folder = Path(model)
-        model = empty_model(read_config(folder), _stored_dtype(Checkpoint(folder)))
+        model = empty_model(read_config(folder), Checkpoint(folder).dtype)
         if io.is_compressed(folder):
             io.restore_layers(model, folder, device="meta")
     if not isinstance(model, nn.Module):
@@ -579,6 +579,7 @@ def _plan(
 ) -> Plan:
     sites = find_sites(model, targets)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    stored = stored_dtype(model)
     whole = not has_blocks(model)
     samples = sequences if method.statistics else 0
     calls: dict[str, CallShape] = {}
@@ -594,10 +595,11 @@ def _plan(
         config = method.layer_config(site)
         check_groups(site, method)
         current = site.module
-        layer = empty_layer(config, dtype, "meta")
+        layer = empty_layer(config, stored, "meta")
         size = layer.nbytes - layer.parts().get("bias", 0)
         count = site.in_features * site.out_features
-        before = sum(tensor.nbytes for tensor in current.state_dict().values())
+        kinds = stored_dtypes(current, stored)
+        before = sum(tensor.numel() * kinds[name].itemsize for name, tensor in current.state_dict().items())
         rows.append(
             {
                 "site": site.name,
@@ -634,7 +636,9 @@ def _plan(
     inside = inside if whole else length * (4 * widest + 2 * tallest)
     inside = 4 * batch_size * inside if samples else 0
     streams = 0 if whole else samples * length * _width(model) * dtype.itemsize
-    total = sum({id(t): t.nbytes for t in model.state_dict(keep_vars=True).values()}.values())
+    kinds = stored_dtypes(model)
+    tensors = model.state_dict(keep_vars=True)
+    total = sum({id(t): t.numel() * kinds[name].itemsize for name, t in tensors.items()}.values())
     return Plan(
         repr(method),
         rows,

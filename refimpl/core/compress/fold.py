@@ -1,11 +1,9 @@
 """Batch norms folded into the convolutions before them, put back for new statistics, and folded again.
 
-In evaluation mode a batch norm multiplies each channel by a number and adds another; both can be absorbed by the
-convolution that feeds it. What is lost is the knowledge of what the channel looked like: its mean was beta, its
-variance gamma^2. `FoldedNorms` keeps both, so that a batch norm can be put back as the identity, gather the statistics
-of a network that has been compressed meanwhile, and restore the old mean and variance when it is folded again.
-
-Source: Hubara et al., 2020, arXiv 2006.10518, section on batch-norm tuning, and the authors' code.
+In evaluation mode a batch norm multiplies each channel by a number and adds another; the convolution that feeds it can
+absorb both. Folding alone would lose the statistics of the channel: mean beta and variance gamma^2. `FoldedNorms` keeps
+them, so that a batch norm can be put back as the identity, measure the network as it is after compression, and restore
+the old mean and variance when it is folded again.
 """
 
 from __future__ import annotations
@@ -36,10 +34,10 @@ from refimpl.core.layers import (
 
 @dataclass
 class Norm:
-    """What is kept of one folded batch norm.
+    """The constants of one folded batch norm.
 
     Attributes:
-        name: where it was; an `nn.Identity` is there now.
+        name: of its place in the model, where an `nn.Identity` is now.
         gamma, beta: its affine weight and bias [channels] (1 and 0 if it had none).
         eps, momentum: its constants.
     """
@@ -64,7 +62,7 @@ class FoldedNorms:
     left: dict[str, str] = field(default_factory=dict)
 
     def reinsert(self, model: nn.Module) -> None:
-        """Put a batch norm behind each folded convolution, compressed or not, that changes nothing yet.
+        """Put a batch norm that changes nothing yet after each folded convolution, compressed or not.
 
         Its running mean is beta, its running variance gamma^2, its weight sqrt(gamma^2 + eps), its bias beta. Run the
         calibration samples in training mode to give it the statistics of the network as it is now, then `refold`.
@@ -76,7 +74,7 @@ class FoldedNorms:
             place = _get(model, norm.name)
             if not isinstance(place, nn.Identity):
                 raise OptionError(
-                    f"model: {norm.name!r} is {type(place).__name__}, not the nn.Identity that folding left behind "
+                    f"model: {norm.name!r} is {type(place).__name__}, not the nn.Identity that folding left after "
                     f"{conv!r}; pass the folded model, and reinsert only once"
                 )
         for norm in self.norms.values():
@@ -103,7 +101,7 @@ class FoldedNorms:
             place = _get(model, norm.name)
             if not isinstance(place, nn.BatchNorm2d):
                 raise OptionError(
-                    f"model: there is no batch norm at {norm.name!r}, behind {conv!r}, to fold; reinsert first"
+                    f"model: there is no batch norm at {norm.name!r}, after {conv!r}, to fold; reinsert first"
                 )
         for conv, norm in self.norms.items():
             batch_norm = _get(model, norm.name)
@@ -116,9 +114,9 @@ class FoldedNorms:
 def fold_batch_norms(model: nn.Module, example: Any) -> FoldedNorms:
     """Fold every batch norm that directly follows a convolution, in place; outputs in evaluation mode stay the same.
 
-    Which batch norm follows which convolution is read off a forward pass: the tensor that enters the one must be the
-    tensor that left the other, nothing else may use it, and both must be called once. What does not qualify is
-    left as it is and listed in ``.left``.
+    Which batch norm follows which convolution is found in a forward pass: the tensor that enters the one must be the
+    tensor that left the other, nothing else may use it, and both must be called once. Batch norms that do not qualify
+    stay as they are and are listed in ``.left``.
 
     Args:
         model: any module with `nn.Conv2d` and `nn.BatchNorm2d`; its convolutions get a bias, its folded batch norms
@@ -126,7 +124,7 @@ def fold_batch_norms(model: nn.Module, example: Any) -> FoldedNorms:
         example: samples for one forward pass, [n, channels, height, width].
 
     Returns:
-        What is needed to put the batch norms back.
+        The constants needed to put the batch norms back.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU()).eval()
@@ -151,7 +149,7 @@ def fold_batch_norms(model: nn.Module, example: Any) -> FoldedNorms:
 
 
 def _feeds(model: nn.Module, example: Any) -> tuple[dict[str, str], dict[str, str]]:
-    """Convolution to the batch norm it feeds, where folding is right; and the other batch norms with the reason."""
+    """The batch norm that each convolution feeds, where folding is exact; and the reason why not for all others."""
     names = {module: name for name, module in model.named_modules()}
     convs = [m for m in names if isinstance(m, (nn.Conv2d, PackedConv2d))]
     norms = [m for m in names if isinstance(m, nn.BatchNorm2d)]
@@ -218,7 +216,7 @@ def rescale(layer: nn.Module, factor: Tensor, shift: Tensor | None) -> None:
     """Make `layer` compute ``factor * y + shift`` instead of y, per output channel, by changing what it stores.
 
     Args:
-        layer: a torch convolution, or any of our compressed layers.
+        layer: a torch convolution, or any compressed layer of `refimpl.core.layers`.
         factor: fp32 [out].
         shift: fp32 [out]; None adds nothing.
 
@@ -246,7 +244,9 @@ def _(layer: nn.Conv2d, factor: Tensor, shift: Tensor | None) -> None:
 def _(layer: PackedLinear, factor: Tensor, shift: Tensor | None) -> None:
     if layer.bits is not None:
         layer.scale = layer.scale.float() * factor[:, None]
-    elif layer.pattern is not None and parse_pattern(layer.pattern) is None:  # the kept values of all rows in a row
+    elif (
+        layer.pattern is not None and parse_pattern(layer.pattern) is None
+    ):  # the kept values of all rows, one after another
         mask = layer.nonzero_mask()
         assert mask is not None
         per_value = factor[:, None].expand_as(mask)[mask]
@@ -280,7 +280,7 @@ def _(layer: PackedConv2d | QuantizedInput, factor: Tensor, shift: Tensor | None
 
 
 def _scaled(weight: Tensor, factor: Tensor) -> nn.Parameter:
-    """A new parameter: the old one may be shared with another layer."""
+    """A scaled copy as a new parameter, because the old one may be shared with another layer."""
     per_row = factor.view(-1, *[1] * (weight.dim() - 1))
     return nn.Parameter((weight.detach().float() * per_row).to(weight.dtype), weight.requires_grad)
 

@@ -1,13 +1,15 @@
-"""Layer-wise reconstruction: train one site's replacement so that the outputs of the site stay what they were.
+"""Layer-wise reconstruction: train the replacement of one site towards the outputs of the original.
 
-`QuantizedSite` is a site with quantisers on weights, bias and (if wanted) inputs, all trainable. `reconstruct` trains
-one against either of two objectives, both relative to the energy of the outputs:
+`QuantizedSite` is a site with trainable quantisers on its weights, its bias and, if asked for, its inputs.
+`reconstruct` trains one to minimise its output error, in one of two forms:
 
-    weights only   tr((W - Q) G (W - Q)^T) / tr(W G W^T), from the second moment G of the inputs: all tokens, exactly
-    with inputs    mean (f(Y) - f(Q(W) Q(x) + Q(b)))^2 / mean f(Y)^2, on cached inputs x and float outputs Y, in batches
+    inputs in floating point   tr((W - Q(W)) G (W - Q(W))^T) / tr(W G W^T)    with G = X X^T, the second moment of all
+                                                                             inputs: one exact matrix product
+    inputs quantised           mean (f(Y) - f(Q(W) Q(X) + Q(b)))^2 / mean f(Y)^2    on batches of cached inputs X and
+                                                                             float outputs Y = W X + b
 
-where f is the ReLU that follows the site, if one does. The grid in use in evaluation mode is the one that will be
-stored, so what is measured there is what is exported.
+f is the ReLU that follows the site, or the identity. The denominators make the value the same in layers of any scale.
+In evaluation mode a site uses the grid that will be stored, so the error measured there is the error of the export.
 """
 
 from __future__ import annotations
@@ -21,34 +23,34 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from refimpl.core.compress.inputs import InputSamples
-from refimpl.core.compress.quantizer import RANGES, SMALLEST, fake_quantize, minmax_range, snap, to_grid
 from refimpl.core.compress.sites import Site
 from refimpl.core.compress.stats import InputStats
 from refimpl.core.device import read
 from refimpl.core.layers import ActivationQuantizer, CompressedLayer, PackedLinear, QuantizedInput
 from refimpl.core.layers.grid import Grid
+from refimpl.core.layers.quantizer import RANGES, SMALLEST, fake_quantize, minmax_range, snap, to_grid
 from refimpl.core.train.loop import Batch, Hook, Recipe, batches, train
 
 _LOOKS = 10  # evaluations of the full objective during a training
-_CHUNK = 100  # cached samples per forward pass when all are looked at
+_CHUNK = 100  # cached samples per forward pass of such an evaluation
 
 
 class QuantizedSite(nn.Module):
-    """A site whose weights, bias and inputs pass quantisers; every quantity is a parameter.
+    """A site whose weights, bias and inputs pass through quantisers; values and ranges are parameters.
 
     Args:
-        site: the site; its module is not touched.
+        site: the site to replace; its module is not changed.
         bits: of the weights.
         group: inputs per scale.
-        clip: how the weight ranges start, "minmax" or "mse".
-        mask, pattern: of a sparse site, whose zeros stay.
-        inputs: bits of the inputs and where their range starts, (bits, low, high); None leaves inputs and bias as
-            they are.
+        clip: initial ranges of the weights, "minmax" or "mse".
+        mask, pattern: of a sparse site; its zeros stay zero.
+        inputs: (bits, low, high), the bits of the inputs and their initial range; None leaves inputs and bias in
+            floating point.
 
     Attributes:
         W: [out, groups, group] fp32. b: [out] fp32 or None.
         R, Z: [out, groups, 1], range and lowest value of each group of weights.
-        R_x, Z_x: [], the same of the inputs; None without `inputs`.
+        R_x, Z_x: [], range and lowest value of the inputs; None without `inputs`.
 
     Example:
         >>> layer = QuantizedSite(Site("q", 0, nn.Sequential(nn.Linear(64, 16)), "0"), bits=4, group=32)
@@ -84,7 +86,7 @@ class QuantizedSite(nn.Module):
             self.R_x, self.Z_x = nn.Parameter(high - low), nn.Parameter(low.clone())
 
     def grid(self) -> tuple[Tensor, Tensor]:
-        """R and Z in force: as they are while training, as they will be stored in evaluation mode."""
+        """The R and Z in use: unrounded in training mode, snapped to what will be stored in evaluation mode."""
         return (self.R, self.Z) if self.training else snap(self.R, self.Z, self.bits)
 
     def quantized(self) -> Tensor:
@@ -93,13 +95,13 @@ class QuantizedSite(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Q(W) [out, in], with the zeros of a sparse site. (A property: some models look at a layer's weight.)"""
+        """Q(W) [out, in], with the zeros of a sparse site. A property, because some models read `layer.weight`."""
         weight = self.quantized().flatten(1)
         return weight if self.mask is None else weight * self.mask
 
     @property
     def bias(self) -> Tensor | None:
-        """Q(b), on a grid of as many bits as weights and inputs have together; b itself where inputs are float."""
+        """Q(b) on a grid with the bits of weights and inputs added up; b itself if the inputs are in floating point."""
         if self.b is None or self.input_bits is None:
             return self.b
         return fake_quantize(self.b, *minmax_range(self.b.detach()), self.bits + self.input_bits)
@@ -118,7 +120,7 @@ class QuantizedSite(nn.Module):
 
     @torch.no_grad()
     def packed(self) -> CompressedLayer:
-        """The layer to store: it applies what this one applies in evaluation mode, in the dtype of the site."""
+        """The layer to store; it computes what this one computes in evaluation mode, in the dtype of the site."""
         grid = to_grid(self.R, self.Z, self.bits)
         bias = self.bias
         layer = PackedLinear(
@@ -138,10 +140,10 @@ class QuantizedSite(nn.Module):
 
 
 def scaled_rates(layer: QuantizedSite, rate: float = 0.01) -> list[dict[str, Any]]:
-    """Parameter groups of a quantised site with learning rates in units of the layer.
+    """Parameter groups of a quantised site, with learning rates that suit its scale and bits.
 
-    Weights move by about `rate` times the mean step of the grid per update (with Adam), ranges and lowest values by
-    `rate` times the mean range, biases by a tenth of `rate`.
+    Adam moves a parameter by about its learning rate per update. So per update weights move by about `rate` times the
+    mean step of the grid, ranges and lowest values by `rate` times the mean range, biases by a tenth of `rate`.
 
     Example:
         >>> layer = QuantizedSite(Site("q", 0, nn.Sequential(nn.Linear(64, 16)), "0"), bits=4, group=32)
@@ -158,15 +160,15 @@ def scaled_rates(layer: QuantizedSite, rate: float = 0.01) -> list[dict[str, Any
         groups.append({"params": [layer.R_x, layer.Z_x], "lr": rate * read(layer.R_x.detach())})
         if layer.b is not None:
             groups.append({"params": [layer.b], "lr": 0.1 * rate})
-    # a layer of zeros has nothing to learn, but a rate must be positive
+    # the range of a layer of zeros is 0, but a rate must be positive
     return [{**group, "lr": max(group["lr"], SMALLEST)} for group in groups]
 
 
 def quadratic(D: Tensor, gram: Tensor) -> Tensor:
-    """tr(D G D^T) with its gradient 2 D G, for one matrix product where autograd would take two.
+    """tr(D G D^T) with its gradient 2 D G, computed with one matrix product where autograd would need two.
 
     Args:
-        D: [m, d], may require a gradient.
+        D: [m, d]; may require a gradient.
         gram: G [d, d], symmetric.
 
     Example:
@@ -176,7 +178,7 @@ def quadratic(D: Tensor, gram: Tensor) -> Tensor:
         >>> value.item(), D.grad.tolist()
         (13.0, [[2.0, 12.0]])
     """
-    linear = ((D.detach() @ gram) * D).sum()
+    linear = ((D.detach() @ gram) * D).sum()  # the right value, but only half the gradient: D G
     return 2 * linear - linear.detach()
 
 
@@ -187,12 +189,12 @@ def _on_gram(layer: QuantizedSite, target: Tensor, gram: Tensor) -> Objective:
     energy = quadratic(target, gram).clamp_min(torch.finfo(torch.float32).tiny)
 
     def loss(model: Any, batch: Batch) -> Tensor:
-        return quadratic(target - layer.weight, gram) / energy  # nothing passes through the model's forward
+        return quadratic(target - layer.weight, gram) / energy  # E = tr((W - Q(W)) G (W - Q(W))^T) / tr(W G W^T)
 
     def evaluate(model: Any) -> dict[str, float]:
         return {"error": read(loss(model, ()))}
 
-    nothing: Any = [()]  # one empty batch per epoch: every update sees all there is
+    nothing: Any = [()]  # one empty batch per epoch: G already holds all inputs
     return DataLoader(nothing, batch_size=None), loss, evaluate
 
 
@@ -202,7 +204,7 @@ def _on_samples(cache: InputSamples, samples: int, seed: int) -> Objective:
     energy = y.square().mean().clamp_min(torch.finfo(torch.float32).tiny)
 
     def squares(layer: Any, x: Tensor, y: Tensor) -> Tensor:
-        output = layer(x)
+        output = layer(x)  # Q(W) Q(x) + Q(b)
         return ((F.relu(output) if cache.rectified else output) - y).square()
 
     def loss(layer: Any, batch: Batch) -> Tensor:
@@ -227,20 +229,20 @@ def reconstruct(
     penalty: Callable[[Any], Tensor] | None = None,
     after_step: Sequence[Hook] = (),
 ) -> dict[str, float]:
-    """Train a quantised site towards the outputs of the original one; the best iterate on all the data is kept.
+    """Train a quantised site towards the outputs of the original, and keep the iterate with the least error on all data.
 
     Args:
-        layer: what is trained, in place; left in evaluation mode.
-        stats: with a second moment, for weights alone; or `InputSamples`.
-        recipe: how long.
-        target: the weight W to stay close to [out, in], for the objective with the second moment.
+        layer: the site, trained in place and left in evaluation mode.
+        stats: `InputSamples` if inputs are quantised, otherwise statistics with a second moment.
+        recipe: length and schedule of the training.
+        target: the original weight W [out, in]; not used with `InputSamples`, which hold the original outputs.
         samples: cached samples per batch.
-        parameters: groups with learning rates of their own.
-        penalty: added to the loss while training, a function of the layer.
-        after_step: hooks of the loop.
+        parameters: parameter groups with their learning rates; all parameters at the recipe's rate if None.
+        penalty: a function of the layer, added to the loss during training and left out of the reported errors.
+        after_step: hooks of the training loop.
 
     Returns:
-        "before" and "after": the objective on all the data, before and after.
+        "before" and "after": the objective on all data before training and with the iterate that is kept.
 
     Raises:
         OptionError: fewer samples than a batch.

@@ -87,6 +87,18 @@ class Checkpoint:
         """Names of all tensors, as stored."""
         return list(self._files)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights, read off the first.
+
+        Raises:
+            CheckpointError: there are none.
+        """
+        for key in self.keys():
+            if key.endswith("weight"):
+                return self.tensor(key).dtype
+        raise CheckpointError(f"checkpoint={str(self.folder)!r} has no weights")
+
     def _find(self, key: str) -> str | None:
         # base models are saved without the prefix of the causal-LM wrapper ("transformer.h.0" as "h.0")
         for candidate in (key, key.partition(".")[2]):

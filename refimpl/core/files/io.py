@@ -18,6 +18,7 @@ from refimpl.core.compress.sites import experts_put_back, find_blocks, has_block
 from refimpl.core.errors import CheckpointError
 from refimpl.core.files.checkpoint import MANIFEST, Checkpoint, empty_model, read_config, set_tensor
 from refimpl.core.layers import CompressedLayer, PackedLinear, ServedLinear, ServedSparseLinear, empty_layer
+from refimpl.core.stored import declare_stored, stored_dtype, stored_dtypes
 
 
 @contextmanager
@@ -133,15 +134,15 @@ def _layers(model: nn.Module, prefix: str = "") -> dict[str, dict[str, Any]]:
 
 
 def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with shared storage (tied embeddings) listed once."""
+    """The state dict as it is stored, with shared storage (tied embeddings) listed once."""
     seen: set[tuple[int, int]] = set()
-    tensors = {}
+    tensors, kinds = {}, stored_dtypes(model)
     for name, tensor in model.state_dict().items():
         place = (tensor.data_ptr(), tensor.numel())
         if tensor.is_meta or (place in seen and tensor.numel()):
             continue
         seen.add(place)
-        tensors[name] = tensor
+        tensors[name] = tensor.to(kinds[name])
     return tensors
 
 
@@ -176,6 +177,8 @@ def _write_config(model: nn.Module, folder: Path) -> None:
     config: Any = model.config
     value = config.to_diff_dict()
     value["architectures"] = [type(model).__name__]
+    if stored_dtype(model) != next((p.dtype for p in model.parameters() if p.is_floating_point()), None):
+        value["dtype"] = str(stored_dtype(model)).removeprefix("torch.")
     # transformers warns of a format it does not know, then finds no file of a name it knows and stops; under its own
     # names it would take what fits and fill in random weights for the rest
     value["quantization_config"] = {"quant_method": "refimpl"}
@@ -189,6 +192,8 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     """Write a compressed (or plain) transformers model, of language or of images, as safetensors that `load` reads.
 
     Every file is written under a temporary name first. Save the tokenizer beside it with its own ``save_pretrained``.
+    Floating numbers are written in the dtype they count as, `refimpl.core.stored.stored_dtype`: a model of 16 bits that
+    was loaded to compute in float32 is a model of 16 bits again.
 
     Args:
         model: a transformers model, with any number of compressed layers and folded batch norms.
@@ -249,10 +254,9 @@ def _finish(
     for stale in {path.name for path in folder.glob("*.safetensors")} - set(weight_map.values()):
         (folder / stale).unlink()
     _write_config(model, folder)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     manifest = {
         "format": 1,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(stored_dtype(model)).removeprefix("torch."),
         "layers": layers,
         "weight_map": weight_map,
         **run,
@@ -309,7 +313,8 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.dev
 
     Args:
         folder: the folder.
-        dtype: dtype of the tensors that are not packed; default: as stored.
+        dtype: dtype of the tensors that are not packed; default: as stored. A wider one than that is what computes:
+            the model still counts as it is stored (`refimpl.core.stored`).
         device: where to put it.
 
     Returns:
@@ -356,6 +361,8 @@ use transformers' from_pretrained for plain checkpoints
         raise CheckpointError(f"{folder} {what}: it is damaged or was written by another version; save the model again")
     if dtype is not None:
         _cast(model, dtype)
+        model.tie_weights()  # type: ignore[operator]  # each got a copy of its own
+        declare_stored(model, min(dtype, stored, key=lambda kind: kind.itemsize))
     return model.to(device).eval()
 
 
@@ -388,7 +395,7 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path, model: nn.Module, marks: list[str]) -> None:
-        self.folder, self.marks = folder, marks
+        self.folder, self.marks, self.dtype = folder, marks, stored_dtype(model)
         self.prefix, _ = find_blocks(model)
         self.state: dict[str, Any] = {"done": 0, "marks": marks, "reports": [], "layers": {}, "weight_map": {}}
         finished, unfinished = folder / MANIFEST, folder / _PROGRESS
@@ -430,7 +437,8 @@ class ShardWriter:
     def add_block(self, index: int, block: nn.Module, hidden: list[Tensor], entries: list[dict[str, Any]]) -> None:
         """Write one finished block and the activations behind it; the progress file last."""
         prefix = f"{self.prefix}.{index}."
-        tensors = {prefix + name: tensor for name, tensor in block.state_dict().items()}
+        kinds = stored_dtypes(block, self.dtype)
+        tensors = {prefix + name: tensor.to(kinds[name]) for name, tensor in block.state_dict().items()}
         file = f"block-{index:05d}.safetensors"
         write_tensors(self.folder / file, tensors)
         if hidden:
@@ -456,8 +464,8 @@ class ShardWriter:
         _place_layers(model, self.state["layers"], dtype, "meta")
         for name in self.state["layers"]:
             layer = model.get_submodule(name)
-            for tensor in list(layer.state_dict()):
-                set_tensor(layer, tensor, source.tensor(f"{name}.{tensor}").to(device))
+            for tensor, empty in layer.state_dict().items():
+                set_tensor(layer, tensor, source.tensor(f"{name}.{tensor}").to(device, empty.dtype))
 
     def finish(self, model: nn.Module) -> None:
         """Write what lies outside the blocks, and make the folder a loadable model."""

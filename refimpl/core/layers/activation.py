@@ -1,4 +1,4 @@
-"""Quantised inputs: a uniform quantiser for one tensor, and a layer that sees its inputs through it."""
+"""Quantised inputs: a uniform quantiser for one tensor, and a layer whose inputs pass through one."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import Tensor, nn
 
 from refimpl.core.errors import OptionError
 from refimpl.core.layers.base import CompressedLayer, empty_layer
+from refimpl.core.layers.quantizer import fake_quantize
 
 
 class ActivationQuantizer(nn.Module):
-    """``Q(x) = D * clip(round(x / D), -z, L - z)``, one grid for the whole tensor, with 0.0 on it exactly.
+    """The quantiser Q of `refimpl.core.layers.quantizer` with one fixed grid for the whole tensor.
 
-    ``L = 2**bits - 1`` steps of size ``D = clip(R, 1e-6, 1e5) / L``; ``z = clip(round(-Z / D), 0, L)`` is the code of
-    0.0. Source: Hubara et al., 2020, arXiv 2006.10518, and the authors' code.
+    Zero is a point of the grid. Gradients pass through to whatever produced x; range and zero are buffers and get none.
 
     Args:
         bits: 2 to 8.
         range: R, width of the grid in units of x; a number or a one-element tensor.
-        zero: Z, the value of the lowest level; at most 0.
+        zero: Z, the value of the lowest point; at most 0.
 
     Raises:
         OptionError: bits outside 2..8.
@@ -44,13 +44,7 @@ class ActivationQuantizer(nn.Module):
             self.register_buffer(name, tensor.to(torch.float32).reshape(()).clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        levels = 2**self.bits - 1
-        step = self.range.float().clamp(1e-6, 1e5) / levels
-        zero = torch.round(-self.zero.float() / step).clamp(0, levels)
-        # clipped before it is rounded: the limits are integers, so the order does not matter
-        codes = torch.clamp(x.float() / step, -zero, levels - zero)
-        codes = codes + (codes.round() - codes).detach()  # straight through, for whoever tunes what lies before it
-        return (step * codes).to(x.dtype)
+        return fake_quantize(x.float(), self.range.float(), self.zero.float(), self.bits).to(x.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -86,7 +80,7 @@ class QuantizedInput(CompressedLayer):
         return getattr(self.base, "bias", None)
 
     def to_dense(self) -> Tensor:
-        """The weight that is applied to the quantised inputs."""
+        """The weight that multiplies the quantised inputs, [out, in]."""
         return self.base.to_dense()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Uniform quantisation grids: the part every quantiser shares."""
+"""Uniform quantisation grids, as layers store them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from refimpl.core.layers.packed import SCALE_DTYPE
 
 
 class Grid(NamedTuple):
-    """Per row (and group) step and offset of ``w = scale * (code - zero)``.
+    """Step and offset of ``w = scale * (code - zero)`` for each row, or each group of a row.
 
     Attributes:
         scale: fp32, positive, exactly representable in the 16-bit dtype it is stored in; shape [..., 1].
@@ -38,7 +38,7 @@ def minmax_grid(w: Tensor, bits: int, symmetric: bool = False) -> Grid:
     Args:
         w: fp32, shape [..., group].
         bits: 2 to 8.
-        symmetric: zero in the middle (code ``2**(bits-1)``) instead of anywhere.
+        symmetric: zero is in the middle of the codes (at ``2**(bits-1)``) instead of anywhere.
 
     Returns:
         Grid with tensors of shape [..., 1].

@@ -1,21 +1,23 @@
 """The one training loop: every chapter that trains anything trains here.
 
-A method changes training in few places: the data and the loss are arguments, and `after_step` hooks see the model
-after every update. The loop takes care of what should be the same for all arms of a comparison: the optimiser,
-the learning-rate schedule, clipping, accumulation, precision, evaluation, checkpoints and several processes.
+A method changes training in few places: the data, the loss and the optimiser are arguments, `after_backward` hooks see
+the gradients of every update, and `after_step` hooks the model after it. The loop takes care of what should be the same
+for all arms of a comparison: the learning-rate schedule, clipping, accumulation, precision, evaluation, checkpoints and
+several processes.
 
 Every step starts from a random state made of the seed and the step, so a run that was interrupted goes on bit for
-bit (on a CPU) as if it had not been, without any generator's state on disk.
+bit (on a CPU) as if it had not been, without any generator's state on disk. A hook or a sampler that draws from a
+generator of its own, or knows anything else, is handed to `remember`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -23,34 +25,35 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 from tqdm.auto import tqdm
 
 from refimpl.core.device import read, read_all
 from refimpl.core.errors import CheckpointError, OptionError, TrainingError, nearest
-from refimpl.core.files.io import atomic_write
+from refimpl.core.train.checkpoints import Checkpoints, like, pack, whole
+from refimpl.core.train.optimizers import (
+    OPTIMIZERS,
+    MakeOptimizer,
+    identity,
+    load_optimizer_state,
+    make_optimizer,
+    optimizer_state,
+    parameter_groups,
+)
 
-OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("fp32", "bf16")
+SYNCS = ("gradients", "local")
 
 Batch = Any
 Loss = Callable[[Any, Batch], Tensor]
 Hook = Callable[[int, nn.Module], None]
 Evaluate = Callable[[nn.Module], dict[str, float]]
 
-_CHECKPOINT = "checkpoint.safetensors"
 _READ_EVERY = 20  # steps between two looks at the losses on a GPU: each look waits for the device
 
 
@@ -66,8 +69,11 @@ class Recipe:
         betas: of AdamW.
         weight_decay: decoupled for AdamW; on tensors of two or more dimensions only, so not on biases and norms.
         warmup: steps over which the rate rises linearly from zero.
-        schedule: what follows, "cosine" down to ``final_lr * lr`` or "constant".
-        final_lr: fraction of `lr` left at the last step of the cosine.
+        schedule: what follows, "cosine" down to ``final_lr * lr`` or "constant". The cosine is that of
+            `refimpl.core.train.schedules.Cosine`, which is the definition, read as torch's CosineAnnealingLR reads it: at the
+            beginning of an update, not at its end. So the first update after the warm-up still has the highest rate, and
+            the last is one update short of `final_lr`; take ``Scheduled.of(Cosine(...))`` for one that gets there.
+        final_lr: fraction of `lr` left after the last step of the cosine.
         clip: largest norm of the gradient; None does not clip.
         accumulate: micro-batches per update.
         precision: "fp32", or "bf16" for autocast around the loss (weights and optimiser stay in their own dtype).
@@ -120,20 +126,30 @@ class Recipe:
         if self.schedule == "constant":
             return 1.0
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
+        return self.final_lr + (1 - self.final_lr) * half_cosine(done)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of update `step` (from 0)."""
         return self.lr * self.scale(step)
 
 
+def half_cosine(share: float) -> float:
+    """What is left of the way down from 1 to 0 when this share of the time is over: the cosine of all schedules.
+
+    Example:
+        >>> half_cosine(0.0), round(half_cosine(0.5), 3), half_cosine(1.0)
+        (1.0, 0.5, 0.0)
+    """
+    return 0.5 * (1 + math.cos(math.pi * share))
+
+
 @dataclass
 class History:
-    """What happened during training.
+    """What happened during training, as each process knows it.
 
     Attributes:
-        steps: one entry per update: "step" (from 1), "loss" (mean over its micro-batches and processes), "lr", and
-            "grad_norm" before clipping where the recipe clips.
+        steps: one entry per update: "step" (from 1), "loss" (mean over its micro-batches and, unless each trains on its
+            own, processes), "lr" (the recipe's), and "grad_norm" before clipping where the recipe clips.
         evaluations: "step" and the metrics, one entry per evaluation; step 0 is before training.
         seconds: time of all sittings.
         best: the step whose parameters the model has now, with `keep_best`; else the last.
@@ -209,27 +225,35 @@ def _length(data: DataLoader) -> int | None:
         return None
 
 
-def _set_epoch(data: DataLoader, epoch: int) -> None:
-    """Tell the sampler, also one inside a batch sampler, that a new epoch begins."""
+def _samplers(data: DataLoader) -> list[Any]:
+    """The samplers of a loader, also one inside a batch sampler."""
     outer: list[Any] = [data.sampler, data.batch_sampler]
-    for sampler in [*outer, *(getattr(each, "sampler", None) for each in outer)]:
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
+    return [*outer, *(getattr(each, "sampler", None) for each in outer)]
 
 
-def _stream(data: DataLoader, start: int) -> Iterator[Batch]:
-    """Batches for ever, from number `start` of the whole run on."""
-    length = _length(data)
-    epoch, skip = divmod(start, length) if length else (0, start)
-    while True:
-        _set_epoch(data, epoch)
-        empty = True
-        for batch in islice(data, skip, None):
-            empty = False
-            yield batch
-        if empty and not skip:
-            raise OptionError("data: it yields no batches; pass more rows, or a smaller batch")
-        skip, epoch = 0, epoch + 1
+class _Stream:
+    """Batches for ever: epoch after epoch, the first of them without its first `skip` batches.
+
+    Attributes:
+        epoch: that of the last batch given.
+    """
+
+    def __init__(self, data: DataLoader, epoch: int = 0, skip: int = 0, resumed: bool = False) -> None:
+        self.data, self.epoch, self.skip = data, epoch, skip
+        self._may_be_empty = resumed or skip > 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            for sampler in _samplers(self.data):
+                if hasattr(sampler, "set_epoch"):
+                    sampler.set_epoch(self.epoch)
+            empty = not self._may_be_empty
+            for batch in islice(self.data, self.skip, None):
+                empty = False
+                yield batch
+            if empty:
+                raise OptionError("data: it yields no batches; pass more rows, or a smaller batch")
+            self.skip, self.epoch, self._may_be_empty = 0, self.epoch + 1, False
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
@@ -251,27 +275,6 @@ def _seed_step(device: torch.device, *numbers: int) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def _optimizer(model: nn.Module, parameters: Sequence[dict[str, Any]] | None, recipe: Recipe) -> torch.optim.Optimizer:
-    if parameters is None:
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": recipe.weight_decay},
-            {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
-        ]
-    else:
-        groups = [
-            {"weight_decay": recipe.weight_decay, **group, "params": list(group["params"])} for group in parameters
-        ]
-    groups = [group for group in groups if group["params"]]
-    if not groups:
-        raise OptionError("model: none of its parameters require a gradient; call requires_grad_() on those to train")
-    for group in groups:
-        group["highest_lr"] = group.setdefault("lr", recipe.lr)
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas)
-
-
 def train(
     model: nn.Module,
     data: DataLoader,
@@ -279,7 +282,11 @@ def train(
     recipe: Recipe,
     *,
     parameters: Sequence[dict[str, Any]] | None = None,
+    optimizer: MakeOptimizer | None = None,
+    after_backward: Sequence[Hook] = (),
     after_step: Sequence[Hook] = (),
+    remember: Mapping[str, Stateful] | None = None,
+    sync: str = "gradients",
     evaluate: Evaluate | None = None,
     evaluate_every: int | None = None,
     keep_best: str | None = None,
@@ -300,13 +307,25 @@ def train(
         recipe: optimiser, rates and length.
         parameters: groups as `torch.optim` takes them, each with a learning rate of its own if it wants one
             ("params", "lr"), which follows the recipe's schedule; default: everything that requires a gradient.
-        after_step: called as ``hook(step, model)`` after every update, with the number of updates done so far. What a
-            hook remembers must live in the model's buffers, so that it is saved with the model.
+        optimizer: ``optimizer(groups, recipe)`` makes one in place of the recipe's "adamw" or "sgd". Groups have
+            "params", "lr" and "weight_decay"; the rates it has when made are the highest, and follow the schedule. Its
+            ``state_dict()`` is saved, whatever its shapes and dtypes; its class and options tell this run from others.
+        after_backward: called as ``hook(step, model)`` when the gradients of update number `step` (from 1) are there,
+            accumulated and averaged over processes, and before they are clipped: it may change them in place.
+        after_step: called as ``hook(step, model)`` after every update, with the number of updates done so far.
+        remember: what hooks, samplers or the loss know beyond the model's buffers, by names of your choice: objects with
+            ``state_dict()`` and ``load_state_dict(state)``. Each process saves its own with every checkpoint, and gets
+            it back (tensors on the CPU) before it goes on. A state holds tensors, numbers, strings, None, and lists,
+            tuples and dictionaries of these. If the sampler of `data` is among them, its next iteration must go on in
+            the middle of the epoch (and be empty where that was over); otherwise the loop skips the batches it had.
+        sync: what processes exchange: "gradients", or nothing in "local", where each trains a replica of its own from
+            the weights it has, on its own data, as far as hooks do not exchange anything. Each then has its own history
+            and its own file in `folder`; all make the same number of steps. Alone, a process does not notice.
         evaluate: returns metrics; the model is in evaluation mode and no gradients are kept.
         evaluate_every: steps between evaluations; there is always one before the first step and one after the last.
         keep_best: metric of `evaluate` to minimise; the model ends with its best parameters instead of the last.
         folder: where to keep the checkpoint. The same call goes on from it after an interruption, or returns at once
-            if the run had finished.
+            if the run had finished. Processes share it.
         checkpoint_every: steps between checkpoints; a twentieth of the run by default.
         progress: show a bar (after a second).
 
@@ -314,9 +333,10 @@ def train(
         The history; the model is in the mode it came in.
 
     Raises:
-        OptionError: no trainable parameters, no data, a metric that `evaluate` does not return.
+        OptionError: no trainable parameters, no data, a metric that `evaluate` does not return, an optimiser that is
+            none, a state that cannot be saved.
         TrainingError: the loss is NaN or infinite; names the step and the last good checkpoint.
-        CheckpointError: `folder` holds another run.
+        CheckpointError: `folder` holds another run, or not all of it.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -326,13 +346,49 @@ def train(
         >>> history = train(model, batches(x, batch_size=16), mse, Recipe(steps=200, lr=0.1), progress=False)
         >>> history.losses[-1] < 1e-3
         True
+
+        Another optimiser, and gradients with noise whose generator an interruption does not set back:
+
+        >>> class Noise:
+        ...     def __init__(self):
+        ...         self.generator = torch.Generator().manual_seed(0)
+        ...     def __call__(self, step, model):
+        ...         for p in model.parameters():
+        ...             p.grad += 0.01 * torch.randn(p.shape, generator=self.generator)
+        ...     def state_dict(self):
+        ...         return {"generator": self.generator.get_state()}
+        ...     def load_state_dict(self, state):
+        ...         self.generator.set_state(state["generator"])
+        >>> import tempfile
+        >>> noise, folder = Noise(), tempfile.mkdtemp()
+        >>> nesterov = lambda groups, recipe: torch.optim.SGD(groups, momentum=recipe.momentum, nesterov=True)
+        >>> history = train(model, batches(x, batch_size=16), mse, Recipe(steps=50, lr=0.01), optimizer=nesterov,
+        ...     after_backward=[noise], remember={"noise": noise}, folder=folder, progress=False)
+        >>> len(history.steps)
+        50
     """
     if keep_best is not None and evaluate is None:
         raise OptionError(f"keep_best={keep_best!r} needs evaluate=, a function that returns that metric")
     for name, value in (("evaluate_every", evaluate_every), ("checkpoint_every", checkpoint_every)):
         if value is not None and value < 1:
             raise OptionError(f"{name}={value}: use 1 or more")
-    run = _Run(model, data, loss, recipe, parameters, tuple(after_step), evaluate, keep_best, folder)
+    if sync not in SYNCS:
+        raise OptionError(f"sync={sync!r}: use {nearest(sync, SYNCS)}")
+    run = _Run(
+        model,
+        data,
+        loss,
+        recipe,
+        parameters=parameters,
+        optimizer=optimizer,
+        after_backward=after_backward,
+        after_step=after_step,
+        remember=remember or {},
+        local=sync == "local",
+        evaluate=evaluate,
+        keep_best=keep_best,
+        folder=folder,
+    )
     was_training = model.training
     device = [run.device] if run.device.type == "cuda" else []
     try:
@@ -352,35 +408,59 @@ class _Run:
         data: DataLoader,
         loss: Loss,
         recipe: Recipe,
+        *,
         parameters: Sequence[dict[str, Any]] | None,
-        hooks: tuple[Hook, ...],
+        optimizer: MakeOptimizer | None,
+        after_backward: Sequence[Hook],
+        after_step: Sequence[Hook],
+        remember: Mapping[str, Stateful],
+        local: bool,
         evaluate: Evaluate | None,
         keep_best: str | None,
         folder: str | Path | None,
     ) -> None:
         self.model, self.data, self.loss, self.recipe = model, data, loss, recipe
-        self.hooks, self.evaluate, self.keep_best = hooks, evaluate, keep_best
-        self.optimizer = _optimizer(model, parameters, recipe)
+        self.after_backward, self.after_step = tuple(after_backward), tuple(after_step)
+        self.evaluate, self.keep_best = evaluate, keep_best
+        self.optimizer = make_optimizer(parameter_groups(model, parameters, recipe), recipe, optimizer)
         self.trained: list[Tensor] = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.device = self.trained[0].device
-        self.rank, world = _rank_and_world()
+        self.rank, self.world = _rank_and_world()
         self.sharded = hasattr(model, "set_requires_gradient_sync")  # by fully_shard
-        wrap = world > 1 and not self.sharded and not isinstance(model, DistributedDataParallel)
+        wrapped = isinstance(model, DistributedDataParallel)
+        if local and (self.sharded or wrapped):
+            raise OptionError("sync='local': model is shared among processes already; pass a plain module in each")
+        self.local = local and self.world > 1
+        wrap = self.world > 1 and not (self.local or self.sharded or wrapped)
         self.parallel: nn.Module = DistributedDataParallel(model) if wrap else model
-        self.world = world
-        self.folder = None if folder is None else Path(folder)
+        self.remember = dict(remember)
+        for name, thing in self.remember.items():
+            if not isinstance(thing, Stateful):
+                raise OptionError(
+                    f"remember[{name!r}] is a {type(thing).__name__}; it needs state_dict() and load_state_dict(state)"
+                )
+        self.remembers_sampler = any(thing is each for thing in self.remember.values() for each in _samplers(data))
+        if self.remembers_sampler and data.num_workers:
+            raise OptionError(
+                f"remember: it has the sampler of data, whose {data.num_workers} workers ask it for rows ahead of time; "
+                "load data with 0 workers"
+            )
         self.history = History()
         self.best: dict[str, Any] | None = None
         self.saved: int | None = None
+        self.stream = _Stream(data)
         self._pending: list[tuple[Tensor, Tensor | None]] = []
-        self._fingerprint = self._describe() if self.folder else {}
+        self.checkpoints: Checkpoints | None = None
+        if folder is not None:
+            self.checkpoints = Checkpoints(Path(folder), self.rank, self.world, self.local or bool(self.remember))
+            self._fingerprint = self._describe(recipe.optimizer if optimizer is None else identity(self.optimizer))
 
     def go(self, evaluate_every: int | None, checkpoint_every: int, progress: bool) -> None:
-        start = self._resume()
+        start = 0 if self.checkpoints is None else self._resume(self.checkpoints)
         before, begin = self.history.seconds, time.perf_counter()
         if start == 0:
             self._evaluate(0)
-        stream = _stream(self.data, start * self.recipe.accumulate)
+        stream = iter(self.stream)
         silent = not progress or self.rank > 0
         bar = tqdm(total=self.recipe.steps, initial=start, desc="training", unit="step", disable=silent, delay=1)
         read_every = 1 if self.device.type == "cpu" else _READ_EVERY
@@ -389,7 +469,7 @@ class _Run:
                 self._update(step, stream)
                 last = step == self.recipe.steps
                 evaluates = last or (evaluate_every is not None and step % evaluate_every == 0)
-                saves = self.folder is not None and (last or step % checkpoint_every == 0)
+                saves = self.checkpoints is not None and (last or step % checkpoint_every == 0)
                 if evaluates or saves or step % read_every == 0:
                     self._read_losses()
                 if evaluates:
@@ -421,12 +501,14 @@ class _Run:
                     value = self.loss(self.parallel, batch) / recipe.accumulate
                 value.backward()
             total += value.detach()
+        for hook in self.after_backward:
+            hook(step, self.model)
         norm = None
         if recipe.clip is not None:
             norm = nn.utils.clip_grad_norm_(self.trained, recipe.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        for hook in self.hooks:
+        for hook in self.after_step:
             hook(step, self.model)
         self._pending.append((total, norm))
 
@@ -439,11 +521,11 @@ class _Run:
         return nullcontext()
 
     def _read_losses(self) -> None:
-        """Bring the losses since the last look to the host, averaged over processes."""
+        """Bring the losses since the last look to the host, averaged over processes that train together."""
         if not self._pending:
             return
         losses = torch.stack([loss for loss, _ in self._pending]).float()
-        if self.world > 1:
+        if self.world > 1 and not self.local:
             dist.all_reduce(losses)
             losses /= self.world
         for value, (_, norm) in zip(read_all(losses), self._pending, strict=True):
@@ -457,12 +539,12 @@ class _Run:
         self._pending.clear()
 
     def _diverged(self, what: str) -> TrainingError:
-        if self.folder is None:
+        if self.checkpoints is None:
             kept = "no checkpoint was kept (pass folder=)"
         elif self.saved is None:
-            kept = f"folder={str(self.folder)!r} holds no checkpoint yet"
+            kept = f"folder={str(self.checkpoints.folder)!r} holds no checkpoint yet"
         else:
-            kept = f"the last good checkpoint, of step {self.saved}, is in folder={str(self.folder)!r}"
+            kept = f"the last good checkpoint, of step {self.saved}, is in folder={str(self.checkpoints.folder)!r}"
         return TrainingError(
             f"{what}; {kept}. Lower lr={self.recipe.lr:g}, add warmup, set clip=1.0, or check the data"
         )
@@ -486,108 +568,91 @@ class _Run:
 
     # -- checkpoints --
 
-    def _describe(self) -> dict[str, Any]:
+    def _describe(self, optimizer: str | dict[str, Any]) -> dict[str, Any]:
         """What makes this run this run, for a later call that wants to go on with it."""
+        before = self._remembered()
+        pack(before, "remember", {})  # what cannot be saved is refused now, not when it is to be saved
+        before = deepcopy(before)
         digest = hashlib.sha256()
-        for tensor in _tensors(next(_stream(self.data, 0))):
+        for tensor in _tensors(next(iter(_Stream(self.data)))):
             digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        for name, thing in self.remember.items():  # the look at the first batch has left no trace in it
+            thing.load_state_dict(before[name])
         groups = self.optimizer.param_groups
         return {
             "recipe": asdict(self.recipe) | {"betas": list(self.recipe.betas)},
+            "optimizer": optimizer,
             "parameters": [[list(p.shape), group["highest_lr"]] for group in groups for p in group["params"]],
+            "remember": {name: type(thing).__name__ for name, thing in self.remember.items()},
+            "sync": "local" if self.local else "gradients",
             "processes": self.world,
             "batches": _length(self.data),
-            "first batch": digest.hexdigest() if self.rank == 0 else None,
+            "first batch": digest.hexdigest(),
         }
 
+    def _remembered(self) -> dict[str, Any]:
+        return {name: thing.state_dict() for name, thing in self.remember.items()}
+
     def _save(self, step: int) -> None:
-        assert self.folder is not None
-        gather = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        optimizer: Any = get_optimizer_state_dict(self.model, self.optimizer, options=gather)
-        parts: dict[str, Any] = {"model": get_model_state_dict(self.model, options=gather)}
-        if self.best is not None:
-            parts["best"] = {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in self.best.items()}
-        if self.rank == 0:
-            for parameter, state in optimizer["state"].items():
-                parts |= {
-                    f"optimizer.{name}": parts.get(f"optimizer.{name}", {}) | {parameter: value}
-                    for name, value in state.items()
-                }
-            tensors: dict[str, Tensor] = {}
-            seen = set()
-            for part, values in parts.items():
-                for name, value in values.items():
-                    # a file holds no shared storage, so of tied weights each name gets its own copy
-                    value = value.detach().cpu().contiguous()
-                    tensors[f"{part}/{name}"] = value.clone() if value.data_ptr() in seen else value
-                    seen.add(value.data_ptr())
-            for name, tensor in tensors.items():
-                if name.startswith("model/") and not tensor.isfinite().all():
-                    raise self._diverged(f"{name.removeprefix('model/')!r} is not finite after step {step}")
-            about = {
-                "step": step,
-                "run": self._fingerprint,
+        assert self.checkpoints is not None
+        content: dict[str, Any] = {"run": self._fingerprint, "epoch": self.stream.epoch, "remember": self._remembered()}
+        writes = self.rank == 0 or self.local
+        if writes or self.sharded:  # what is sharded is gathered by all
+            shared: dict[str, Any] = {
                 "history": asdict(self.history),
-                "groups": optimizer["param_groups"],
+                "model": whole(get_model_state_dict(self.model), keep=writes),
+                "best": whole(self.best, keep=writes),
+                "optimizer": optimizer_state(self.optimizer, keep=writes),
             }
-            with atomic_write(self.folder / _CHECKPOINT) as temporary:
-                save_file(tensors, temporary, metadata={"refimpl": json.dumps(about)})
-        if self.world > 1:
-            dist.barrier()
+        if writes:
+            content |= shared
+            for name, tensor in shared["model"].items():
+                if not tensor.isfinite().all():
+                    raise self._diverged(f"{name!r} is not finite after step {step}")
+        self.checkpoints.write(step, content)
         self.saved = step
 
-    def _resume(self) -> int:
+    def _resume(self, checkpoints: Checkpoints) -> int:
         """Take up the checkpoint in the folder, if there is one; the number of steps done."""
-        if self.folder is None or not (self.folder / _CHECKPOINT).exists():
+        files = 0
+        for files, theirs in enumerate(checkpoints.runs(), 1):
+            self._compare(theirs, others=files - 1 != self.rank)
+        if not files:
             return 0
-        path = self.folder / _CHECKPOINT
-        try:
-            with safe_open(path, "pt") as file:
-                about = json.loads(file.metadata()["refimpl"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except Exception as error:
-            raise CheckpointError(f"{path} cannot be read ({error}); delete it to start again") from error
-        ours, theirs = self._fingerprint, about["run"]
-        for key, value in ours.items():
-            if value is not None and theirs.get(key) not in (value, None):
-                before, now = theirs[key], value
-                if key == "recipe":
-                    other = [name for name in value if before.get(name) != value[name]]
-                    before, now = ({name: side.get(name) for name in other} for side in (before, now))
-                raise CheckpointError(
-                    f"folder={str(self.folder)!r} holds a run with another {key} ({str(before)[:200]}, now "
-                    f"{str(now)[:200]}); repeat that call to go on with it, or choose another folder"
-                )
-        model: Any = {}
-        best: dict[str, Tensor] = {}
-        state: Any = {}
-        for key, tensor in tensors.items():
-            part, _, name = key.partition("/")
-            if part in ("model", "best"):
-                (model if part == "model" else best)[name] = tensor
-            else:
-                state.setdefault(name, {})[part.removeprefix("optimizer.")] = tensor
-        spread = StateDictOptions(full_state_dict=True)
-        set_model_state_dict(self.model, model, options=spread)
-        if state:  # plain SGD remembers nothing
-            groups = {"state": state, "param_groups": about["groups"]}
-            set_optimizer_state_dict(self.model, self.optimizer, groups, options=spread)
-        if best:
+        own = checkpoints.read(self.rank if checkpoints.apart else 0)
+        shared = own if self.local or self.rank == 0 else checkpoints.read()
+        set_model_state_dict(self.model, shared["model"], options=StateDictOptions(full_state_dict=True))
+        load_optimizer_state(self.optimizer, shared["optimizer"])
+        if shared["best"] is not None:
             now = get_model_state_dict(self.model)
-            self.best = {name: _like(value, now[name]) for name, value in best.items()}
-        self.history = History(**about["history"])
-        self.saved = about["step"]
-        return about["step"]
+            self.best = {name: like(value, now[name]) for name, value in shared["best"].items()}
+        for name, thing in self.remember.items():
+            thing.load_state_dict(own["remember"][name])
+        if self.remembers_sampler:
+            self.stream = _Stream(self.data, own["epoch"], resumed=True)
+        else:
+            done, length = shared["step"] * self.recipe.accumulate, _length(self.data)
+            self.stream = _Stream(self.data, *(divmod(done, length) if length else (0, done)))
+        self.history = History(**shared["history"])
+        self.saved = shared["step"]
+        return shared["step"]
 
-
-def _like(value: Tensor, example: Any) -> Tensor:
-    """`value` on the device of `example`, and sharded like it."""
-    if hasattr(example, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(value.to(example.device), example.device_mesh, example.placements)
-    return value.to(example.device)
+    def _compare(self, theirs: dict[str, Any], others: bool = False) -> None:
+        """Refuse a checkpoint of another run; that of another process (`others`) begins with other rows."""
+        assert self.checkpoints is not None
+        for key, value in self._fingerprint.items():
+            if theirs.get(key) == value or (others and key == "first batch"):
+                continue
+            before: Any = theirs.get(key)
+            now: Any = value
+            if key == "recipe":
+                names = [name for name in value if before.get(name) != value[name]]
+                before, now = ({name: side.get(name) for name in names} for side in (before, now))
+            raise CheckpointError(
+                f"folder={str(self.checkpoints.folder)!r} holds a run with another {key} ({str(before)[:200]}, now "
+                f"{str(now)[:200]}); repeat that call to go on with it, or choose another folder"
+            )
 
 
 def _tensors(batch: Batch) -> Iterator[Tensor]:

@@ -112,7 +112,8 @@ class EpochSampler(Sampler[int]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next iteration go on where `state_dict` was called, also with another number of processes.
 
-        `refimpl.core.train.loop.train` needs none of this: it counts its batches itself.
+        `refimpl.core.train.loop.train` needs none of this: it counts its batches itself, unless it is told to
+        `remember` this sampler.
 
         Raises:
             CheckpointError: the state is of another sampler, or its position cannot be shared among these processes.

@@ -6,6 +6,8 @@ optimiser (`Schedule.scheduler`) and into the Hugging Face Trainer (`trainer_cal
 
 Time is counted in updates. ``rate(t)`` is the schedule as it is written on paper, for 0 <= t <= horizon; update number
 `step`, counted from 0, runs at ``rate(step + 1)``: the first has a rate above zero, the last has the final one.
+That is the definition. A plain `Recipe` has the same warm-up and the same cosine, but reads the cosine at the beginning
+of an update, at ``rate(step)``, as torch's CosineAnnealingLR does: it is one update late all the way down.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from refimpl.core.errors import OptionError, nearest
-from refimpl.core.train.loop import Recipe
+from refimpl.core.train.loop import Recipe, half_cosine
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -411,7 +413,7 @@ def trainer_callback(schedule: Schedule) -> TrainerCallback:
 
 def _cosine(high: float, low: float, share: float) -> float:
     """From `high` to `low`, both met exactly, while `share` goes from 0 to 1."""
-    weight = 0.5 * (1 + math.cos(math.pi * share))
+    weight = half_cosine(share)
     return weight * high + (1 - weight) * low
 
 

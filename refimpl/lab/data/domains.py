@@ -21,10 +21,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from refimpl.core.errors import CalibrationError, OptionError, nearest
+from refimpl.core.errors import CalibrationError, OptionError, nearest, positive_integer
 from refimpl.lab import wheels
 from refimpl.lab.data import text
-from refimpl.lab.models import lstm, small
+from refimpl.lab.measure.bits import BitsPerByte, bits_per_byte
+from refimpl.lab.models import small
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -67,7 +68,7 @@ def documents(domain: str, split: str) -> list[text.Document]:
 def windows(
     domain: str, split: str, length: int, stride: int | None = None, count: int | None = None
 ) -> tuple[Tensor, list[str]]:
-    """Windows of the small models' tokens, cut as `refimpl.lab.models.lstm.windows` cuts them.
+    """Windows of the small models' tokens, cut as `refimpl.lab.data.windows.windows` cuts them.
 
     The tokens of a domain are kept in the cache: making them takes seconds, reading them milliseconds.
 
@@ -93,8 +94,7 @@ def windows(
     _check(domain, split)
     stride = length if stride is None else stride
     for name, value in (("length", length), ("stride", stride), ("count", 1 if count is None else count)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise OptionError(f"{name}={value!r} must be a positive integer")
+        positive_integer(name, value)
     rows: list[Tensor] = []
     units: list[str] = []
     ids, documents_tokens = _tokens(domain, split)
@@ -166,7 +166,7 @@ def llama(width: int = 64, layers: int = 2, hidden: int = 192, context: int = 12
         return LlamaForCausalLM(config)
 
 
-def measured(model: nn.Module, windows: Tensor, units: Sequence[str]) -> lstm.BitsPerByte:
+def measured(model: nn.Module, windows: Tensor, units: Sequence[str]) -> BitsPerByte:
     """Bits that a model of the small tokenizer's tokens spends on each byte, by document.
 
     Args:
@@ -174,14 +174,14 @@ def measured(model: nn.Module, windows: Tensor, units: Sequence[str]) -> lstm.Bi
         windows, units: from the function `windows`.
 
     Raises:
-        CalibrationError: as in `refimpl.lab.models.lstm.bits_per_byte`.
+        CalibrationError: as in `refimpl.lab.measure.bits.bits_per_byte`.
 
     Example:
         >>> found = measured(llama(), *windows("wikipedia", "validation", 64, count=4))
         >>> 3 < found.value < 8
         True
     """
-    return lstm.bits_per_byte(model, windows, units, _tokenizer(), batch_size=32)
+    return bits_per_byte(model, windows, units, _tokenizer(), batch_size=32)
 
 
 @functools.cache

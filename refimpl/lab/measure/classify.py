@@ -3,7 +3,7 @@
 Means are taken last: an interval over images needs a score for each image, and two models are compared on the same
 images. Bytes come from `refimpl.lab.measure.metrics.footprint`; this module counts the arithmetic.
 
-The classifier bench draws what `add_scores` writes; its docstring is the format.
+The classifier bench draws what `score_rows` yields; its docstring is the format.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from refimpl.core.compress.sites import is_conv1d
 from refimpl.core.errors import CalibrationError, OptionError
 from refimpl.core.layers import CompressedLayer
 from refimpl.lab.data.images import ImageSet
-from refimpl.lab.study.records import Record, Results
+from refimpl.lab.study.study import Row
 
 
 @dataclass(frozen=True)
@@ -198,45 +198,33 @@ def bit_operations(model: nn.Module, example: Tensor | ImageSet) -> dict[str, in
     }
 
 
-def add_scores(
-    results: Results,
-    arm: str,
-    condition: str,
-    seed: int,
-    scores: Scores,
-    *,
-    nbytes: int,
-    flops: float,
-    bit_operations: float | None = None,
-) -> None:
-    """Record a classifier in the format that the classifier bench reads.
+def score_rows(scores: Scores, *, nbytes: int, flops: float, bit_operations: float | None = None) -> Iterator[Row]:
+    """A classifier as the rows that the classifier bench reads.
 
     For each image two metrics, unit the image's name: "correct" (0 or 1) and "loss" (nats). For the arm, unit "":
-    "bytes", "flops" (per image) and, if given, "bit_operations" (per image). No record carries a cost: a classifier has
-    two, and they are metrics. `condition` is "<dataset> <model>", e.g. "mnist resnet" or "digits vit". `arm` is "dense"
-    for the model that everything is compared with, else "<method> <label>" split at the first space: the method
-    decides shape and colour on the chart (at most seven beside "dense" can be told apart), the label tells its
-    points apart, e.g. "cubic 94%". Arms trained with several seeds are recorded under each seed.
+    "bytes", "flops" (per image) and, if given, "bit_operations" (per image). No row carries a cost: a classifier has
+    two, and they are metrics. The bench expects the condition "<dataset> <model>", e.g. "mnist resnet" or "digits vit".
+    The arm is "dense" for the model that everything is compared with, else "<method> <label>" split at the first space:
+    the method decides shape and colour on the chart (at most seven beside "dense" can be told apart), the label tells
+    its points apart, e.g. "cubic 94%". Arms trained with several seeds are recorded under each seed.
 
     Args:
-        results: of a study.
-        arm, condition, seed: see above.
         scores: on the test split.
         nbytes: `refimpl.lab.measure.metrics.footprint(model).bytes`.
         flops: sum of `flops(model, example)`.
         bit_operations: sum of `bit_operations(model, example)`, where codes of few bits are the point.
 
-    Raises:
-        OptionError: already recorded.
+    Example:
+        >>> one = Scores(torch.tensor([0.5]), torch.tensor([True]), torch.zeros(1, 10), ["test 0"])
+        >>> [row[:3] for row in score_rows(one, nbytes=1000, flops=2000)]
+        [('correct', 1.0, 'test 0'), ('loss', 0.5, 'test 0'), ('bytes', 1000.0, ''), ('flops', 2000.0, '')]
     """
-    paper = results.header["paper"]
     for metric, values in (("correct", scores.correct), ("loss", scores.loss)):
-        pairs = zip(scores.units, values.tolist(), strict=True)
-        results.add(*(Record(paper, arm, condition, seed, unit, metric, float(value)) for unit, value in pairs))
-    costs = {"bytes": nbytes, "flops": flops, "bit_operations": bit_operations}
-    for metric, value in costs.items():
-        if value is not None:
-            results.add(Record(paper, arm, condition, seed, "", metric, float(value)))
+        for unit, value in zip(scores.units, values.tolist(), strict=True):
+            yield Row(metric, float(value), unit)
+    for metric, cost in {"bytes": nbytes, "flops": flops, "bit_operations": bit_operations}.items():
+        if cost is not None:
+            yield Row(metric, float(cost))
 
 
 def _positions(model: nn.Module, example: Tensor | ImageSet) -> tuple[dict[str, nn.Module], dict[str, int]]:

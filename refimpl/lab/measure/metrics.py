@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from refimpl.core.compress.sites import find_sites
 from refimpl.core.errors import CalibrationError, OptionError
 from refimpl.core.layers import CompressedLayer
+from refimpl.core.stored import stored_dtypes, stored_parts
 
 _CHUNK_BYTES = 64 * 2**20  # fp32 logits looked at in one go; the loss must not double the memory of the logits
 
@@ -171,7 +172,7 @@ class Footprint:
             masks, permutations, adapters. Biases are left out, and so are embeddings. For a model without
             compressed layers: of all linear weights inside its blocks.
         bits_per_parameter: bits stored for each parameter of the whole model.
-        bytes: bytes of the whole model in memory; tied tensors are counted once.
+        bytes: bytes of the whole model as stored; tied tensors are counted once.
         disk_bytes: bytes of all files of the saved folder, None if none was given.
         weights: number of weights behind `bits_per_weight`.
         parameters: number of parameters behind `bits_per_parameter` (of the dense model).
@@ -189,6 +190,8 @@ class Footprint:
 
 def footprint(model: nn.Module, folder: str | Path | None = None) -> Footprint:
     """Count the bits a model needs, adapters and metadata included.
+
+    Floating numbers count as they are stored (`refimpl.core.stored`), whatever dtype this processor computes them in.
 
     Args:
         model: a Hugging Face model, compressed or not; meta tensors are fine. Fused experts are unfused in
@@ -211,20 +214,21 @@ def footprint(model: nn.Module, folder: str | Path | None = None) -> Footprint:
     weights = 0
     for name, layer in layers:
         layer_parts = layer.parts()
-        held = _nbytes(_tensors(layer))
+        held = _nbytes(_tensors(layer).values())
         if sum(layer_parts.values()) != held:
             raise OptionError(
                 f"layer {name!r} reports {sum(layer_parts.values())} bytes by part but holds {held}; "
                 "its parts() must name every tensor it stores"
             )
-        for part, size in layer_parts.items():
+        for part, size in stored_parts(layer, model).items():
             parts[part] = parts.get(part, 0) + size
         weights += layer.in_features * layer.out_features
-    if not layers:
-        for site in find_sites(model):
-            weight = cast(Tensor, site.module.weight)
-            parts["values"] = parts.get("values", 0) + weight.numel() * weight.element_size()
-            weights += weight.numel()
+    sites = [] if layers else find_sites(model)
+    kinds = stored_dtypes(model)
+    for site in sites:
+        count = cast(Tensor, site.module.weight).numel()
+        parts["values"] = parts.get("values", 0) + count * kinds[f"{site.name}.weight"].itemsize
+        weights += count
     if weights == 0:
         raise OptionError("model has no compressed layers and no linear layers inside its blocks: nothing to count")
 
@@ -232,7 +236,11 @@ def footprint(model: nn.Module, folder: str | Path | None = None) -> Footprint:
     rest = {_span(p): p.numel() for p in model.parameters() if id(p) not in inside}
     biases = sum(layer.bias.numel() for _, layer in layers if getattr(layer, "bias", None) is not None)
     parameters = sum(rest.values()) + biases + sum(a.in_features * a.out_features for _, a in layers)
-    total = _nbytes(_tensors(model))
+    groups: dict[tuple[int, int], list[Tensor]] = {}  # tensors that shrink alike: memory may be shared within a group
+    for name, tensor in _tensors(model).items():
+        stored_as, held_as = kinds[name].itemsize, tensor.itemsize
+        groups.setdefault((1, 1) if stored_as == held_as else (stored_as, held_as), []).append(tensor)
+    total = sum(_nbytes(tensors) * stored_as // held_as for (stored_as, held_as), tensors in groups.items())
     stored = sum(size for part, size in parts.items() if part != "bias")
     return Footprint(
         bits_per_weight=8 * stored / weights,
@@ -254,9 +262,9 @@ def _compressed(module: nn.Module, name: str = "") -> Iterable[tuple[str, Any]]:
         yield from _compressed(child, f"{name}.{child_name}" if name else child_name)
 
 
-def _tensors(module: nn.Module) -> list[Tensor]:
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers: what a checkpoint holds (rotary tables are recomputed)."""
-    return [t for t in module.state_dict(keep_vars=True).values() if isinstance(t, Tensor)]
+    return {name: t for name, t in module.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
 
 
 def _span(tensor: Tensor) -> tuple[str, int, int]:

@@ -8,9 +8,7 @@ no group of the source survives as a group.
 
 from __future__ import annotations
 
-import functools
 import json
-import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,8 +30,10 @@ from transformers import (
 from refimpl.core.errors import CheckpointError, FetchError, OptionError, nearest, require
 from refimpl.core.files import io
 from refimpl.core.files.checkpoint import Checkpoint
+from refimpl.core.stored import declare_stored
 from refimpl.lab import wheels
 from refimpl.lab.models import small
+from refimpl.lab.models.dtypes import compute_dtype
 
 # Raise the number when the conversion changes: the folder in the cache carries it in its name.
 SMOLLM2_FOLDER = "smollm2-135m-instruct-0.1.2-r1"
@@ -69,7 +69,8 @@ def smollm2(dtype: torch.dtype | None = None, layers: int | None = None) -> PreT
     """SmolLM2-135M-Instruct (Apache-2.0) in eval mode, channels permuted.
 
     Args:
-        dtype: of the weights; `compute_dtype()` if None.
+        dtype: to compute in; `compute_dtype()` if None. Either way the model counts as it is stored, in 16 bits
+            (`refimpl.core.stored`).
         layers: keep only the first blocks (and the final norm and head), for quick runs; all 30 if None.
 
     Returns:
@@ -94,7 +95,13 @@ def smollm2(dtype: torch.dtype | None = None, layers: int | None = None) -> PreT
         config.num_hidden_layers = layers
     with small.quietly():
         model = LlamaForCausalLM.from_pretrained(folder, config=config, dtype=dtype or compute_dtype())
+    _declare(model, Checkpoint(folder), dtype)
     return model.eval()
+
+
+def _declare(model: PreTrainedModel, source: Checkpoint, dtype: torch.dtype | None) -> None:
+    """Let a model count as its checkpoint stores it, or as 16 bits where the processor chose the dtype."""
+    declare_stored(model, min(dtype or torch.bfloat16, source.dtype, key=lambda kind: kind.itemsize))
 
 
 def tokenizer() -> PreTrainedTokenizerBase:
@@ -140,7 +147,8 @@ def load(
         name_or_path: ``"smollm2"``; a language model shipped with the book (``"llama-small"``, see
             `refimpl.lab.models.small`); a local folder (a Hugging Face checkpoint or one saved by refimpl); or the id of a
             model on the Hugging Face Hub.
-        dtype: of the weights; `compute_dtype()` if None.
+        dtype: to compute in; `compute_dtype()` if None. The model counts as it is stored, or in fewer bits if this is
+            narrower; with None as a model of 16 bits, whatever this processor computes in (`refimpl.core.stored`).
 
     Returns:
         The model, and the tokenizer, which is None for a local folder that holds none.
@@ -164,11 +172,12 @@ def load(
             f"name_or_path={str(name_or_path)!r} is no causal language model of transformers; "
             f"use refimpl.lab.models.small.load({str(name_or_path)!r})"
         )
-    Checkpoint(path)  # opens every weight file: refuses pickles, finds truncated and missing ones
+    source = Checkpoint(path)  # opens every weight file: refuses pickles, finds truncated and missing ones
     if io.is_compressed(path):
         model = cast(PreTrainedModel, io.load(path, dtype=dtype or compute_dtype()))
     else:
         model = _from_folder(path, dtype or compute_dtype())
+    _declare(model, source, dtype)
     has_tokenizer = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     return model.eval(), AutoTokenizer.from_pretrained(path) if has_tokenizer else None
 
@@ -193,37 +202,6 @@ def folder(name_or_path: str | Path) -> Path:
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} has no config.json: give the folder that `save_pretrained` wrote")
     return path
-
-
-@functools.cache
-def compute_dtype(device: str = "cpu") -> torch.dtype:
-    """bf16 where this device multiplies bf16 matrices fast, else fp32; measured once per process.
-
-    Many CPUs emulate bf16 at a twentieth of their fp32 speed, and no flag tells reliably: a product of 128x512
-    and 512x512 is timed in both (milliseconds; about a second on the slowest).
-
-    Example:
-        >>> compute_dtype() in (torch.bfloat16, torch.float32)
-        True
-    """
-    kind = torch.device(device).type
-    if kind == "cuda":
-        native = torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] >= 8
-        return torch.bfloat16 if native else torch.float32
-    if kind != "cpu":
-        return torch.float32
-
-    def seconds(dtype: torch.dtype) -> float:
-        a, b = torch.ones(128, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
-        best = float("inf")
-        for _ in range(5):
-            start = time.perf_counter()
-            a @ b
-            best = min(best, time.perf_counter() - start)
-        return best
-
-    # A clear win is asked for, so that timing noise cannot choose bf16 where both run alike.
-    return torch.bfloat16 if seconds(torch.float32) > 1.3 * seconds(torch.bfloat16) else torch.float32
 
 
 def permute_channels(state: dict[str, Tensor], config: LlamaConfig, seed: int = PERMUTATION_SEED) -> dict[str, Tensor]:

@@ -135,7 +135,7 @@ class ClassifierPoint:
 def classifier_points(results: Results, condition: str, reference: str = "dense") -> list[ClassifierPoint]:
     """The classifiers of a study as points.
 
-    What a study must have recorded (`refimpl.lab.measure.classify.add_scores` does it): for the arm "dense" and every other arm
+    What a study must have recorded (`refimpl.lab.measure.classify.score_rows` yields it): for the arm "dense" and every other arm
     "<method> <label>", under the condition "<dataset> <model>" (as "mnist resnet"),
 
     - metrics "correct" (0 or 1) and "loss" (nats) for each image of the test split, unit the image's name;
@@ -181,7 +181,7 @@ def classifier_points(results: Results, condition: str, reference: str = "dense"
 
     def cost(arm: str, metric: str) -> float:
         if metric not in arms[arm]:
-            raise OptionError(f"arm {arm!r} was recorded without {metric!r}; record classifiers with add_scores")
+            raise OptionError(f"arm {arm!r} was recorded without {metric!r}; record classifiers with score_rows")
         return float(np.mean(arms[arm][metric][""]))
 
     correct, loss = per_image(reference, "correct"), per_image(reference, "loss")
@@ -245,7 +245,7 @@ def task_points(
 
     Args:
         results: of a study that recorded each item of task T under the condition "task T"
-            (`refimpl.lab.measure.tasks.add_scores`), and perplexities with their bits per weight.
+            (`refimpl.lab.measure.tasks.score_rows`), and perplexities with their bits per weight.
         tasks: which of them.
         metric: "restricted" (best among the candidates) or "free" (the answer is what the model would write).
         condition: of the perplexity.

@@ -7,164 +7,34 @@ and nothing else, and says of each whether it still belongs to the code, and whe
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from datetime import datetime
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from refimpl import markdown as md
-from refimpl.core.errors import FetchError, MissingExtra, OptionError
+from refimpl.core.errors import FetchError, MissingExtra
 from refimpl.core.files.io import data_path
 from refimpl.lab import wheels
-from refimpl.lab.measure.statistics import Interval
-from refimpl.lab.study.records import Results, differences, git, rule_commit, utc
-from refimpl.lab.study.sources import module_hash, source_hash
+from refimpl.lab.study.records import RULE, Results, differences, git, rule_commit, utc
+from refimpl.lab.study.sources import Sources
 
-__all__ = [
-    "Claim",
-    "Outcome",
-    "Verdict",
-    "current_data",
-    "judge",
-    "markdown",
-    "rule_commit",
-    "rule_problems",
-    "stale",
-    "table",
-]
-
-
-class Verdict(str, Enum):
-    """What a measurement says about a claim."""
-
-    HOLDS = "holds"
-    PARTLY = "partly"
-    DOES_NOT_HOLD = "does not hold here"
-    CANNOT_BE_TESTED = "cannot be tested at this scale"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a rule makes of the records.
-
-    Attributes:
-        verdict: by the claim's rule.
-        estimate, low, high: our number and its 95 % interval.
-        mde: smallest effect the study could have seen, as a distance from "no effect".
-        scale: what was measured where, against what the paper did: "135M, 4 k tokens; the paper: 8B".
-        control: the arm the claim is measured against.
-        quantity: what the number is: "perplexity with EoRA / with plain SVD".
-    """
-
-    verdict: Verdict
-    estimate: float
-    low: float
-    high: float
-    mde: float
-    scale: str
-    control: str
-    quantity: str
-
-    @classmethod
-    def of(cls, interval: Interval, verdict: Verdict, *, scale: str, control: str, quantity: str) -> Outcome:
-        """An outcome whose numbers are those of an interval.
-
-        Example:
-            >>> interval = Interval(0.97, 0.95, 0.99, mde=0.03, n=60)
-            >>> Outcome.of(interval, Verdict.HOLDS, scale="135M", control="SVD", quantity="ratio").low
-            0.95
-        """
-        return cls(verdict, interval.estimate, interval.low, interval.high, interval.mde, scale, control, quantity)
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A statement of a paper and the rule by which it is judged; written and committed before the study runs.
-
-    Attributes:
-        id: unique in the book, e.g. "eora-beats-svd".
-        text: the claim in one sentence.
-        paper_number: what the paper reports, with its scale.
-        rule: the rule in words, complete enough to be applied by hand.
-        outcome: the same rule as code.
-        paper_effect: the paper's effect as a distance from "no effect", in the unit of `Outcome.mde` (0.1 for a ratio
-            of 0.9). If the rule finds nothing and the study could not have seen an effect of that size, the verdict is
-            "cannot be tested" instead of "does not hold". None where the paper gives no size.
-    """
-
-    id: str
-    text: str
-    paper_number: str
-    rule: str
-    outcome: Callable[[Results], Outcome]
-    paper_effect: float | None = None
-
-
-def judge(results: Results, claims: Iterable[Claim]) -> list[dict[str, Any]]:
-    """Apply the rules to the records; store the answer with ``results.claims = judge(results, CLAIMS)``.
-
-    Raises:
-        OptionError: two claims share an id, a needed arm was not recorded, or an estimate lies outside its interval.
-
-    Example:
-        >>> results = Results("demo.json", header={})
-        >>> outcome = Outcome(Verdict.DOES_NOT_HOLD, 0.99, 0.96, 1.02, 0.03, "135M; the paper: 8B", "SVD", "ratio")
-        >>> claim = Claim("demo", "It helps.", "0.9 at 8B", "holds if high < 1", lambda results: outcome, 0.02)
-        >>> judge(results, [claim])[0]["verdict"]
-        'cannot be tested at this scale'
-    """
-    rows: list[dict[str, Any]] = []
-    for claim in claims:
-        if claim.id in {row["id"] for row in rows}:
-            raise OptionError(f"claim id {claim.id!r} is used twice; ids must be unique")
-        outcome = claim.outcome(results)
-        if not outcome.low <= outcome.estimate <= outcome.high:
-            raise OptionError(
-                f"claim {claim.id!r}: estimate {outcome.estimate} is outside [{outcome.low}, {outcome.high}]"
-            )
-        verdict = Verdict(outcome.verdict)
-        blind = claim.paper_effect is not None and outcome.mde > abs(claim.paper_effect)
-        if blind and verdict is Verdict.DOES_NOT_HOLD:  # an effect that was found could be seen
-            verdict = Verdict.CANNOT_BE_TESTED
-        numbers = {name: float(f"{getattr(outcome, name):.4g}") for name in ("estimate", "low", "high", "mde")}
-        rows.append(
-            {
-                "id": claim.id,
-                "text": claim.text,
-                "paper_number": claim.paper_number,
-                "paper_effect": claim.paper_effect,
-                "rule": claim.rule,
-                "verdict": verdict.value,
-                **numbers,
-                "quantity": outcome.quantity,
-                "scale": outcome.scale,
-                "control": outcome.control,
-            }
-        )
-    return rows
+__all__ = ["current_data", "markdown", "rule_commit", "rule_problems", "stale", "table"]
 
 
 def stale(results: Results, data: Mapping[str, str] | None = None) -> list[str]:
-    """What has changed since the records were made: names of modules and data.
+    """Functions and data that have changed since the last stamp, or since the records were made.
 
     Args:
         results: a loaded results file.
-        data: hashes of data and models as they are now; None compares sources only.
+        data: hashes of data and models as they are now; None compares functions only.
 
     Example:
-        >>> header = {"sources": {"refimpl.lab.study.sources": "an old hash"}, "data": {}}
+        >>> header = {"functions": [["refimpl.lab.study.sources", "source_hash", "an old hash"]], "data": {}}
         >>> stale(Results("demo.json", header))
-        ['refimpl.lab.study.sources']
+        ['refimpl.lab.study.sources.source_hash']
     """
-    now = {}
-    for name in results.header["sources"]:
-        try:
-            now[name] = module_hash(name)
-        except ModuleNotFoundError:
-            continue  # gone or moved: `differences` names it
-    changed = differences(results.header["sources"], now)
+    changed = results.changed_functions()
     return changed if data is None else changed + differences(results.header["data"], data)
 
 
@@ -208,9 +78,9 @@ def _data_hash(name: str) -> str:
 def rule_problems(results: Results, repository: str | Path | None = None) -> list[str]:
     """Why the rule of these results cannot be trusted to have come first; empty if it can.
 
-    Checks that the commit is part of this history, is older than the first run, and that the study's code in that
-    commit is the code that ran. Outside the book's own checkout, or in a shallow clone that lacks the commit, only
-    the date stored in the file is checked.
+    Checks that the commit is part of this history and older than the first run, and that the claims in that commit, with
+    all functions they name, are those that judged. Outside the book's own checkout, or in a shallow clone that lacks the
+    commit, only the date stored in the file is checked.
 
     Args:
         results: a loaded results file.
@@ -236,28 +106,31 @@ def rule_problems(results: Results, repository: str | Path | None = None) -> lis
     try:
         git(root, "merge-base", "--is-ancestor", rule["commit"], "HEAD")
         committed = utc(int(git(root, "show", "-s", "--format=%ct", rule["commit"])))
-        source = git(root, "show", f"{rule['commit']}:{rule['file']}")
     except subprocess.CalledProcessError:
         return problems if shallow else [*problems, f"the rule's commit {rule['commit'][:9]} is not in this history"]
     if committed > started and not problems:
         problems.append(f"the rule's commit {rule['commit'][:9]} is younger than the run")
-    if source_hash(source) != results.header["sources"][results.header["study"]]:
-        problems.append(f"the study that ran is not the one in the rule's commit {rule['commit'][:9]}")
+    if "hash" not in rule:  # of a study that is not converted yet
+        return problems
+    then = Sources.at_commit(root, rule["commit"])
+    study = results.header["study"]
+    if not then.has(study, RULE) or then.digest(study, RULE, deep=True) != rule["hash"]:
+        problems.append(f"the rule that judged is not the one in the rule's commit {rule['commit'][:9]}")
     return problems
 
 
 def table(folder: str | Path | None = None) -> list[dict[str, Any]]:
     """One row for each judged claim of each results file, in the order of file names.
 
-    Each row has the keys of a claim (`judge`) and "paper" (slug), "study", "started", "rule_commit", "stale" (names of
-    what changed since: modules, and data and models as far as the cache holds them) and "problems" (of the rule; and a
-    profile other than "study").
+    Each row has the keys of a claim (`judge`) and "paper" (slug), "study", "started", "rule_commit", "stands_as_of" (time
+    of the last stamp, or None), "stale" (functions that changed since, and data and models as far as the cache holds
+    them) and "problems" (of the rule; and a profile other than "study").
 
     Args:
         folder: where the results files are; data/results by default.
 
     Example:
-        >>> all(row["verdict"] in {v.value for v in Verdict} for row in table())
+        >>> all(row["low"] <= row["estimate"] <= row["high"] for row in table())
         True
     """
     rows = []
@@ -272,6 +145,7 @@ def table(folder: str | Path | None = None) -> list[dict[str, Any]]:
             "study": header["study"],
             "started": header["runs"][0]["started"],
             "rule_commit": (header["rule"] or {}).get("commit"),
+            "stands_as_of": header["stamps"][-1]["when"] if header.get("stamps") else None,
             "stale": stale(results, current_data(header["data"])),
             "problems": problems,
         }

@@ -8,6 +8,7 @@ and an added arm is one added line.
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -23,17 +24,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from refimpl.core.errors import OptionError, RefimplError
+from refimpl.core.errors import OptionError, RefimplError, nearest
 from refimpl.core.files.io import atomic_write
 from refimpl.lab.measure.metrics import Perplexity
-from refimpl.lab.study.sources import module_hashes
+from refimpl.lab.study.sources import Sources, module_hashes
 
 if TYPE_CHECKING:
     from refimpl.core.train.loop import History
 
-_FORMAT = 1
+_FORMAT = 2
+_FORMER = 1  # declared the modules it rests on, by hand
+_GONE = ("", "", "")  # a function that no longer exists
 _PACKAGES = ("torch", "transformers", "refimpl")
-_SMALLER = "a smaller size with `--profile live` (the ledger does not take such results)"
+#: Name in a study's module that holds the rule.
+RULE = "CLAIMS"
+_LOOK_BACK = 30  # commits of a study's file that are searched for the oldest with the same rule
+_SMALLER = "a smaller size with `--profile quick` (the ledger does not take such results)"
 
 
 class ResultsError(RefimplError):
@@ -74,8 +80,10 @@ class Results:
 
     Attributes:
         path: where `save` writes.
-        header: paper, study, profile, rule commit, hashes of sources and data, and one entry for each run that
-            added to the file (start, git HEAD and whether the package was modified, versions, CPU, threads, dtype).
+        header: paper, study, profile, rule commit, hashes of data, "functions" (module, name and hash of every function
+            of the package that ran), "kinds" (for each kind of arm the cheapest job, and which functions ran), one entry
+            for each run that added to the file (start, git HEAD and whether the package was modified, versions, CPU,
+            threads, dtype), and "stamps" (see `refimpl.lab.study.replay`).
         claims: judged claims, filled from `refimpl.lab.study.ledger.judge`.
 
     Example:
@@ -107,6 +115,7 @@ class Results:
         profile: str = "study",
         dtype: str = "float32",
         provisional: bool = False,
+        again: Iterable[str] = (),
     ) -> Results:
         """Begin a results file, or go on with the one that is there.
 
@@ -114,21 +123,22 @@ class Results:
             path: the JSON file.
             paper: slug of the paper; every record carries it.
             study: importable name of the module that holds the rules and runs the arms.
-            depends: importable names of the method and of whatever else the numbers depend on.
             data: hashes of data and models by name.
-            profile: "quick", "live" or "study".
+            profile: "quick" or "study".
             dtype: dtype of the computation.
             provisional: go on although the rule is not committed. The file says so and the ledger refuses it.
+            again: arms whose records are dropped, to be measured anew.
 
         Raises:
-            RuleNotCommitted: the study's file has changes that are not committed (unless provisional).
-            ResultsError: the file was made from other sources, data or rules, for another profile, or its last run
-                computed in another dtype.
+            RuleNotCommitted: the claims have changes that are not committed (unless provisional).
+            ResultsError: the file was made from other data or rules, for another profile, its last run computed in
+                another dtype, or functions it rests on have changed since.
+            OptionError: an arm of `again` is not in the file.
 
         Example:
             >>> results = Results.start("demo.json", paper="demo", study="refimpl.lab.study.records", provisional=True)
-            >>> results.header["rule"] is None, list(results.header["sources"])
-            (True, ['refimpl.lab.study.records'])
+            >>> results.header["rule"] is None, results.header["functions"]
+            (True, [])
         """
         path = Path(path)
         origin = getattr(importlib.util.find_spec(study), "origin", None)
@@ -139,24 +149,31 @@ class Results:
             "paper": paper,
             "study": study,
             "profile": profile,
-            "rule": None if provisional else rule_commit(origin),
-            "sources": module_hashes([study, *depends]),
+            "rule": None if provisional else rule_commit(study),
             "data": dict(data or {}),
+            "functions": [],
+            "kinds": {},
             "runs": [],
+            "stamps": [],
         }
+        if depends:
+            header |= {"format": _FORMER, "sources": module_hashes([study, *depends])}
         results = cls(path, header)
         if path.exists():
             results = cls.load(path)
+            for arm in again:
+                results.drop(arm)
             results._must_match(header, dtype)
-        results.header["runs"].append(_environment(dtype))
+        results.header["runs"].append(environment(dtype))
         return results
 
     def _must_match(self, header: dict[str, Any], dtype: str) -> None:
-        changed = differences(self.header["sources"], header["sources"])
-        changed += differences(self.header["data"], header["data"])
+        changed = differences(self.header["data"], header["data"])
         changed += [key for key in ("paper", "study", "profile") if self.header[key] != header[key]]
         if (self.header["rule"] is None) != (header["rule"] is None):
             changed.append("whether the rule is committed")
+        elif header["rule"] and "hash" in self.header["rule"] and header["rule"]["hash"] != self.rule_hash():
+            changed.append("the rule")  # or it could be bent to the numbers that are there
         recorded = self.header["runs"][-1]["dtype"]
         if recorded != dtype:  # rounding differs by more than some of the effects that are looked for
             changed.append(f"dtype: {recorded} then, {dtype} now")
@@ -165,6 +182,89 @@ class Results:
                 f"{self.path} was recorded with something else than now ({', '.join(changed)}), and rows of both must "
                 "not be mixed; delete the file to start again, or write to another one (`--out`)"
             )
+        moved = self.changed_functions()
+        if moved:
+            kinds = [kind for kind, names in self.kinds_resting_on(moved).items() if names]
+            raise ResultsError(
+                f"{self.path} rests on functions that have changed since ({', '.join(moved)}; used by "
+                f"{', '.join(kinds)}). `refimpl restamp {self.header['paper']}` shows whether its numbers stand; "
+                "`refimpl study ... --again ARM` measures an arm anew"
+            )
+
+    def note(
+        self, kind: str, place: tuple[str, str, int] | None, seconds: float, ran: Iterable[tuple[str, str]]
+    ) -> None:
+        """Add functions that ran to what a kind of arm rests on, and remember its cheapest job.
+
+        Args:
+            kind: of arm.
+            place: arm, condition and seed of the job; None for tuning and shared work.
+            seconds: the job took.
+            ran: (module, name) of functions, from `refimpl.lab.study.trace.traced`.
+        """
+        index = {(module, name): i for i, (module, name, _) in enumerate(self.functions())}
+        entry = self.header["kinds"].setdefault(kind, {"functions": []})
+        used = set(entry["functions"])
+        for module, name in sorted(ran):
+            if (module, name) not in index:
+                index[module, name] = len(self.header["functions"])
+                self.header["functions"].append([module, name, _tree().digest(module, name)])
+            used.add(index[module, name])
+        entry["functions"] = sorted(used)
+        if place is not None and not seconds >= entry.get("seconds", math.inf):
+            entry |= {"arm": place[0], "condition": place[1], "seed": place[2], "seconds": round(seconds, 2)}
+
+    def functions(self) -> list[tuple[str, str, str]]:
+        """Module, name and hash of the functions that these records rest on, as the last stamp has them."""
+        rows = [tuple(row) for row in self.header.get("functions", ())]
+        for stamp in self.header.get("stamps", ()):
+            for index, row in stamp["functions"].items():
+                rows[int(index)] = _GONE if row is None else tuple(row)
+        return rows
+
+    def rule_hash(self) -> str:
+        """Hash of the claims that judge these records, as of the last stamp that has one."""
+        stamped = [stamp["compared"]["rule"] for stamp in self.header["stamps"] if "rule" in stamp["compared"]]
+        return stamped[-1] if stamped else self.header["rule"]["hash"]
+
+    def perturbed(self, rng: np.random.Generator, spread: float) -> Results:
+        """A copy whose values are multiplied by random factors around 1, one for each arm and one for each value.
+
+        Args:
+            rng: draws the factors.
+            spread: standard deviation of their logarithms.
+        """
+        copy = Results(self.path, self.header)
+        arms = {arm: math.exp(rng.normal(0.0, spread)) for arm in dict.fromkeys(key[0] for key in self._series)}
+        for key, (cost, values) in self._series.items():
+            fixed = key[3] == "tokens"  # a size, which all arms share
+            factors = (
+                np.ones(len(values)) if fixed else arms[key[0]] * np.exp(rng.normal(0.0, spread / 10, len(values)))
+            )
+            copy._series[key] = (
+                cost,
+                {unit: _rounded(v * f) for (unit, v), f in zip(values.items(), factors, strict=True)},
+            )
+        return copy
+
+    def changed_functions(self, now: Sources | None = None) -> list[str]:
+        """Names of the functions that differ from those of the last stamp; a moved function is followed.
+
+        Args:
+            now: the sources to compare with; those that run by default.
+        """
+        now = now or _tree()
+        return [
+            f"{module}.{name}" for module, name, digest in self.functions() if now.locate(module, name, digest) is None
+        ]
+
+    def kinds_resting_on(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """For each kind of arm, which of some functions ("module.name") it used."""
+        wanted, table = set(names), [f"{module}.{name}" for module, name, _ in self.functions()]
+        return {
+            kind: [table[i] for i in entry["functions"] if table[i] in wanted]
+            for kind, entry in self.header.get("kinds", {}).items()
+        }
 
     @classmethod
     def load(cls, path: str | Path) -> Results:
@@ -175,7 +275,7 @@ class Results:
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            if content["header"]["format"] != _FORMAT:
+            if content["header"]["format"] not in (_FORMER, _FORMAT):
                 raise ResultsError(f"{path} has format {content['header']['format']}; this version reads {_FORMAT}")
             results = cls(path, content["header"])
             results.claims = content["claims"]
@@ -214,14 +314,8 @@ class Results:
         self, arm: str, condition: str, seed: int, result: Perplexity, cost: float | None = None
     ) -> None:
         """Add a perplexity as two metrics for each document: "nll" (sum, nats) and "tokens"."""
-        result = result.by_unit()
-        for metric, values in (("nll", result.nll), ("tokens", result.counts)):
-            self.add(
-                *(
-                    Record(self.header["paper"], arm, condition, seed, unit, metric, float(value), cost)
-                    for unit, value in zip(result.units, values, strict=True)
-                )
-            )
+        paper = self.header["paper"]
+        self.add(*(Record(paper, arm, condition, seed, *point, cost) for point in perplexity_points(result)))
 
     def add_history(self, arm: str, condition: str, seed: int, history: History, every: int = 1) -> None:
         """Add the curves of a training: each unit is a step, each metric a curve.
@@ -241,20 +335,34 @@ class Results:
             >>> results.values("dense", "training", metric="train loss")
             {'2': 0.75, '4': 0.291667}
         """
-        rows: list[tuple[int, str, float]] = []
-        for start in range(0, len(history.steps) - every + 1, every):
-            chunk = history.steps[start : start + every]
-            step = int(chunk[-1]["step"])
-            rows.append((step, "train loss", sum(entry["loss"] for entry in chunk) / every))
-            rows.append((step, "lr", chunk[-1]["lr"]))
-        for entry in history.evaluations:
-            rows += [(int(entry["step"]), name, value) for name, value in entry.items() if name != "step"]
         paper = self.header["paper"]
-        self.add(*(Record(paper, arm, condition, seed, str(step), name, value) for step, name, value in rows))
+        self.add(*(Record(paper, arm, condition, seed, *point) for point in curve_points(history, every)))
 
     def has(self, arm: str, condition: str = "", seed: int = 0) -> bool:
         """Whether an arm has been recorded, so that a resumed study can skip it."""
         return any(key[:3] == (arm, condition, seed) for key in self._series)
+
+    def whole(self, arm: str, condition: str = "", seed: int = 0) -> dict[str, float]:
+        """The numbers about an arm as a whole, by metric."""
+        return {
+            metric: values[""]
+            for (*place, metric), (_, values) in self._series.items()
+            if tuple(place) == (arm, condition, seed) and "" in values
+        }
+
+    def drop(self, arm: str) -> None:
+        """Remove the records of an arm.
+
+        Raises:
+            OptionError: it has none.
+        """
+        keys = [key for key in self._series if key[0] == arm]
+        if not keys:
+            raise OptionError(
+                f"{self.path.name} has no arm {arm!r}; it has {nearest(arm, dict.fromkeys(k[0] for k in self._series))}"
+            )
+        for key in keys:
+            del self._series[key]
 
     def values(self, arm: str, condition: str = "", seed: int = 0, *, metric: str) -> dict[str, float]:
         """Value of each unit.
@@ -334,6 +442,41 @@ class Results:
             temporary.write_text(text, encoding="utf-8")
 
 
+def curve_points(history: History, every: int = 1) -> Iterator[tuple[str, str, float]]:
+    """The curves of a training as (step, metric, value).
+
+    Args:
+        history: what `refimpl.core.train.loop.train` returned.
+        every: means over this many steps are kept, under the last of them ("train loss", and "lr" at that step);
+            the evaluations are kept all, under their own names.
+
+    Example:
+        >>> from refimpl.core.train.loop import History
+        >>> list(curve_points(History([{"step": 1, "loss": 2.0, "lr": 0.1}])))
+        [('1', 'train loss', 2.0), ('1', 'lr', 0.1)]
+    """
+    for start in range(0, len(history.steps) - every + 1, every):
+        chunk = history.steps[start : start + every]
+        step = str(int(chunk[-1]["step"]))
+        yield step, "train loss", sum(entry["loss"] for entry in chunk) / every
+        yield step, "lr", chunk[-1]["lr"]
+    for entry in history.evaluations:
+        yield from ((str(int(entry["step"])), name, value) for name, value in entry.items() if name != "step")
+
+
+def perplexity_points(result: Perplexity) -> Iterator[tuple[str, str, float]]:
+    """A perplexity as (document, metric, value): "nll" (sum, nats) and "tokens" of every document.
+
+    Example:
+        >>> list(perplexity_points(Perplexity(2.0, np.array([3.0, 4.0]), np.array([5, 5]), ["a", "a"])))
+        [('a', 'nll', 7.0), ('a', 'tokens', 10.0)]
+    """
+    result = result.by_unit()
+    for metric, values in (("nll", result.nll), ("tokens", result.counts)):
+        for unit, value in zip(result.units, values, strict=True):
+            yield unit, metric, float(value)
+
+
 def _dumps(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
@@ -359,7 +502,14 @@ def differences(recorded: Mapping[str, str], now: Mapping[str, str]) -> list[str
     return sorted(name for name in {*recorded, *now} if recorded.get(name) != now.get(name))
 
 
-def _environment(dtype: str) -> dict[str, Any]:
+@functools.cache
+def _tree() -> Sources:
+    """The functions that run in this process."""
+    return Sources.of_tree()
+
+
+def environment(dtype: str) -> dict[str, Any]:
+    """Time, commit, versions and processor of a run, as the header keeps them."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -398,42 +548,53 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def rule_commit(path: str | Path) -> dict[str, str]:
-    """The commit that last changed a file, as ``{"file", "commit", "committed"}``.
+def rule_commit(study: str) -> dict[str, str]:
+    """The oldest commit since which the rule of a study is what it is: ``{"file", "commit", "committed", "hash"}``.
 
-    A verdict means something only if its rule was fixed before the numbers were seen.
+    The rule is ``CLAIMS`` of the module with all functions that it names: mending anything else in the file leaves it as it
+    is. A verdict means something only if its rule was fixed before the numbers were seen.
 
     Args:
-        path: the file that holds the rule; its directory must be inside a git checkout.
+        study: importable name of the module; its file must be inside a git checkout.
 
     Raises:
-        RuleNotCommitted: no checkout, or the file is untracked or has changes.
+        RuleNotCommitted: no checkout, the file is not committed, or the rule in it is not.
 
     Example:
-        >>> import tempfile
         >>> try:
-        ...     rule_commit(Path(tempfile.mkdtemp()) / "study.py")
+        ...     rule_commit("json")
         ... except RuleNotCommitted as error:
-        ...     print("in no git checkout" in str(error))
+        ...     print("no CLAIMS" in str(error))
         True
     """
-    path = Path(path).resolve()
+    origin = Path(str(getattr(importlib.util.find_spec(study), "origin", None))).resolve()
+    root = origin.parents[len(study.split(".")) - (origin.name != "__init__.py")]
+    path, remedy = origin.relative_to(root).as_posix(), f"commit it before the run, or run {_SMALLER}"
+    now = Sources.of_tree(root)
+    if not now.has(study, RULE):
+        raise RuleNotCommitted(f"{study} has no {RULE}, so there is no rule; add the claims with their rules")
+    digest = now.digest(study, RULE, deep=True)
     try:
-        changes = git(path.parent, "status", "--porcelain", "--ignored", "--", path.name)
-        last = git(path.parent, "log", "-1", "--format=%H %ct", "--", path.name)
-        inside = git(path.parent, "ls-files", "--full-name", "--", path.name)
+        commits = git(root, "log", "-n", str(_LOOK_BACK), "--format=%H %ct", "--", path).split("\n")
+        inside = git(root, "ls-files", "--full-name", "--", path)
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", "") or str(error)).strip()
         raise RuleNotCommitted(
-            f"{path.name} holds the rule and is in no git checkout ({reason}); clone the repository, or run {_SMALLER}"
+            f"{path} holds the rule and is in no git checkout ({reason}); clone the repository, or run {_SMALLER}"
         ) from error
-    if changes or not last:
-        raise RuleNotCommitted(
-            f"{path.name} holds the rule and has changes that are not committed; commit it before the run, or run "
-            f"{_SMALLER}"
-        )
-    commit, seconds = last.split()
-    return {"file": inside, "commit": commit, "committed": utc(int(seconds)).isoformat()}
+    found = ""
+    for line in filter(None, ["HEAD -1", *commits]):  # HEAD: functions of other files may be younger than this one
+        commit = line.split()[0]
+        before = Sources.at_commit(root, commit)
+        if not before.has(study, RULE) or before.digest(study, RULE, deep=True) != digest:
+            break
+        found = line
+    if not found:
+        raise RuleNotCommitted(f"the rule in {path} has changes that are not committed; {remedy}")
+    if found.startswith("HEAD"):
+        found = git(root, "log", "-1", "--format=%H %ct")
+    commit, seconds = found.split()
+    return {"file": inside, "commit": commit, "committed": utc(int(seconds)).isoformat(), "hash": digest}
 
 
 def utc(seconds: int) -> datetime:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from refimpl.core.compress.quantizer import fake_quantize
 from refimpl.core.compress.sites import Site
 from refimpl.core.errors import OptionError
 from refimpl.core.layers import (
@@ -25,6 +24,7 @@ from refimpl.core.layers import (
     empty_layer,
 )
 from refimpl.core.layers.grid import minmax_grid
+from refimpl.core.layers.quantizer import fake_quantize
 
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "plain": {"kernel_size": 3},

@@ -160,6 +160,25 @@ def test_the_recipe_is_the_loops_own_where_both_can_say_it():
     assert [ours.lr_at(s) for s in range(9, 99)] == pytest.approx([theirs.lr_at(s + 1) for s in range(9, 99)])
 
 
+@pytest.mark.parametrize("warmup", [0, 1, 7])
+@pytest.mark.parametrize("low", [0.0, 0.1, 0.37, 1.0])
+def test_recipe_and_cosine_are_one_curve_read_at_two_moments(warmup, low):
+    recipe, cosine = Recipe(60, lr=0.3, warmup=warmup, final_lr=low), Cosine(60, 1.0, low, warmup)
+    read = [cosine.rate(step + 1 if step < warmup else step) for step in range(60)]
+    assert [recipe.scale(step) for step in range(60)] == pytest.approx(read, rel=4e-16)
+    # and to the bit what recorded runs were trained with
+    old = [
+        (step + 1) / warmup
+        if step < warmup
+        else low + (1 - low) * 0.5 * (1 + math.cos(math.pi * ((step - warmup) / max(1, 60 - warmup))))
+        for step in range(60)
+    ]
+    assert [recipe.lr_at(step) for step in range(60)] == [0.3 * scale for scale in old]
+    weights = [0.5 * (1 + math.cos(math.pi * ((t - warmup) / (60 - warmup)))) for t in range(61)]
+    scaled = [1.0 * t / warmup if t < warmup else w * 1.0 + (1 - w) * low for t, w in enumerate(weights)]
+    assert [cosine.scale(step) for step in range(60)] == scaled[1:]
+
+
 def test_a_torch_scheduler():
     schedule = infinite()
     slow, fast = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))

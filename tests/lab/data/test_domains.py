@@ -8,14 +8,16 @@ import torch
 from refimpl.core.errors import CalibrationError, OptionError
 from refimpl.lab import wheels
 from refimpl.lab.data import domains, text
-from refimpl.lab.models import lstm, small
+from refimpl.lab.data.windows import windows
+from refimpl.lab.measure.bits import bits_per_byte
+from refimpl.lab.models import small
 
 
 @pytest.mark.parametrize(("domain", "split"), [("wikipedia", "validation"), ("prose", "test")])
 def test_windows_are_those_of_the_reference_reader(domain: str, split: str) -> None:
     for stride in (None, 40):
         ids, units = domains.windows(domain, split, 96, stride)
-        expected, names = lstm.windows(domain, split, 96, small.tokenizer(), stride)
+        expected, names = windows(domain, split, 96, small.tokenizer(), stride)
         assert torch.equal(ids, expected)
         assert units == names
 
@@ -70,7 +72,7 @@ def test_the_small_llama() -> None:
     assert domains.llama(96, layers=3).config.num_attention_heads == 3
     ids, units = domains.windows("python", "validation", 64, count=6)
     found = domains.measured(model, ids, units)
-    direct = lstm.bits_per_byte(model, ids, units, small.tokenizer())
+    direct = bits_per_byte(model, ids, units, small.tokenizer())
     assert found.value == pytest.approx(direct.value)
     assert found.units == list(dict.fromkeys(units))
 

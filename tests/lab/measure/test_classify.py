@@ -18,11 +18,10 @@ from refimpl.core.errors import CalibrationError, OptionError
 from refimpl.core.files.io import data_path
 from refimpl.core.layers import CompensatedLinear, Factor, LowRankLinear, PackedLinear
 from refimpl.lab.data.images import from_arrays, images
-from refimpl.lab.measure.classify import add_scores, bit_operations, classify, cross_entropy_loss, flops, kl
+from refimpl.lab.measure.classify import bit_operations, classify, cross_entropy_loss, flops, kl, score_rows
 from refimpl.lab.measure.metrics import footprint
 from refimpl.lab.models import small
 from refimpl.lab.models.classifiers import resnet, vit
-from refimpl.lab.study.records import Results
 
 SHIPPED = ("resnet-mnist", "resnet-digits", "vit-mnist", "vit-digits")
 
@@ -153,18 +152,13 @@ def test_quantised_convolutions_are_counted_in_bits_and_bytes(some):
     assert after.bytes == stored
 
 
-def test_recorded_scores_keep_every_image(model, some, tmp_path):
-    results = Results.start(tmp_path / "r.json", paper="demo", study="refimpl.lab.measure.classify", provisional=True)
+def test_rows_keep_every_image(model, some):
     scores = classify(model, some)
-    add_scores(results, "dense", "digits resnet", 0, scores, nbytes=316_336, flops=1.9e6, bit_operations=1e9)
-    results.save()
-    again = Results.load(results.path)
-    correct = again.values("dense", "digits resnet", metric="correct")
+    rows = list(score_rows(scores, nbytes=316_336, flops=1.9e6, bit_operations=1e9))
+    correct = {row.unit: row.value for row in rows if row.metric == "correct"}
     assert list(correct) == some.units and list(correct.values()) == scores.correct.int().tolist()
-    assert again.values("dense", "digits resnet", metric="bytes") == {"": 316_336}
-    assert {r.metric for r in again.records()} == {"correct", "loss", "bytes", "flops", "bit_operations"}
-    with pytest.raises(OptionError, match="already there"):
-        add_scores(results, "dense", "digits resnet", 0, scores, nbytes=1, flops=1)
+    whole = {row.metric: row.value for row in rows if not row.unit}
+    assert whole == {"bytes": 316_336, "flops": 1.9e6, "bit_operations": 1e9}
 
 
 # -- the models --

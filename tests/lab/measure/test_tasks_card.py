@@ -13,7 +13,9 @@ from refimpl.lab.measure import tasks
 from refimpl.lab.measure.statistics import difference, paired_bootstrap
 from refimpl.lab.measure.tasks import Scores, card
 from refimpl.lab.models import small
+from refimpl.lab.study.claims import Place
 from refimpl.lab.study.records import Results
+from refimpl.lab.study.study import Job, records
 
 
 def scores(free, ids=None, chance=0.25):
@@ -101,8 +103,9 @@ def test_records_keep_a_card(tmp_path):
     given = tasks.ScoreCard(
         {"cloze": scores([1, 0, 1]), "own": scores([0, 0], ["a/1", "b/1"], chance=0.125)}, seconds=3.0
     )
-    tasks.add_scores(results, "dense", 0, given, cost=16)
-    tasks.add_scores(results, "small", 2, given, cost=4.5)
+    for arm, seed, bits in (("dense", 0, 16), ("small", 2, 4.5)):
+        job = Job("", Place(arm), seed, "study")
+        results.add(*records(job, tasks.score_rows(given, bits), "demo"))
     results.save()
     back = Results.load(tmp_path / "r.json")
     assert back.has("dense", "task cloze") and back.cost("small", "task own", 2, metric="free") == 4.5

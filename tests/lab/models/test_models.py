@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import platform
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from refimpl.core.errors import CheckpointError, FetchError, OptionError
 from refimpl.lab import models, wheels
+from refimpl.lab.models import dtypes
 
 IDS = torch.arange(5, 45)[None]
 
@@ -223,7 +228,7 @@ def test_neither_folder_nor_hub_id():
 
 
 @pytest.mark.parametrize(("slowdown", "dtype"), [(0.05, torch.float32), (1.0, torch.float32), (20.0, torch.bfloat16)])
-def test_compute_dtype_is_bf16_only_where_that_clearly_wins(monkeypatch, slowdown, dtype):
+def test_fast_dtype_is_bf16_only_where_that_clearly_wins(monkeypatch, slowdown, dtype):
     """`slowdown`: of fp32 against bf16, on a clock that products of matrices move."""
     now = 0.0
 
@@ -235,10 +240,20 @@ def test_compute_dtype_is_bf16_only_where_that_clearly_wins(monkeypatch, slowdow
             nonlocal now
             now += self.seconds
 
-    monkeypatch.setattr(models.torch, "ones", Matrix)
-    monkeypatch.setattr(models.time, "perf_counter", lambda: now)
-    assert models.compute_dtype.__wrapped__("cpu") is dtype
+    monkeypatch.setattr(dtypes.torch, "ones", Matrix)
+    monkeypatch.setattr(dtypes.time, "perf_counter", lambda: now)
+    assert dtypes.fast_dtype.__wrapped__("cpu") is dtype
 
 
-def test_compute_dtype_elsewhere():
-    assert models.compute_dtype("meta") is torch.float32
+def test_fast_dtype_elsewhere():
+    assert dtypes.fast_dtype("meta") is torch.float32
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the instruction sets are those of x86")
+def test_fast_dtype_sees_the_simulated_processor():
+    """`make plain` would test nothing if the probe did not."""
+    code = "from refimpl.lab.models.language import compute_dtype; print(compute_dtype())"
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    assert (
+        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True).stdout == b"torch.float32\n"
+    )

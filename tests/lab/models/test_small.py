@@ -20,8 +20,9 @@ from refimpl.core.errors import CheckpointError, OptionError
 from refimpl.core.files import io
 from refimpl.lab import models
 from refimpl.lab.data import text
-from refimpl.lab.models import lstm, small
-from refimpl.lab.models.lstm import bits_per_byte
+from refimpl.lab.data.windows import windows as cut
+from refimpl.lab.measure.bits import bits_per_byte
+from refimpl.lab.models import small
 
 ROOT = Path(__file__).resolve().parents[3]
 LLAMAS = ("llama-small", "llama-medium", "llama-large")
@@ -34,10 +35,10 @@ _CUT = {}
 
 
 def windows(corpus, split, length, tokenizer=None, **more):
-    """`lstm.windows`, once for each split and tokenizer: turning the articles into tokens takes longest here."""
+    """Windows, cut once for each split and tokenizer: turning the articles into tokens takes longest here."""
     key = (corpus, split, length, tokenizer and tokenizer.backend_tokenizer.to_str(), *more.items())
     if key not in _CUT:
-        _CUT[key] = lstm.windows(corpus, split, length, tokenizer, **more)
+        _CUT[key] = cut(corpus, split, length, tokenizer, **more)
     return _CUT[key]
 
 

@@ -13,7 +13,7 @@ import torch
 from refimpl_book import pages
 
 from refimpl.core.errors import OptionError
-from refimpl.lab.measure.classify import Scores, add_scores
+from refimpl.lab.measure.classify import Scores, score_rows
 from refimpl.lab.show.plots import (
     ClassifierPoint,
     classifier_chart,
@@ -53,7 +53,9 @@ def record(results, arm, accuracy, seed=0, units=400, condition="mnist resnet", 
     correct ^= rng.random(units) < 0.002
     loss = np.where(correct, 0.01, 2.0)
     scores = Scores(torch.tensor(loss), torch.tensor(correct), torch.zeros(units, 10), [f"i{k}" for k in range(units)])
-    add_scores(results, arm, condition, seed, scores, **{"nbytes": 1000, "flops": 2000.0, **costs})
+    rows = score_rows(scores, **{"nbytes": 1000, "flops": 2000.0, **costs})
+    paper = results.header["paper"]
+    results.add(*(Record(paper, arm, condition, seed, row.unit, row.metric, row.value) for row in rows))
     return correct.mean(), loss.mean()
 
 

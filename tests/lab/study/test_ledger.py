@@ -13,11 +13,12 @@ from refimpl.core.files.io import data_path
 from refimpl.lab import models, wheels
 from refimpl.lab.data import text
 from refimpl.lab.measure.statistics import difference, paired_bootstrap
-from refimpl.lab.study.ledger import Claim, Outcome, Verdict, judge, markdown, rule_problems, stale, table
+from refimpl.lab.study.claims import Claim, Outcome, Verdict, judge
+from refimpl.lab.study.ledger import markdown, rule_problems, stale, table
 from refimpl.lab.study.records import Record, Results
 from refimpl.papers import papers
 
-STUDY = "LIMIT = 0.0\n"
+STUDY = "LIMIT = 0.0\nCLAIMS = [LIMIT]\n"
 
 
 def git(folder, *arguments, when=None):
@@ -63,8 +64,8 @@ def claim(**options):
             "id": "demo-better",
             "text": "Ours is better | than control.",
             "paper_number": "+12 points",
-            "rule": "holds if the interval of the difference lies above 0",
-            "outcome": better,
+            "rule": better,
+            "words": "holds if the interval of the difference lies above 0",
             **options,
         }
     )
@@ -97,10 +98,10 @@ def test_a_rule_that_is_not_met_does_not_hold(results):
             Verdict.DOES_NOT_HOLD, *(getattr(outcome, n) for n in ("estimate", "low", "high", "mde")), "", "", ""
         )
 
-    assert judge(results, [claim(outcome=worse)])[0]["verdict"] == "does not hold here"
-    assert judge(results, [claim(outcome=worse, paper_effect=-0.12)])[0]["verdict"] == "does not hold here"
+    assert judge(results, [claim(rule=worse)])[0]["verdict"] == "does not hold here"
+    assert judge(results, [claim(rule=worse, paper_effect=-0.12)])[0]["verdict"] == "does not hold here"
     # too small an effect for this study: finding nothing says nothing, finding something does
-    assert judge(results, [claim(outcome=worse, paper_effect=1e-4)])[0]["verdict"] == "cannot be tested at this scale"
+    assert judge(results, [claim(rule=worse, paper_effect=1e-4)])[0]["verdict"] == "cannot be tested at this scale"
     assert judge(results, [claim(paper_effect=1e-4)])[0]["verdict"] == "holds"
 
 
@@ -108,21 +109,27 @@ def test_mistakes_in_claims_are_refused(results):
     with pytest.raises(OptionError, match="used twice"):
         judge(results, [claim(), claim()])
     with pytest.raises(OptionError, match="outside"):
-        judge(results, [claim(outcome=lambda r: Outcome(Verdict.HOLDS, 2.0, 0.0, 1.0, 0.1, "", "", ""))])
+        judge(results, [claim(rule=lambda r: Outcome(Verdict.HOLDS, 2.0, 0.0, 1.0, 0.1, "", "", ""))])
+    with pytest.raises(OptionError, match="words="):
+        claim(words="")
     with pytest.raises(OptionError, match="no arm 'missing'"):
-        judge(results, [claim(outcome=lambda r: r.values("missing", metric="accuracy"))])
+        judge(results, [claim(rule=lambda r: r.values("missing", metric="accuracy"))])
 
 
-def test_staleness_ignores_prose_and_names_code_and_data(checkout, results):
+def test_staleness_names_code_and_data(results):
+    results.note("ours", ("ours", "", 0), 1.0, [("refimpl.lab.study.sources", "source_hash")])
     results = record(results)
-    (checkout / "ledgerstudy.py").write_text('"""Prose."""\n' + STUDY + "# more\n")
     assert stale(results, {"text": "12"}) == []
     assert stale(results, {"text": "13"}) == ["text"]
-    (checkout / "ledgerstudy.py").write_text("LIMIT = 1.0\n")
-    assert stale(results) == ["ledgerstudy"]
-    results.header["sources"]["no_such_module_any_more"] = "0"
-    assert stale(results) == ["ledgerstudy", "no_such_module_any_more"]
-    assert table(results.path.parent)[0]["stale"] == ["ledgerstudy"]
+    outdate(results)
+    assert stale(results) == ["refimpl.lab.study.sources.source_hash"]
+    assert table(results.path.parent)[0]["stale"] == ["refimpl.lab.study.sources.source_hash"]
+
+
+def outdate(results):
+    """As if a function had another source when the records were made."""
+    results.header["functions"] = [["refimpl.lab.study.sources", "source_hash", "0" * 16]]
+    results.save()
 
 
 def test_data_and_models_are_compared_where_the_cache_has_them(results, tmp_path, monkeypatch):
@@ -169,7 +176,7 @@ def test_a_commit_outside_the_history_is_found_out(checkout, results):
 
 def test_a_study_other_than_the_committed_one_is_found_out(checkout, results):
     results = record(results)
-    results.header["sources"]["ledgerstudy"] = "0" * 64
+    results.header["rule"]["hash"] = "0" * 16
     assert "not the one in the rule's commit" in rule_problems(results, checkout)[0]
 
 
@@ -204,19 +211,19 @@ def test_provisional_and_small_runs_are_marked(checkout, tmp_path):
     assert "provisional" in problems[0] and "'quick'" in problems[1]
 
 
-def test_markdown_shows_verdicts_and_their_flaws(checkout, results):
+def test_markdown_shows_verdicts_and_their_flaws(results):
     record(results)
-    (checkout / "ledgerstudy.py").write_text("LIMIT = 1.0\n")
+    outdate(results)
     shown = markdown(table(results.path.parent))
     lines = shown.splitlines()
     assert len(lines) == 3 and len({line.replace("\\|", "").count("|") for line in lines}) == 1
-    assert "**holds** (stale: ledgerstudy changed since)" in shown and "+12 points" in shown
+    assert "**holds** (stale: refimpl.lab.study.sources.source_hash changed since)" in shown and "+12 points" in shown
 
 
 def test_the_books_own_results_are_sound():
     rows = table()
     for row in rows:
-        assert row["stale"] == [], f"{row['study']}: run the study again, {row['stale']} changed"
+        assert row["stale"] == [], f"{row['study']}: `refimpl restamp` shows whether it stands; {row['stale']} changed"
         assert row["problems"] == []
     judged = {row["paper"] for row in rows}
     unfinished = {path.stem for path in data_path("results").glob("*.json")} - judged

@@ -24,7 +24,7 @@ def study(tmp_path, monkeypatch):
     folder = tmp_path / "checkout"
     folder.mkdir()
     file = folder / "recordstudy.py"
-    file.write_text("LIMIT = 0.9\n")
+    file.write_text("LIMIT = 0.9\nCLAIMS = [LIMIT]\n")
     commit(folder)
     monkeypatch.syspath_prepend(folder)
     return file
@@ -49,7 +49,7 @@ def row(arm="dense", unit="a", value=1.0, **options):
 
 
 def test_round_trip(study, tmp_path):
-    results = start(tmp_path / "r.json", data={"text": "12ab"}, dtype="bfloat16", depends=["refimpl.lab.study.sources"])
+    results = start(tmp_path / "r.json", data={"text": "12ab"}, dtype="bfloat16")
     rows = [row(unit=u, value=v, cost=4.25) for u, v in (("a", 1.5), ("b", 1234567.0), ("ü|\n", -1e-9))]
     rows += [row("eora", u, condition="rank=4", seed=3, metric="seconds") for u in ("", "b")]
     results.add(*rows)
@@ -84,7 +84,7 @@ def test_header_says_what_ran_where(study, tmp_path):
         assert run["commit"] == here.stdout.strip() and isinstance(run["modified"], bool)
     assert {"started", "python", "torch", "transformers", "refimpl", "cpu", "threads"} < set(run)
     assert run["dtype"] == "bfloat16" and run["cpu"]
-    assert set(header["sources"]) == {"recordstudy"} and header["data"] == {"text": "12ab"}
+    assert header["functions"] == [] and header["data"] == {"text": "12ab"} and len(header["rule"]["hash"]) == 16
 
 
 def test_header_says_whether_the_package_was_modified(tmp_path, monkeypatch):
@@ -128,7 +128,7 @@ def test_a_resumed_study_skips_what_is_there(study, tmp_path):
     first = start(tmp_path / "r.json")
     first.add(row())
     first.save()
-    study.write_text('"""What it shows."""\nLIMIT = (0.9)  # chosen before\n')
+    study.write_text('"""The claim."""\nLIMIT = (0.9)  # chosen before\nCLAIMS = [LIMIT]\nELSE = 1\n')
     commit(study.parent)
     second = start(tmp_path / "r.json")
     assert second.has("dense") and not second.has("eora") and not second.has("dense", seed=1)
@@ -142,7 +142,6 @@ def test_a_resumed_study_skips_what_is_there(study, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"depends": ["refimpl.lab.study.sources"]}, "refimpl.lab.study.sources"),
         ({"data": {"text": "other"}}, "text"),
         ({"profile": "quick"}, "profile"),
         ({"provisional": True}, "whether the rule is committed"),
@@ -163,31 +162,86 @@ def test_rows_of_other_sources_are_not_mixed_in(study, tmp_path, options, messag
     assert not start(tmp_path / "r.json", **options).has("dense")
 
 
-def test_changed_code_is_refused_even_when_committed(study, tmp_path):
+def test_a_changed_rule_is_refused_even_when_committed(study, tmp_path):
     start(tmp_path / "r.json").save()
-    study.write_text("LIMIT = 0.95\n")
+    study.write_text("LIMIT = 0.95\nCLAIMS = [LIMIT]\n")
     commit(study.parent)
-    with pytest.raises(ResultsError, match="recordstudy"):
+    with pytest.raises(ResultsError, match="the rule"):
         start(tmp_path / "r.json")
 
 
 def test_the_rule_must_be_committed(study, tmp_path):
-    study.write_text("LIMIT = 0.95\n")
-    with pytest.raises(RuleNotCommitted, match="not committed.*--profile live"):
+    study.write_text("LIMIT = 0.95\nCLAIMS = [LIMIT]\n")
+    with pytest.raises(RuleNotCommitted, match="not committed.*--profile quick"):
         start(tmp_path / "r.json")
     assert start(tmp_path / "r.json", provisional=True).header["rule"] is None
 
 
-def test_untracked_and_homeless_rules_are_refused(study, tmp_path):
-    (study.parent / "new.py").write_text("")
+def test_untracked_and_homeless_rules_are_refused(study, tmp_path, monkeypatch):
+    (study.parent / "newrule.py").write_text("CLAIMS = [1]\n")
     with pytest.raises(RuleNotCommitted, match="not committed"):
-        rule_commit(study.parent / "new.py")
-    (tmp_path / "alone.py").write_text("")
+        rule_commit("newrule")
+    (study.parent / ".gitignore").write_text("newrule.py\n")
+    with pytest.raises(RuleNotCommitted, match="not committed"):
+        rule_commit("newrule")
+    (tmp_path / "homeless").mkdir()
+    (tmp_path / "homeless" / "alonerule.py").write_text("CLAIMS = [1]\n")
+    monkeypatch.syspath_prepend(tmp_path / "homeless")
     with pytest.raises(RuleNotCommitted, match="no git checkout"):
-        rule_commit(tmp_path / "alone.py")
-    (study.parent / ".gitignore").write_text("new.py\n")
-    with pytest.raises(RuleNotCommitted, match="not committed"):
-        rule_commit(study.parent / "new.py")
+        rule_commit("alonerule")
+
+
+def test_the_rule_is_as_old_as_its_oldest_equal(study):
+    first = rule_commit("recordstudy")
+    study.write_text("import math\nLIMIT = 0.9\nCLAIMS = [LIMIT]\ndef run():\n    return math.pi\n")
+    commit(study.parent)
+    assert rule_commit("recordstudy") == first
+    study.write_text("LIMIT = 0.8\nCLAIMS = [LIMIT]\n")
+    commit(study.parent)
+    assert rule_commit("recordstudy")["commit"] != first["commit"]
+
+
+SOURCES = "refimpl.lab.study.sources"
+
+
+def test_functions_that_change_are_named_with_what_used_them(study, tmp_path):
+    results = start(tmp_path / "r.json")
+    results.note("slow", ("slow", "", 1), 9.0, [(SOURCES, "source_hash"), (SOURCES, "module_hash")])
+    results.note("fast", ("fast", "", 1), 2.0, [(SOURCES, "source_hash")])
+    results.note("fast", ("fast", "b", 2), 1.0, [])
+    assert results.changed_functions() == []
+    assert results.header["kinds"]["fast"] == {
+        "functions": [1],
+        "arm": "fast",
+        "condition": "b",
+        "seed": 2,
+        "seconds": 1.0,
+    }
+    results.header["functions"][0][2] = "0" * 16
+    assert results.changed_functions() == [f"{SOURCES}.module_hash"]
+    assert results.kinds_resting_on(results.changed_functions()) == {"slow": [f"{SOURCES}.module_hash"], "fast": []}
+    results.save()
+    with pytest.raises(ResultsError, match=r"module_hash; used by slow\)\. `refimpl restamp demo`"):
+        start(tmp_path / "r.json")
+
+
+def test_a_function_that_moved_is_followed(study, tmp_path):
+    results = start(tmp_path / "r.json")
+    results.note("arm", ("arm", "", 1), 1.0, [(SOURCES, "source_hash")])
+    results.header["functions"][0][0] = "refimpl.lab.where_it_was"
+    assert results.changed_functions() == []
+    results.header["functions"][0][1] = "other_name"
+    assert results.changed_functions() == ["refimpl.lab.where_it_was.other_name"]
+
+
+def test_an_arm_can_be_measured_again(study, tmp_path):
+    results = start(tmp_path / "r.json")
+    results.add(row(), row("eora"))
+    results.save()
+    again = start(tmp_path / "r.json", again=["eora"])
+    assert again.has("dense") and not again.has("eora")
+    with pytest.raises(OptionError, match="no arm 'eara'.*did you mean 'eora'"):
+        start(tmp_path / "r.json", again=["eara"])
 
 
 def test_bad_records_are_refused(study, tmp_path):

@@ -23,34 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from refimpl.core.cache import CompressedCache, KVLayer, LayerShape, New, Policy, TailLayer, cache_argument, prefill
+from refimpl.core.cache import CompressedCache, Incoming, KVLayer, cache_argument, prefill
+from refimpl.core.cache.tap import Recording, RecordingLayer
 from refimpl.core.errors import CalibrationError, OptionError
 from refimpl.lab.measure.longtext.made import Article, Context
 from refimpl.lab.measure.metrics import Perplexity, Tokens
 
 Factory = Callable[[PreTrainedModel], CompressedCache]
-
-
-class _RecordingLayer(TailLayer):
-    """An uncompressed layer that remembers what it was shown since it was last asked."""
-
-    shown: list[New]
-
-    def append(self, new: New) -> None:
-        super().append(new)
-        self.shown = [*getattr(self, "shown", []), new]
-
-    def take(self) -> list[New]:
-        shown, self.shown = self.shown, []
-        return shown
-
-
-class _Recording(Policy):
-    def layer(self, shape: LayerShape, streamed: bool) -> TailLayer:
-        return _RecordingLayer(shape.heads, streamed)
-
-    def nbytes(self, shape: LayerShape, length: int) -> int:
-        return length * shape.token_bytes
 
 
 class Reading:
@@ -80,17 +59,17 @@ class Reading:
     @cached_property
     def _exact(self) -> CompressedCache:
         """Read when a cache first needs it: those that compress a prompt as it comes read it themselves."""
-        cache = _Recording().cache(self.model)
+        cache = Recording().cache(self.model)
         prefill(self.model, cache, self.ids, chunk=self.ids.shape[1])
         return cache
 
     @cached_property
-    def _shown(self) -> list[list[New]]:
+    def _shown(self) -> list[list[Incoming]]:
         return self._take(self._exact)
 
     @staticmethod
-    def _take(cache: CompressedCache) -> list[list[New]]:
-        return [layer.take() if isinstance(layer, _RecordingLayer) else [] for layer in cache.layers]
+    def _take(cache: CompressedCache) -> list[list[Incoming]]:
+        return [layer.take() if isinstance(layer, RecordingLayer) else [] for layer in cache.layers]
 
     def cache(self, factory: Factory, ask: Tensor | None = None) -> CompressedCache:
         """A cache that has taken the contexts in and compressed them.
@@ -109,9 +88,10 @@ class Reading:
             exact = _fork(self._exact)
             prefill(self.model, exact, ask.to(self.ids.device), chunk=ask.shape[1])
             shown = [a + b for a, b in zip(shown, self._take(exact), strict=True)]
-        for place, (layer, news) in enumerate(zip(cache.layers, shown, strict=True)):
+        for place, (layer, pieces) in enumerate(zip(cache.layers, shown, strict=True)):
             if isinstance(layer, KVLayer):
-                _replay(layer, news)
+                for incoming in pieces:
+                    layer.replay(incoming)
             else:  # a sliding window is the library's, and the same in every cache
                 cache.layers[place] = copy.copy(exact.layers[place])
         cache.finish()
@@ -121,17 +101,9 @@ class Reading:
 def _fork(cache: CompressedCache) -> CompressedCache:
     other = cache.copy()
     for layer in other.layers:
-        if isinstance(layer, _RecordingLayer):
+        if isinstance(layer, RecordingLayer):
             layer.shown = []
     return other
-
-
-def _replay(layer: KVLayer, news: Sequence[New]) -> None:
-    """Show a layer a prompt that another one was shown; what it would have answered is not asked for."""
-    for new in news:
-        if not layer.is_initialized:
-            layer.lazy_initialization(new.keys, new.values)
-        layer._run(new, decoded=False, replayed=True)
 
 
 @torch.inference_mode()

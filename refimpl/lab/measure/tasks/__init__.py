@@ -12,7 +12,7 @@ candidates): much of what a compressed model loses is the form of an answer, not
 EleutherAI's lm-eval, see `export_lm_eval`.
 """
 
-from refimpl.lab.measure.tasks.card import ScoreCard, add_scores, card_from, ceiling, score
+from refimpl.lab.measure.tasks.card import ScoreCard, card_from, ceiling, score, score_rows
 from refimpl.lab.measure.tasks.harness import export_lm_eval
 from refimpl.lab.measure.tasks.items import CARD, TASKS, Item, items, items_hash, load
 from refimpl.lab.measure.tasks.scoring import Scores
@@ -23,7 +23,6 @@ __all__ = [
     "Item",
     "ScoreCard",
     "Scores",
-    "add_scores",
     "card_from",
     "ceiling",
     "export_lm_eval",
@@ -31,4 +30,5 @@ __all__ = [
     "items_hash",
     "load",
     "score",
+    "score_rows",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,8 +22,9 @@ from refimpl.lab import models, wheels
 from refimpl.lab.measure.statistics import Interval, difference, paired_bootstrap
 from refimpl.lab.measure.tasks.items import TASKS, Item, group, items, items_hash, topic
 from refimpl.lab.measure.tasks.scoring import Scores, score_items
-from refimpl.lab.study.records import Record, Results
+from refimpl.lab.study.records import Results
 from refimpl.lab.study.sources import module_hash
+from refimpl.lab.study.study import Row
 
 METRICS = ("free", "restricted", "loglik")
 
@@ -255,41 +256,36 @@ def _condition(task: str) -> str:
     return f"task {task}"
 
 
-def add_scores(results: Results, arm: str, seed: int, card: ScoreCard, cost: float | None = None) -> None:
-    """Record a card: condition "task <name>", the metrics "free", "restricted" and "loglik" of each item.
+def score_rows(card: ScoreCard, cost: float | None = None) -> Iterator[Row]:
+    """A card as rows: condition "task <name>", the metrics "free", "restricted" and "loglik" of each item.
 
-    "chance" is recorded for the task as a whole (unit ""), once for each arm.
+    "chance" is a mean over each topic of a task (unit: the topic), without a cost.
+
+    Args:
+        card: of a model.
+        cost: of the model, in bits per weight.
 
     Example:
-        >>> results = Results("demo.json", {"paper": "demo"})
         >>> one = np.ones(1)
-        >>> add_scores(results, "dense", 0, ScoreCard({"mine": Scores(["a"], one, one, -one, one / 4)}), cost=16)
-        >>> results.values("dense", "task mine", metric="loglik")
-        {'a': -1}
+        >>> rows = score_rows(ScoreCard({"mine": Scores(["a"], one, one, -one, one / 4)}), cost=16)
+        >>> [(row.condition, row.unit, row.metric, row.value) for row in rows][2:]
+        [('task mine', 'a', 'loglik', -1.0), ('task mine', '', 'chance', 0.25)]
     """
-    paper = results.header["paper"]
     for task, scores in card.scores.items():
+        where = _condition(task)
         for metric in METRICS:
-            results.add(
-                *(
-                    Record(paper, arm, _condition(task), seed, id, metric, float(value), cost)
-                    for id, value in zip(scores.ids, getattr(scores, metric), strict=True)
-                )
-            )
+            for id, value in zip(scores.ids, getattr(scores, metric), strict=True):
+                yield Row(metric, float(value), id, condition=where, cost=cost)
         # Lists of units are shared between series, so the topics cost a line in the file, not one for each arm.
         chances: dict[str, list[float]] = {}
         for id, value in zip(scores.ids, scores.chance, strict=True):
             chances.setdefault(topic(id), []).append(float(value))
-        results.add(
-            *(
-                Record(paper, arm, _condition(task), seed, name, "chance", sum(values) / len(values))
-                for name, values in chances.items()
-            )
-        )
+        for name, values in chances.items():
+            yield Row("chance", sum(values) / len(values), name, condition=where)
 
 
 def card_from(results: Results, arm: str, seed: int = 0) -> ScoreCard:
-    """The card of an arm as recorded by `add_scores`; chance is the mean of each topic.
+    """The card of an arm as recorded from `score_rows`; chance is the mean of each topic.
 
     Raises:
         OptionError: no card was recorded for this arm.
@@ -304,5 +300,5 @@ def card_from(results: Results, arm: str, seed: int = 0) -> ScoreCard:
         chances = np.array([float(chance[topic(id)]) for id in ids])
         scores[condition.removeprefix("task ")] = Scores(ids, free, restricted, loglik, chances)
     if not scores:
-        raise OptionError(f"{results.path.name} has no task scores of arm {arm!r}; record them with `add_scores`")
+        raise OptionError(f"{results.path.name} has no task scores of arm {arm!r}; record them with `score_rows`")
     return ScoreCard(scores)

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from refimpl.core.compress.quantizer import (
+from refimpl.core.errors import OptionError
+from refimpl.core.layers import PackedLinear
+from refimpl.core.layers.quantizer import (
     LARGEST,
     SMALLEST,
     fake_quantize,
@@ -18,8 +20,6 @@ from refimpl.core.compress.quantizer import (
     step_and_zero,
     to_grid,
 )
-from refimpl.core.errors import OptionError
-from refimpl.core.layers import PackedLinear
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**31)

@@ -1,20 +1,20 @@
-"""The trainable uniform quantiser: a grid given by its range R and its lowest value Z, both with gradients.
+"""A trainable uniform quantiser: rounding to a grid that is given by its range R and its lowest value Z.
 
-Source: Hubara et al., 2020, arXiv 2006.10518, and the authors' code. With n bits there are ``L = 2**n - 1`` steps
+With n bits the grid has ``L = 2**n - 1`` steps between its ``2**n`` points:
 
     Delta = clip(R, 1e-6, 1e5) / L          the step
-    z     = clip(round(-Z / Delta), 0, L)   the code of 0.0, an integer, so that zero is on the grid
+    z     = clip(round(-Z / Delta), 0, L)   the code of 0.0: an integer, so zero is a point of the grid
     Q(x)  = Delta * round(clip(x / Delta, -z, L - z))
 
-Rounding passes gradients on as if it were not there (straight through), clipping has its true gradient. What follows
-for one entry with ``v = x / Delta``:
+Q is differentiable in x, R and Z: rounding passes the gradient through unchanged (straight-through estimator), clipping
+has its true gradient. For one entry, with ``v = x / Delta``:
 
     inside the range    dQ/dx = 1    dQ/dDelta = round(v) - v    dQ/dZ = 0
     below it            dQ/dx = 0    dQ/dDelta = -z - Z / Delta   dQ/dZ = 1
     above it            dQ/dx = 0    dQ/dDelta = L - z - Z / Delta   dQ/dZ = 1
 
-and ``dQ/dR = dQ/dDelta / L``; where z itself is clipped, the terms in Z vanish. `Q(x)` is an integer times Delta, which
-is how `PackedLinear` decodes its codes: what is trained here is what is stored, once Delta fits the stored dtype
+and ``dQ/dR = dQ/dDelta / L``; where z itself is clipped, the terms in Z vanish. Q(x) is an integer times Delta, which
+is how `PackedLinear` decodes its codes, so the trained grid is the stored grid once Delta fits the stored dtype
 (`snap`).
 """
 
@@ -27,12 +27,12 @@ from refimpl.core.errors import OptionError
 from refimpl.core.layers.grid import Grid
 from refimpl.core.layers.packed import SCALE_DTYPE
 
-SMALLEST, LARGEST = 1e-6, 1e5  # what R is clipped to
+SMALLEST, LARGEST = 1e-6, 1e5  # limits of R: Delta stays positive and finite
 _SHRINK = 96  # candidates of `mse_range`, spread evenly over (0.05, 1] of the full range
 
 
 def round_ste(x: Tensor) -> Tensor:
-    """Round half to even; the gradient passes as if nothing had happened.
+    """Round half to even; the gradient of the output is the gradient of the input.
 
     Example:
         >>> x = torch.tensor([0.4, 0.6], requires_grad=True)
@@ -44,10 +44,10 @@ def round_ste(x: Tensor) -> Tensor:
 
 
 def step_and_zero(R: Tensor, Z: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Delta and z of a grid, differentiable in R and Z.
+    """Delta and z of a grid, both differentiable in R and Z.
 
     Args:
-        R, Z: range and lowest value, in the unit of x; any shape that broadcasts.
+        R, Z: range and lowest value, in units of x; any shapes that broadcast.
         bits: 1 or more.
 
     Example:
@@ -69,7 +69,7 @@ def fake_quantize(x: Tensor, R: Tensor, Z: Tensor, bits: int) -> Tensor:
         bits: 1 or more; the grid has ``2**bits`` points.
 
     Returns:
-        Like x. Zero stays zero, and quantising twice is quantising once, to the last bit.
+        Like x. Zero stays zero, and quantising a second time changes no bit.
 
     Example:
         >>> fake_quantize(torch.tensor([-2.0, 0.0, 0.4, 5.0]), torch.tensor(3.0), torch.tensor(-1.0), bits=2).tolist()
@@ -100,11 +100,12 @@ def minmax_range(x: Tensor) -> tuple[Tensor, Tensor]:
 def mse_range(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """R and Z with the least squared error along the last dimension, among shrunk copies of the full range.
 
-    Clipping a few outliers buys finer steps for the rest; which share is best is found by trying `_SHRINK` of them.
+    Clipping a few outliers buys finer steps for all other values. How much to clip is found by trying `_SHRINK` shares of
+    the full range.
 
     Args:
         x: [..., n].
-        bits: of the grid.
+        bits: 1 or more; of the grid.
 
     Returns:
         R and Z, [..., 1]; never worse than `minmax_range`, which is among the candidates.
@@ -130,14 +131,14 @@ RANGES = {"minmax": lambda x, bits: minmax_range(x), "mse": mse_range}
 
 
 def snap(R: Tensor, Z: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """The nearest R and Z whose step is representable in the dtype scales are stored in.
+    """The nearest R and Z whose step is representable in the dtype that scales are stored in.
 
     Args:
         R, Z: as for `fake_quantize`.
-        bits: 1 to 16 (beyond, a step times the number of levels is not exact in fp32).
+        bits: 1 to 16 (with more, a step times the number of levels is not exact in fp32).
 
     Returns:
-        fp32 R and Z; `fake_quantize` with them gives exactly what `to_grid` encodes and decodes, and snapping them
+        fp32 R and Z. `fake_quantize` with them equals encoding and decoding with `to_grid` exactly, and snapping them
         again changes nothing.
 
     Example:
@@ -149,14 +150,14 @@ def snap(R: Tensor, Z: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     if not 1 <= bits <= 16:
         raise OptionError(f"bits={bits}: a stored grid has 1 to 16")
     levels = 2**bits - 1
-    # a little inside the limits, so that rounding does not carry the range past them
+    # a little inside the limits, so that rounding cannot push the range past them
     step = (R.float().clamp(1.01 * SMALLEST, 0.99 * LARGEST) / levels).to(SCALE_DTYPE).float()
     zero = torch.round(-Z.float() / step).clamp(0, levels)
     return step * levels, -zero * step
 
 
 def to_grid(R: Tensor, Z: Tensor, bits: int) -> Grid:
-    """The stored grid of R and Z (snapped): what a `PackedLinear` needs.
+    """The grid to store in a `PackedLinear`: step and code of zero of R and Z, snapped.
 
     Args:
         R, Z: [..., 1].

@@ -1,0 +1,72 @@
+"""The dtype a study computes in: its own declaration, or that of the file it goes on with; never the processor's."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from refimpl.lab.models.dtypes import computing_in, fast_dtype
+from refimpl.lab.study.records import Results
+
+R = TypeVar("R")
+
+
+def study_dtype(out: str | Path, profile: str, declared: str = "float32") -> torch.dtype:
+    """What a run of a study has to compute in, on any machine.
+
+    A file that is there is gone on with in the dtype of its last run, so that its rows can be compared. A new file gets
+    the declared dtype; but for a trial at a smaller size, which nobody goes on with elsewhere, bfloat16 is left where
+    this processor is slow in it. Where the dtype is slow here, one line on stderr says so.
+
+    Args:
+        out: the results file.
+        profile: "study", "live" or "quick".
+        declared: "float32" or "bfloat16".
+
+    Raises:
+        ResultsError: the file is there and cannot be read.
+
+    Example:
+        >>> study_dtype("/nowhere/new.json", "study", "float32")
+        torch.float32
+    """
+    if Path(out).exists():
+        dtype = getattr(torch, Results.load(out).header["runs"][-1]["dtype"])
+    else:
+        dtype = getattr(torch, declared)
+        if dtype == torch.bfloat16 and profile != "study":
+            dtype = fast_dtype()
+    if dtype == torch.bfloat16 and fast_dtype() != torch.bfloat16:
+        print(
+            f"{out}: this study computes in bfloat16, which this processor only emulates: expect many times the hours",
+            file=sys.stderr,
+        )
+    return dtype
+
+
+def declares(dtype: str) -> Callable[[Callable[..., R]], Callable[..., R]]:
+    """Let `compute_dtype` answer with `study_dtype` while a study's ``run(out, profile)`` is at work.
+
+    Example:
+        >>> from refimpl.lab.models.dtypes import compute_dtype
+        >>> @declares("bfloat16")
+        ... def run(out, profile="study"):
+        ...     return compute_dtype()
+        >>> run("/nowhere/new.json")
+        torch.bfloat16
+    """
+
+    def decorate(run: Callable[..., R]) -> Callable[..., R]:
+        @functools.wraps(run)
+        def inside(out: Path, profile: str = "study") -> R:
+            with computing_in(study_dtype(out, profile, dtype)):
+                return run(out, profile)
+
+        return inside
+
+    return decorate
