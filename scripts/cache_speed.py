@@ -50,7 +50,7 @@ def caches(model: Any, profile: str) -> dict[str, Callable[[int], Any]]:
     """How each cache is made for a context of so many tokens."""
     with tempfile.TemporaryDirectory() as folder:
         low_rank = cskv.fitted(model, profile, folder, "closed form")
-        nested = matryoshka_kv.fitted(model, profile, "PCA")
+        nested = matryoshka_kv.fitted(model, profile, folder, "PCA")
     four_bits = replace(low_rank, bits=4)
     return {
         LIBRARY: lambda length: DynamicCache(config=model.config),

@@ -1,4 +1,4 @@
-"""Methods the papers compare with; same interface and same standing as the papers themselves."""
+"""Methods that the papers compare with, under the same interface and the same tests as those of the papers."""
 
 from refimpl.baselines.gptq import GPTQ
 from refimpl.baselines.pruning import Magnitude, SparseGPT, Wanda

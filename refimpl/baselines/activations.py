@@ -1,4 +1,4 @@
-"""Quantised activations: every site sees its inputs through a uniform quantiser, whatever its weights are."""
+"""Quantised activations: the inputs of every site pass through a uniform quantiser, whatever its weights are."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from refimpl.core.layers import ActivationQuantizer, CompressedLayer, PackedLine
 from refimpl.core.layers.quantizer import mse_range
 
 CLIPS = ("minmax", "mse")
-_VALUES = 2**16  # inputs by which the best clip is found: it depends on their distribution only
-_STRIDE = 1_000_003  # between them; a prime, so that all channels and places take part
+_VALUES = 2**16  # input values in the search for the best clip, which depends on their distribution only
+_STRIDE = 1_000_003  # between these values; a prime, so that they come from all channels and places
 
 
 @dataclass(frozen=True)
 class QuantizeActivations(Method):
     """Add a per-tensor quantiser to the inputs of every site, dense or compressed.
 
-    Comes last, behind the methods that change weights.
+    It comes last, after the methods that change weights.
 
     Args:
         bits: 2 to 8.
-        clip: how the range is chosen: "minmax" spans the mean over the calibration samples of each sample's smallest
-            and largest value; "mse" shrinks the range of all inputs to where the squared error is least.
+        clip: choice of the range. "minmax" averages the smallest and the largest value of each calibration sample over
+            the samples; "mse" shrinks the range of all inputs to where the squared error is least.
 
     Example:
         >>> QuantizeActivations(bits=4, clip="mse")
@@ -70,7 +70,7 @@ class QuantizeActivations(Method):
 
 
 def _base(site: Site, device: str | None = None) -> CompressedLayer:
-    """The layer whose inputs are to be quantised: the one that is there, or the dense weight as a layer of ours."""
+    """The layer whose inputs are to be quantised: the current one, or the dense weight as a `PackedLinear`."""
     if isinstance(site.module, CompressedLayer):
         return site.module
     weight, bias = site.weight, site.bias

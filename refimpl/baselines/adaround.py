@@ -1,4 +1,4 @@
-"""AdaRound: learn for every weight whether to round up or down (Nagel et al., 2020, arXiv 2004.10568, sections 3, 4).
+"""AdaRound: learn for every weight whether to round it up or down (Nagel et al., 2020, arXiv 2004.10568, sections 3, 4).
 
 The grid is fixed. A weight becomes ``Delta * clip(floor(w / Delta) + h(V), -z, L - z)`` with the rectified sigmoid
 ``h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1)`` (eq. 23), which can reach 0 and 1, and the regulariser
@@ -27,7 +27,7 @@ BETA = (20.0, 2.0)
 
 
 class RoundedSite(QuantizedSite):
-    """A site whose weights choose between the two grid points next to them; only V is trained.
+    """A site whose weights go to one of the two grid points next to them; only V is trained.
 
     Attributes:
         V: [out, groups, group]; h(V) starts at the fraction of the weight between its two neighbours.
@@ -50,6 +50,7 @@ class RoundedSite(QuantizedSite):
         step, _ = step_and_zero(self.R, self.Z, self.bits)
         self.register_buffer("floor", torch.floor(self.W / step))
         low, high = STRETCH
+        # V starts where h(V) is the fraction w / Delta - floor(w / Delta): the layer starts at its float weights
         share = (self.W / step - self.floor - low) / (high - low)
         self.V = nn.Parameter(torch.log(share / (1 - share)))
         self.register_buffer("beta", torch.zeros((), device=self.W.device))
@@ -75,13 +76,13 @@ class RoundedSite(QuantizedSite):
 
 @dataclass(frozen=True)
 class AdaRound(Reconstruction):
-    """Choose up or down for every weight so that each layer's outputs stay what they were.
+    """Choose up or down for every weight so that the outputs of each layer change as little as possible.
 
-    Input ranges are measured and fixed, and in force while the weights are trained.
+    Input ranges are measured and then fixed; inputs are quantised while the weights train.
 
     Args:
-        clip: the paper fixes the grid by its mean squared error ("mse").
-        lr: of V, with Adam (the paper: 1e-3 over 10,000 updates; fewer need larger ones).
+        clip: initial weight ranges, "mse" (the paper: least mean squared error) or "minmax".
+        lr: learning rate of V with Adam (the paper: 1e-3 for 10,000 updates; fewer updates need a larger one).
         regulariser: weight of the regulariser. The objective here is relative to the energy of the outputs and the
             regulariser a mean over the weights, so that one value suits layers of any size.
 

@@ -1,4 +1,12 @@
-"""GPTQ: quantise column by column, let later columns make up for it (Frantar et al., 2022, arXiv 2210.17323)."""
+"""GPTQ: quantise column by column, and let later columns compensate the error of earlier ones.
+
+Source: Frantar et al., 2022, arXiv 2210.17323. For each row w of W, with G the second moment of the inputs,
+
+    minimise    (w - q) G (w - q)^T        over q on the grid
+
+greedily: round column j, then change the columns k > j not yet rounded by -(w_j - q_j) / [inv(H)]_jj [inv(H)]_jk, where H
+is the damped G of the columns from j on (equation 2). `refimpl.baselines.obs` holds the solver.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +32,10 @@ class GPTQ(Method):
 
     Args:
         bits: 2 to 8.
-        group_size: inputs that share a scale and zero point; None is one per row.
-        symmetric: no zero points.
-        act_order: treat columns by decreasing diagonal of G instead of left to right. Grids are then fixed
-            beforehand ("static groups"), so nothing extra is stored.
+        group_size: inputs that share a scale and zero point; None uses one of each per row.
+        symmetric: use a grid without zero points.
+        act_order: process columns by decreasing diagonal of G instead of left to right. Grids are then fixed before the
+            first column ("static groups"), so no permutation needs to be stored.
         damping: fraction of the mean diagonal of G added to its diagonal (``percdamp`` in the authors' code).
 
     Example:
@@ -47,7 +55,9 @@ class GPTQ(Method):
 
     def quantise(self, W: Tensor, gram: Tensor, mask: Tensor | None, log: dict[str, Any], group: int) -> Solution:
         """The method on plain tensors: W [m, d], G [d, d], mask [m, d] or None."""
+        # columns with large inputs first: they are rounded while many columns are left that can compensate
         order = torch.argsort(gram.diagonal(), descending=True) if self.act_order else None
+        # H and its inverse belong to the columns in the order in which they are processed
         ordered = gram if order is None else gram[order][:, order]
         U = inverse_root(ordered, self.damping, log)
         return solve(W, U, mask=mask, bits=self.bits, group_size=group, symmetric=self.symmetric, order=order)
@@ -55,7 +65,7 @@ class GPTQ(Method):
     def compress_site(self, site: Site, stats: InputStats | None, original: Tensor | None) -> PackedLinear:
         assert stats is not None
         W = site.weight
-        mask, pattern = mask_of(site)
+        mask, pattern = mask_of(site)  # a pruned weight keeps its zero: it is no unknown of the problem
         found = self.quantise(W, stats.gram, mask, site.log, check_group(site, self.group_size))
         zero = None if self.symmetric else found.zero
         return PackedLinear(
@@ -71,4 +81,5 @@ class GPTQ(Method):
 
     def flops(self, site: Site) -> float:
         d, m = site.in_features, site.out_features
+        # inverse and Cholesky factor of H, then d rank-one updates of W
         return 2.0 * d**3 + 2.0 * m * d**2

@@ -17,13 +17,13 @@ from refimpl.core.layers import CompressedLayer, PackedLinear, parse_pattern
 
 
 def prune_mask(score: Tensor, pattern: str, sparsity: float, per_row: bool) -> Tensor:
-    """Which weights to keep, given a score for each.
+    """The mask of the weights to keep, given a score for each.
 
     Args:
         score: [m, d], higher is kept.
         pattern: "n:m", or "unstructured".
         sparsity: fraction dropped when unstructured.
-        per_row: unstructured only: compare within each row instead of over the whole matrix.
+        per_row: for unstructured pruning, compare within each row instead of over the whole matrix.
 
     Returns:
         bool [m, d], True where kept.
@@ -34,7 +34,7 @@ def prune_mask(score: Tensor, pattern: str, sparsity: float, per_row: bool) -> T
     """
     structure = parse_pattern(pattern)
     if structure is not None:
-        n, m = structure
+        n, m = structure  # of every m neighbouring inputs the m - n lowest scores go
         return ~lowest(score.unflatten(1, (-1, m)), m - n).flatten(1)
     if per_row:
         return ~lowest(score, int(score.shape[1] * sparsity))
@@ -43,7 +43,7 @@ def prune_mask(score: Tensor, pattern: str, sparsity: float, per_row: bool) -> T
 
 @dataclass(frozen=True)
 class Pruner(Method):
-    """Options all three pruners share.
+    """Options that all three pruners share.
 
     Args:
         pattern: "n:m" (n of every m neighbouring inputs stay) or "unstructured".
@@ -81,7 +81,7 @@ class Pruner(Method):
         }
 
     def dropped(self, site: Site) -> int:
-        """How many weights of `site` go, when unstructured."""
+        """Number of weights removed from `site` by unstructured pruning."""
         return int(site.in_features * site.out_features * self.sparsity)
 
     def _pack(self, site: Site, weight: Tensor, mask: Tensor) -> PackedLinear:
@@ -93,7 +93,7 @@ class Pruner(Method):
 
 @dataclass(frozen=True)
 class Magnitude(Pruner):
-    """Drop the smallest weights: within each group of m for "n:m", over the whole layer otherwise.
+    """Remove the smallest weights: within each group of m for "n:m", otherwise in the whole layer.
 
     Example:
         >>> Magnitude("unstructured", sparsity=0.6)
@@ -107,9 +107,10 @@ class Magnitude(Pruner):
 
 @dataclass(frozen=True)
 class Wanda(Pruner):
-    """Drop weights with the smallest ``|w_ij| * ||x_j||``, compared within each row.
+    """Remove the weights with the smallest ``|w_ij| * ||x_j||``, compared within each row.
 
-    Source: Sun et al., 2023, arXiv 2306.11695, eq. 1.
+    Source: Sun et al., 2023, arXiv 2306.11695, eq. 1. The score is the root of the output error that removing w_ij alone
+    causes; unlike SparseGPT, no other weight changes.
 
     Example:
         >>> Wanda("2:4").statistics
@@ -121,7 +122,8 @@ class Wanda(Pruner):
     def compress_site(self, site: Site, stats: InputStats | None, original: Tensor | None) -> PackedLinear:
         assert stats is not None
         W = site.weight
-        norm = stats.norm + (stats.norm.sum() == 0)  # an expert no token chose: by magnitude
+        norm = stats.norm + (stats.norm.sum() == 0)  # an expert without tokens: the score is the magnitude
+        # S_ij = |w_ij| ||x_j||_2, with ||x_j||^2 = G_jj; each output i is compared only with itself
         return self._pack(site, W, prune_mask(W.abs().float() * norm, self.pattern, self.sparsity, per_row=True))
 
     def dropped(self, site: Site) -> int:
@@ -130,7 +132,10 @@ class Wanda(Pruner):
 
 @dataclass(frozen=True)
 class SparseGPT(Pruner):
-    """Prune column by column, let later columns make up for it (Frantar and Alistarh, 2023, arXiv 2301.00774).
+    """Prune column by column, and let later columns compensate (Frantar and Alistarh, 2023, arXiv 2301.00774).
+
+    Weights with the smallest ``w_ij^2 / [inv(H)]_jj`` are removed, H being the damped second moment of the inputs, and the
+    columns not yet processed change so that the outputs change least: see `refimpl.baselines.obs`.
 
     Args:
         damping: fraction of the mean diagonal of G added to its diagonal.

@@ -1,8 +1,8 @@
-"""Quantisation-aware fine-tuning end to end: the whole quantised network is trained towards the float one's outputs.
+"""Quantisation-aware fine-tuning: the whole quantised network is trained end to end towards the float outputs.
 
-Every weight, bias and range is trained at once with straight-through gradients, for the divergence between the float
-network's class probabilities and the quantised one's (the distillation loss of Hinton et al., 2015, arXiv 1503.02531).
-With much data this is the strongest way to quantise; with a few images it fits those images.
+All weights, biases and ranges are trained at once with straight-through gradients to minimise the divergence of the
+quantised network's class probabilities from the float network's (the distillation loss of Hinton et al., 2015, arXiv 1503.02531).
+With much data this is the strongest way to quantise; with few images it over-fits them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from refimpl.core.train.loop import History, Recipe, batches, train
 
 
 def logits_of(model: nn.Module, samples: Tensor) -> Tensor:
-    """Logits of one batch, whatever the model wraps them in; fp32.
+    """Logits of one batch in fp32, from a model that returns a tensor or an object with ``.logits``.
 
     Example:
         >>> logits_of(nn.Linear(3, 2), torch.zeros(5, 3)).shape
@@ -34,7 +34,7 @@ def logits_of(model: nn.Module, samples: Tensor) -> Tensor:
 
 
 def divergence(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean over samples of KL(target || logits) in nats: what the quantised network says against the float one.
+    """KL(softmax(target) || softmax(logits)) in nats, mean over samples.
 
     Args:
         logits, target: [n, classes].
@@ -75,13 +75,12 @@ def towards(
     """Train a model towards given logits on given samples.
 
     Args:
-        model: trained in place; all but its quantisers in evaluation mode, so that batch norms and dropout do nothing
-            of their own.
+        model: trained in place, all but its quantisers in evaluation mode: batch norms and dropout stay inactive.
         samples: [n, ...].
         target: logits of the float network, [n, classes].
         recipe, parameters: see `refimpl.core.train.loop.train`.
         batch_size: samples per update.
-        keep_best: end with the iterate of least divergence on these samples.
+        keep_best: keep the iterate with the least divergence on these samples.
         progress: show a bar.
 
     Raises:
@@ -136,22 +135,22 @@ def fine_tune(
     keep_best: bool = True,
     progress: bool = True,
 ) -> History:
-    """Quantise every site of a model and train the whole towards what it was, in place.
+    """Quantise every site of a model and train all of it towards the outputs of the float model, in place.
 
     Args:
         model: a float classifier (see `refimpl.core.compress.sites.has_blocks`), without batch norms: fold them first.
         samples: calibration samples [n, ...], or an object with them as ``.pixels``.
-        bits, activation_bits: 2 to 8, of weights per output channel and of inputs per tensor.
-        recipe: of the training; its rate is in units of each layer (`refimpl.core.compress.reconstruct.scaled_rates`).
+        bits, activation_bits: 2 to 8; weights have a grid per output channel, inputs one per tensor.
+        recipe: of the training; its rate is relative to each layer (`refimpl.core.compress.reconstruct.scaled_rates`).
         batch_size: samples per update.
-        keep_best: end with the iterate of least divergence on the calibration samples.
+        keep_best: keep the iterate with the least divergence on the calibration samples.
         progress: show a bar.
 
     Returns:
         The history. The model ends with packed layers, as `compress` leaves them.
 
     Raises:
-        OptionError: a model that is compressed already, or bits out of range.
+        OptionError: an already compressed model, or bits out of range.
         CalibrationError: fewer samples than a batch.
 
     Example:

@@ -1,4 +1,4 @@
-"""What methods that train one layer at a time for its outputs share: options, statistics, and the layer they leave."""
+"""The base of methods that train one layer at a time towards its outputs: options, statistics, and the packed result."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Reconstruction(Method, abc.ABC):
             computed exactly from the second moment of the inputs. With a number, batches of cached inputs and outputs
             are used, and biases lie on a grid of `bits` + `activation_bits`.
         group_size: inputs per scale; None is one scale per output channel.
-        iterations: updates per layer; 0 measures ranges and trains nothing.
+        iterations: updates per layer; 0 only measures ranges.
         samples: cached samples per update.
-        clip: where weight ranges start: "minmax" or "mse".
+        clip: initial weight ranges, "minmax" or "mse".
         seed: of the order of the samples.
     """
 
@@ -83,16 +83,19 @@ class Reconstruction(Method, abc.ABC):
 
     @abc.abstractmethod
     def train(self, layer: QuantizedSite, stats: InputStats, target: Tensor) -> dict[str, float]:
-        """Train the layer in place; what it returns goes to the report.
+        """Train the layer in place.
 
         Args:
-            layer: of `site_type`.
-            stats: what `statistics` asked for.
-            target: the weight as it was, [out, in].
+            layer: an instance of `site_type`.
+            stats: the statistics that `statistics` names.
+            target: the original weight, [out, in].
+
+        Returns:
+            Entries for the site's report.
         """
 
     def flops(self, site: Site) -> float:
         m, d = site.out_features, site.in_features
         if self.activation_bits is None:
             return self.iterations * (2.0 * m * d**2 + 30.0 * m * d)
-        return self.iterations * 6.0 * m * d * self.samples  # per position that a convolution is applied at
+        return self.iterations * 6.0 * m * d * self.samples  # times the positions of a convolution, not known here

@@ -1,4 +1,4 @@
-"""Round to nearest: the quantiser that looks at nothing but the weights."""
+"""Round to nearest: the quantiser that uses only the weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from refimpl.core.layers.grid import minmax_grid
 
 
 def quantised_config(site: Site, bits: int, group_size: int | None, symmetric: bool) -> dict[str, Any]:
-    """Configuration of the packed layer a quantiser leaves at `site`; keeps the mask of a sparse layer.
+    """Configuration of the packed layer with which a quantiser replaces `site`; keeps the mask of a sparse layer.
 
     Raises:
         OptionError: bits outside 2..8, or a group size that does not divide.
@@ -46,7 +46,7 @@ def quantised_config(site: Site, bits: int, group_size: int | None, symmetric: b
 
 
 def mask_of(site: Site) -> tuple[Tensor | None, str | None]:
-    """Mask and pattern of an already sparse site, (None, None) for a dense one.
+    """Mask and pattern of a sparse site, (None, None) for a dense one.
 
     Example:
         >>> from torch import nn
@@ -63,8 +63,8 @@ class RTN(Method):
 
     Args:
         bits: 2 to 8.
-        group_size: inputs that share a scale; None is one scale per row.
-        symmetric: grid with zero in the middle and no zero points.
+        group_size: inputs that share a scale; None uses one scale per row.
+        symmetric: use a grid with zero in the middle and no zero points.
 
     Example:
         >>> RTN(bits=4, group_size=32)
@@ -82,6 +82,7 @@ class RTN(Method):
         W = site.weight
         mask, pattern = mask_of(site)
         groups = W.float().unflatten(1, (-1, check_group(site, self.group_size)))
+        # w = scale (code - zero), scale = (max - min) / (2^bits - 1) of each group
         grid = minmax_grid(groups, self.bits, self.symmetric)
         zero = None if self.symmetric else grid.zero[..., 0]
         return PackedLinear(

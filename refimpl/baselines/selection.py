@@ -1,4 +1,4 @@
-"""Subsets of the training data that are chosen once: what RS2 and every paper on data pruning compare with.
+"""Subsets of the training data that are chosen once: the baselines of RS2 and of every paper on data pruning.
 
 At random; by the geometry of features (k-centre greedy: Sener and Savarese, 2018, arXiv 1708.00489; herding: Welling,
 2009, "Herding dynamical weights to learn"; facility location: Wei, Iyer and Bilmes, 2015, "Submodularity in data subset
@@ -6,7 +6,7 @@ selection and active learning"); by how hard an example is (EL2N and GraNd: Paul
 forgetting: Toneva et al., 2019, arXiv 1812.05159; margin of the prediction).
 
 All but the random ones need a model that has been trained on *all* data first, the proxy. Its training is part of the
-price: `Selection` counts it.
+cost, and `Selection` counts it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def class_quotas(labels: Tensor, k: int) -> Tensor:
         k: size of the subset.
 
     Returns:
-        int64 [C] that sums to k; what does not divide goes to the first classes that have examples left.
+        int64 [C] that sums to k; the remainder goes to the first classes with examples left.
 
     Raises:
         OptionError: k outside 1 to n, labels out of range, or k too small for one example of each class.
@@ -142,13 +142,17 @@ def k_centre(features: Tensor, k: int) -> Tensor:
     while len(chosen) < k:
         newest = (features - features[chosen[-1]]).square().sum(1)
         nearest_chosen = torch.minimum(nearest_chosen, newest)
-        nearest_chosen[chosen[-1]] = -1  # also a copy of a chosen point is farther than the point itself
+        nearest_chosen[
+            chosen[-1]
+        ] = -1  # below 0, so that even a duplicate of a chosen point comes before the point itself
         chosen.append(int(nearest_chosen.argmax()))
     return torch.tensor(chosen, device=features.device)
 
 
 def herding(features: Tensor, k: int) -> Tensor:
-    """k points whose mean follows the mean of all: each is the one that brings the mean of the chosen nearest to it.
+    """k points whose mean approximates the mean of all points, chosen greedily.
+
+    Each point is the one that makes the mean of all chosen so far come closest to the overall mean.
 
     Args:
         features: float [n, d].
@@ -180,12 +184,12 @@ def herding(features: Tensor, k: int) -> Tensor:
 
 
 def facility_location(similarity: Tensor, k: int) -> Tensor:
-    """Greedy maximum of sum_i max_{j chosen} similarity[i, j]: each point wants somebody like it among the chosen.
+    """Greedy maximum of sum_i max_{j chosen} similarity[i, j]: each point i is represented by the chosen point most like it.
 
     At least 1 - 1/e of the best possible sum. Every step computes all gains at once, O(n^2).
 
     Args:
-        similarity: float [n, n], not negative; entry i, j: how well j stands for i.
+        similarity: float [n, n], not negative; entry i, j: how well j represents i.
         k: points to choose.
 
     Returns:
@@ -276,7 +280,7 @@ def grand(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
 
 
 def margin(probabilities: Tensor) -> Tensor:
-    """How far the likeliest class is ahead of the next; *small* is hard.
+    """Probability of the likeliest class minus that of the second; *small* is hard.
 
     Args:
         probabilities: float [n, C].
@@ -295,14 +299,14 @@ def margin(probabilities: Tensor) -> Tensor:
 class Forgetting:
     """A loss for `refimpl.core.train.loop.train` that counts how often each example is forgotten.
 
-    An example is forgotten when it was right the last time it was in a batch and is wrong now.
+    An example is forgotten when it is misclassified now and was classified correctly the last time it was in a batch.
 
     Args:
         n: examples.
 
     Attributes:
         events: int64 [n], forgetting events so far.
-        learned: bool [n], whether the example was ever right.
+        learned: bool [n], whether the example was ever classified correctly.
 
     Example:
         >>> loss = Forgetting(2)
@@ -328,12 +332,12 @@ class Forgetting:
         return F.cross_entropy(logits, labels)
 
     def scores(self) -> Tensor:
-        """float [n]: the events; infinite for examples that were never right. Large is hard."""
+        """float [n]: forgetting events; infinite for examples that were never learned. Large is hard."""
         return self.events.float().masked_fill(~self.learned, torch.inf)
 
 
 def top(scores: Tensor, k: int) -> Tensor:
-    """The k largest scores; of equals those that come first.
+    """The indices of the k largest scores; among equal scores the first ones.
 
     Args:
         scores: float [n]; not NaN.
@@ -355,12 +359,12 @@ def top(scores: Tensor, k: int) -> Tensor:
     return scores.sort(descending=True, stable=True).indices[:k]
 
 
-# -- with the proxy, and its price --
+# -- with the proxy, and its cost --
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a selection took.
+    """The cost of a selection.
 
     Attributes:
         wall, cpu: seconds on the clock and of the processor, the proxy's training included.
@@ -390,13 +394,13 @@ class Selection:
 
 @dataclass(frozen=True)
 class Proxy:
-    """What one or several networks trained on all data say about each example.
+    """Signals about each example from one or several networks that were trained on all data.
 
     Attributes:
         probabilities: float [n, C], mean over the networks.
         features: float [n, d], what goes into the last linear layer of the last network.
-        el2n, grand, forgetting: float [n] scores, mean over the networks; None where they were not asked for.
-        cost: of training and measuring, by what it served: "train", and each signal under its own name.
+        el2n, grand, forgetting: float [n] scores, mean over the networks; None where not requested.
+        cost: of training ("train") and of measuring each signal, by name.
     """
 
     probabilities: Tensor
@@ -418,13 +422,13 @@ def train_proxy(
     seeds: tuple[int, ...] = (0,),
     gradients: bool = False,
 ) -> Proxy:
-    """Train proxies on all data and keep what the selectors read.
+    """Train proxies on all data and measure the signals that selectors need.
 
     Args:
         build: ``build(seed)``, an untrained classifier that maps [b, ...] to logits [b, C] and has a linear layer.
         x, labels: the data, float [n, ...] and int64 [n].
         epochs: over all data. Scores of difficulty are meant for a few, features for more.
-        recipe: ``recipe(steps, seed)``: how each is trained.
+        recipe: ``recipe(steps, seed)`` gives the recipe of each.
         batch_size: examples per step.
         seeds: one network for each.
         gradients: compute GraNd as well, which costs as much as another epoch or more.
@@ -481,11 +485,11 @@ SELECTORS = (
     "forgetting",
     "margin",
 )
-"""At random twice, by geometry three times, then by difficulty, hardest first but for "el2n-easy"."""
+"""Two random ones, three by geometry, five by difficulty: the hardest examples, or with "el2n-easy" the easiest."""
 
 
 def select(name: str, labels: Tensor, k: int, *, proxy: Proxy | None = None, seed: int = 0) -> Selection:
-    """Choose k examples once. All but "random" take the same number of every class.
+    """Choose k examples once. All selectors but "random" take the same number from every class.
 
     Args:
         name: one of `SELECTORS`.
@@ -495,7 +499,7 @@ def select(name: str, labels: Tensor, k: int, *, proxy: Proxy | None = None, see
         seed: of the random ones.
 
     Returns:
-        The subset and what it cost, all of the proxy's training and measuring that this selector reads included.
+        The subset and its cost, including the proxy's training and the measurements that this selector uses.
 
     Raises:
         OptionError: an unknown name, a budget above the data's size or below one per class, labels out of range, or no
@@ -568,7 +572,7 @@ def _measure(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Clock:
-    """Seconds since it was made or last asked."""
+    """Seconds since it was created, or since the last call of `lap`."""
 
     def __init__(self) -> None:
         self.now = time.perf_counter(), time.process_time()

@@ -1,4 +1,11 @@
-"""Low-rank repairs EoRA is compared with: plain SVD of the weight error, SVD scaled by activations, and LoftQ."""
+"""Low-rank repairs that EoRA is compared with: SVD of the weight error, plain or scaled by activations, and LoftQ.
+
+With dW the difference between the original and the compressed weight, and B [m, r], A [r, d] the factors of the repair:
+
+    plain SVD     argmin ||dW - B A||_F
+    scaled SVD    argmin ||(dW - B A) diag(s)||_F          s: size of each input
+    LoftQ         argmin ||W - Q - B A||_F                 over the quantised Q as well, alternating
+"""
 
 from __future__ import annotations
 
@@ -18,18 +25,19 @@ from refimpl.core.layers import CompensatedLinear, CompressedLayer, LowRankLinea
 
 
 def truncated_svd(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading `rank` singular triplets: U [m, r], the values [r] in decreasing order, and V^T [r, d].
+    """The leading `rank` singular triplets: U [m, r], the values [r] in decreasing order, and V^T [r, d].
 
     Example:
         >>> truncated_svd(torch.diag(torch.tensor([1.0, 3.0])), 1)[1].tolist()
         [3.0]
     """
     U, values, Vt = torch.linalg.svd(M, full_matrices=False)
+    # Eckart-Young: U_r diag(s_r) V_r^T is the rank-r matrix nearest to M in the Frobenius norm
     return U[:, :rank], values[:rank], Vt[:rank]
 
 
 def balanced(U: Tensor, values: Tensor, Vt: Tensor) -> tuple[Tensor, Tensor]:
-    """Split the singular values evenly over both factors: B = U sqrt(s), A = sqrt(s) V^T.
+    """Two factors of equal norm, B = U sqrt(s) and A = sqrt(s) V^T.
 
     Example:
         >>> balanced(*truncated_svd(torch.tensor([[4.0]]), 1))[0].abs().item()
@@ -41,7 +49,7 @@ def balanced(U: Tensor, values: Tensor, Vt: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class PlainSVD(LowRankRepair):
-    """Best rank-r approximation of the weight error itself; sees no data.
+    """Best rank-r approximation of the weight error itself; needs no data.
 
     Source: ZeroQuant-V2, Yao et al., 2023, arXiv 2303.08302 (there called LoRC).
 
@@ -58,7 +66,7 @@ class PlainSVD(LowRankRepair):
 
 @dataclass(frozen=True)
 class ActSVD(LowRankRepair):
-    """SVD of the weight error with its columns scaled by how large the inputs are.
+    """SVD of the weight error with its columns scaled by the size of the inputs.
 
     Source: the baseline "Act-S" of the EoRA paper, after ASVD (Yuan et al., 2023, arXiv 2312.05821).
 
@@ -76,21 +84,23 @@ class ActSVD(LowRankRepair):
     def compress_site(self, site: Site, stats: InputStats | None, original: Tensor | None) -> CompensatedLinear:
         assert stats is not None and original is not None
         s = stats.mean_abs**self.alpha
-        s = s + (s.max() == 0)  # an expert no token chose: plain SVD
-        s = s.clamp_min(1e-6 * s.max())  # an input that never fires must not divide by zero
+        s = s + (s.max() == 0)  # an expert without tokens: plain SVD
+        s = s.clamp_min(1e-6 * s.max())  # an input that is always zero must not cause a division by zero
+        # dW diag(s) = B' A', so dW is approximated by B' (A' diag(1/s)); a diagonal s ignores correlated inputs, which
+        # is the difference to EoRA's full square root S
         B, A = balanced(*truncated_svd(self.error(site, original) * s, self.rank))
         return self.attach(site, *to_layer_dtype(site, A / s, B))
 
 
 @dataclass(frozen=True)
 class LoftQ(Method):
-    """Alternate between rounding what the low-rank path does not cover and refitting the path.
+    """Alternate between quantising W - B A and fitting B A to the error of the quantised weight.
 
     Source: Li et al., 2023, arXiv 2310.08659, algorithm 1.
     Needs no data and starts from the uncompressed weight: it is a quantiser and a repair in one.
 
     Args:
-        bits, group_size, symmetric: as for `RTN`.
+        bits, group_size, symmetric: as in `RTN`.
         rank: r of the low-rank path.
         iterations: rounds of the alternation (the paper uses 1 or 5).
 
@@ -126,10 +136,12 @@ class LoftQ(Method):
         rounding = RTN(self.bits, self.group_size, self.symmetric)
         low_rank = torch.zeros_like(W, dtype=torch.float32)
         for _ in range(self.iterations):
+            # Q_t = quantise(W - B_(t-1) A_(t-1)); B_0 A_0 = 0
             rest = Site(site.name, site.block, torch.nn.Module(), "rest")
             rest.parent.add_module("rest", site.dense_module(W.float() - low_rank))
             quantised: PackedLinear = rounding.compress_site(rest, None, None)
             quantised.dtype = W.dtype
+            # B_t A_t = SVD_r(W - Q_t)
             B, A = balanced(*truncated_svd(W.float() - quantised.to_dense().float(), self.rank))
             low_rank = B @ A
         return CompensatedLinear(quantised, LowRankLinear(*to_layer_dtype(site, A, B)))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 BENCHES = ("wikipedia", "mnist resnet", "digits resnet", "mnist vit")
 FORMATS = (".html", ".png", ".svg")
 COSTS = ("bytes", "flops", "bit_operations")
-MOST = 8  # methods that can be told apart in one chart
+MOST = 8  # methods that can be distinguished in one chart
 
 
 def chart(

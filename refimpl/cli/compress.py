@@ -78,7 +78,7 @@ def methods(
 
 
 def _option_texts(kind: type) -> dict[str, str]:
-    """What the docstrings of a method and of its bases say under "Args:"."""
+    """The texts under "Args:" in the docstrings of a method and of its bases, by option."""
     texts: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         section = re.search(r"\n    Args:\n(.*?)(?:\n\n|\Z)", base.__doc__ or "", flags=re.DOTALL)
@@ -222,7 +222,7 @@ def _run(
 def _already_there(out: Path, call: dict[str, Any], steps: int) -> bool:
     """Whether `out` is the finished result of this call.
 
-    Of one method the driver can tell by itself; of several, the folders in between are gone by then.
+    With one method the driver checks this itself; with several, the intermediate folders no longer exist.
     """
     from refimpl.core.files.io import is_compressed
 

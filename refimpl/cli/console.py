@@ -1,4 +1,4 @@
-"""What the commands share: machine-readable output, and a word about what takes long."""
+"""Helpers of all commands: machine-readable output, and messages about slow steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from refimpl.core.errors import nearest
 
 @contextlib.contextmanager
 def waiting(message: str) -> Iterator[None]:
-    """Say on stderr what is going on if the block takes longer than two seconds."""
+    """Print the message on stderr if the block takes longer than two seconds."""
     timer = threading.Timer(2, lambda: typer.echo(f"{message} ...", err=True))
     timer.daemon = True
     timer.start()
@@ -28,7 +28,7 @@ def waiting(message: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stdout_for_json(wanted: bool) -> Iterator[None]:
-    """Whatever libraries print meanwhile goes to stderr, so that stdout holds the JSON and nothing else."""
+    """Send everything that libraries print to stderr, so that stdout holds only the JSON."""
     with contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext():
         yield
 

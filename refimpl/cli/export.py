@@ -15,7 +15,7 @@ from refimpl.core.errors import OptionError
 
 
 class Format(str, Enum):
-    """What another library reads."""
+    """Formats of an export."""
 
     dense = "dense"
     compressed_tensors = "compressed-tensors"

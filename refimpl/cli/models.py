@@ -1,4 +1,4 @@
-"""What the commands about a model share: its name on the command line, its folder, its tokenizer, texts."""
+"""Helpers of the commands about a model: its name on the command line, its folder, its tokenizer, texts."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ Length = Annotated[
 
 
 def precision_of(dtype: DType) -> tuple[torch.dtype, torch.dtype]:
-    """What to compute in, which may be the processor's choice, and what to store in, which never is."""
+    """The dtype to compute in, which may depend on the processor, and the dtype to store in, which never does."""
     import torch
 
     from refimpl.lab.models.language import compute_dtype
@@ -95,7 +95,7 @@ def read_config(folder: Path) -> Any:
 
 
 def longest(config: Any) -> int:
-    """Tokens per sequence where none were asked for: a model with learned positions cannot read more."""
+    """Default tokens per sequence: a model with learned positions cannot read more."""
     return min(LONGEST, getattr(config, "max_position_embeddings", None) or LONGEST)
 
 

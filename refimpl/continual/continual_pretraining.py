@@ -5,21 +5,22 @@ arXiv 2403.08763 (TMLR).
 
 New data $D_1$ for a model that was trained on $D_0$ with a warm-up and a cosine to $\eta_{min}$:
 
-1. start from the model at the end of $D_0$;
+1. start from the model as it is after $D_0$;
 2. re-warm: $\eta_t=\eta_{max}t/T_w$ for $t\le T_w$, one per cent of the phase's $T$ updates;
 3. re-decay: $\eta_t=\eta_{min}+\frac{\eta_{max}-\eta_{min}}2(1+\cos\pi\frac{t-T_w}{T-T_w})$;
-4. replay: $rB$ of the $B$ sequences of every batch are old, and no update is added: $D_1$ gives up a share r;
+4. replay: $rB$ of the $B$ sequences of every batch are old, and no update is added: $D_1$ gives up the share $r$;
 5. the loss is plain next-token cross-entropy over the mixed batch;
-6. for more data sets repeat 1 to 5, replaying all old ones (how they share r the sources leave open; here by size).
+6. for further data sets repeat 1 to 5, replaying all old ones (how they share $r$ is left open; here by size).
 
 Claim: with r of 5 % (weak shift) or 25 % (strong shift) this reaches the average loss of training on the union from
 scratch, at about half the compute.
 
-The infinite schedules of the same paper need no re-warming: `refimpl.core.train.schedules.Infinite` holds the rate constant
-while data come, and a checkpoint of that phase is annealed when a model is wanted (`infinite`, `extended`).
+The infinite schedules of the same paper need no re-warming: `refimpl.core.train.schedules.Infinite` keeps the rate constant
+as long as new data arrive, and a checkpoint of that phase is annealed whenever a final model is needed (`infinite`,
+`extended`).
 
-Where sources are silent, ours: the optimiser's moments begin anew with a phase (released checkpoints have none) and are
-kept inside an infinite schedule.
+Our choice where the paper is silent: the optimiser's moments start from zero in each phase (released checkpoints have
+none) and are kept within an infinite schedule.
 """
 
 from __future__ import annotations
@@ -38,15 +39,15 @@ from refimpl.core.train.losses import sequence_losses
 from refimpl.core.train.sampling import interleave, mixture_loader
 from refimpl.core.train.schedules import Cosine, Infinite, Scheduled
 
-# -- 2, 3: the learning rate --
+# -- steps 2 and 3: the learning rate --
 
 
 def rewarm_redecay(T: int, eta_max: float, eta_min: float, warmup: float = 0.01) -> Cosine:
-    """Steps 2 and 3: linear from 0 to `eta_max`, then a cosine that is at `eta_min` when the phase ends.
+    """Steps 2 and 3: linear from 0 to `eta_max`, then a cosine that reaches `eta_min` when the phase ends.
 
     Args:
         T: updates of the phase.
-        eta_max, eta_min: rates; the paper takes those of pre-training, with ``eta_min = 0.1 eta_max``.
+        eta_max, eta_min: rates; the paper uses those of pre-training, with ``eta_min = 0.1 eta_max``.
         warmup: T_w as a share of T; rounded up to an update.
 
     Raises:
@@ -57,6 +58,9 @@ def rewarm_redecay(T: int, eta_max: float, eta_min: float, warmup: float = 0.01)
         >>> schedule.warmup, schedule.rate(4), schedule.rate(400)
         (4, 0.0003, 3e-05)
     """
+    # eta_t = eta_max t / T_w  for t <= T_w, then  eta_min + (eta_max - eta_min) (1 + cos(pi (t - T_w) / (T - T_w))) / 2.
+    # Starting at eta_max without a warm-up would be as unstable as at the start of pre-training; staying at eta_min
+    # would learn the new data too slowly.
     return Cosine(T, eta_max, eta_min, _updates("warmup", warmup, T))
 
 
@@ -74,7 +78,7 @@ def infinite(
     """An infinite schedule for a first phase of T updates, with the proportions of the paper's 405M models.
 
     Args:
-        T: updates until a first model is wanted: warm-up, cooldown, constant phase and annealing.
+        T: updates until a first model is needed: warm-up, cooldown, constant phase and annealing.
         eta_max: the highest rate.
         constant, low: eta_const and eta_min as fractions of it. The defaults are remembered values (1.65e-4 and 3e-5
             of 3e-4), not ones we could check.
@@ -98,6 +102,7 @@ def infinite(
             f"warmup={warmup}, cooldown={cooldown} and anneal={anneal} take {sum(lengths)} of T={T} updates; make them "
             "shorter"
         )
+    # warm-up to eta_max, cooldown to eta_const, constant for whatever is left of T, then annealing to eta_min
     rise, fall, end = lengths
     return Infinite(rise, fall, T - sum(lengths), end, eta_max, constant * eta_max, low * eta_max, form)
 
@@ -105,7 +110,7 @@ def infinite(
 def extended(schedule: Infinite, T: int) -> Infinite:
     """The same schedule with T more updates of new data: the constant phase grows, and annealing comes after it.
 
-    Up to ``schedule.constant_until`` both are equal, so a run goes on from the checkpoint taken there, with its
+    Up to ``schedule.constant_until`` both are equal, so a run continues from the checkpoint taken there, with its
     moments, and not from the annealed model.
 
     Args:
@@ -126,11 +131,11 @@ def extended(schedule: Infinite, T: int) -> Infinite:
     return replace(schedule, hold=schedule.hold + T)
 
 
-# -- 4, 6: the data --
+# -- steps 4 and 6: the data --
 
 
 def shares(r: float, sizes: Sequence[int]) -> list[float]:
-    """Steps 4 and 6: the share of a batch that each data set has, the new one first.
+    """Steps 4 and 6: the share of each data set in a batch, the new one first.
 
     Args:
         r: share of all old data together.
@@ -147,6 +152,7 @@ def shares(r: float, sizes: Sequence[int]) -> list[float]:
         raise OptionError(f"r={r}: the replayed share of a batch, use 0 to 1")
     if r and not sum(sizes) > 0:
         raise OptionError(f"r={r}, but the old data sets have {list(sizes)} rows; pass old data, or r=0")
+    # the new data give up r, which the old sets divide by size: as if they were one set, sampled uniformly
     return [1 - r, *(r * size / sum(sizes) if r else 0.0 for size in sizes)]
 
 
@@ -155,16 +161,16 @@ def replay_loader(
 ) -> DataLoader:
     """Step 4: `steps` batches of new data with a share r of old data, exact to one row after every batch.
 
-    A share that is no multiple of ``1 / batch_size`` is carried over: at r = 1 % and 8 rows about every twelfth batch
-    holds an old one. Rounding batch by batch would replay nothing.
+    A share that is not a multiple of ``1 / batch_size`` is carried over: at r = 1 % and 8 rows about every twelfth batch
+    has one old row. Rounding batch by batch would replay nothing.
 
     Args:
         new: rows as in `refimpl.core.train.sampling.loader`: tensors, or a dataset that knows its length.
         old: the old data sets.
-        r: replayed share. With 0 the batches are those of a loader over `new` alone with this seed.
+        r: replayed share. With 0 the batches equal those of a loader over `new` alone with this seed.
         batch_size: rows per batch and process.
         steps: the phase's updates (micro-batches, if they are accumulated); replay adds none.
-        seed, start: batch t depends on the seed and t alone; a loader that starts at t goes on with it.
+        seed, start: batch t depends only on the seed and on t, so a loader that starts at t continues an earlier one.
 
     Raises:
         OptionError: r outside [0, 1], no old data for an r above 0, data without a length.
@@ -180,18 +186,18 @@ def replay_loader(
 
 
 def replay_stream(new: Any, old: Sequence[Any], r: float, sizes: Sequence[int] | None = None, seed: int = 0) -> Any:
-    """Step 4 for Hugging Face datasets, streaming or not: rows drawn one by one, so r holds on average only.
+    """Step 4 for Hugging Face datasets, streaming or not: rows are drawn one by one, so r holds on average only.
 
-    The stream ends when every part was read once; the Trainer's ``max_steps`` keeps the budget.
+    The stream ends when every part has been read once; the Trainer's ``max_steps`` keeps the budget.
 
     Args:
         new, old: ``datasets.Dataset`` or ``datasets.IterableDataset`` objects, all of one kind.
         r: replayed share.
-        sizes: of the old data sets; needed for two or more that do not know their length.
+        sizes: of the old data sets; needed for two or more without a length.
         seed: of the draws.
 
     Raises:
-        OptionError: r outside [0, 1], lengths that are not known, objects that are no such datasets.
+        OptionError: r outside [0, 1], unknown lengths, or objects that are not such datasets.
 
     Example:
         >>> from datasets import Dataset
@@ -206,11 +212,11 @@ def replay_stream(new: Any, old: Sequence[Any], r: float, sizes: Sequence[int] |
 
 
 def phases(*parts: tuple[int, Sequence[float]]) -> Callable[[int], Sequence[float]]:
-    """Shares that change with the step, for a run that goes through several data sets without a break.
+    """Shares that change with the step, for one run through several data sets.
 
     Args:
-        parts: for each phase its number of batches and the shares of *all* sources; the last also serves whatever
-            follows.
+        parts: for each phase its number of batches and the shares of *all* sources; the shares of the last phase also
+            hold after it.
 
     Returns:
         A function for ``shares`` in `refimpl.core.train.sampling.mixture_loader`.
@@ -239,7 +245,7 @@ def phases(*parts: tuple[int, Sequence[float]]) -> Callable[[int], Sequence[floa
     return at
 
 
-# -- all of it --
+# -- the whole method --
 
 
 @dataclass(frozen=True)
@@ -247,7 +253,7 @@ class ContinualPretraining:
     """The recipe for one more data set.
 
     Args:
-        eta_max: highest rate; by default take that of pre-training. Less forgets less and learns less.
+        eta_max: highest rate; that of pre-training is a good start. A lower one forgets less and learns less.
         eta_min: rate at the end; None: a tenth of `eta_max`.
         warmup: T_w as a share of the phase.
         replay: r; the paper recommends 0.05 for a weak shift, 0.25 for a strong one.
@@ -259,7 +265,7 @@ class ContinualPretraining:
     Example:
         >>> import torch
         >>> new, old = torch.randint(16, (40, 9)), torch.randint(16, (40, 9))
-        >>> model = torch.nn.Embedding(16, 16)     # the next token depends on this one only
+        >>> model = torch.nn.Embedding(16, 16)     # the next token depends on the current one only
         >>> method = ContinualPretraining(eta_max=0.01, replay=0.25)
         >>> history = method.train(model, new, [old], steps=10, batch_size=4, progress=False)
         >>> len(history.losses), history.steps[-1]["lr"]
@@ -276,10 +282,10 @@ class ContinualPretraining:
 
     def __post_init__(self) -> None:
         shares(self.replay, [1])
-        self.schedule(10**6)  # whatever is wrong with the rates, now
+        self.schedule(10**6)  # raises now if a rate is invalid
 
     def schedule(self, steps: int) -> Cosine:
-        """Steps 2 and 3."""
+        """The learning rate of a phase of `steps` updates (steps 2 and 3)."""
         low = 0.1 * self.eta_max if self.eta_min is None else self.eta_min
         return rewarm_redecay(steps, self.eta_max, low, self.warmup)
 
@@ -309,18 +315,20 @@ class ContinualPretraining:
         """Continue on new data, in place; under torchrun every process calls this with the same data.
 
         Args:
-            model: as it came out of pre-training.
+            model: the result of pre-training (step 1).
             new, old, batch_size: as in `replay_loader`.
             steps: updates of the phase.
             loss: ``loss(model, batch)``; None: mean cross-entropy of the next token, for causal models.
-            seed: of the order of the rows and of whatever is random in the model.
+            seed: of the order of the rows and of any randomness in the model.
             recipe: other fields of `refimpl.core.train.loop.Recipe`.
             options: of `refimpl.core.train.loop.train`, such as folder, evaluate and evaluate_every.
 
         Raises:
             OptionError: see `replay_loader` and `refimpl.core.train.loop.train`.
         """
+        # 2, 3: new moments and a new schedule for this phase
         settings = self.recipe(steps, seed=seed, **(recipe or {}))
+        # 4: micro-batches of an accumulated update count as batches, so that each update has its share of old rows
         data = replay_loader(new, old, self.replay, batch_size, steps * settings.accumulate, seed)
         return train(model, data, next_token_loss if loss is None else loss, settings, **options)
 
@@ -340,7 +348,7 @@ def next_token_loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 def _updates(name: str, share: float, T: int) -> int:
-    """A share of a phase in updates, rounded up, but for rounding errors of the product."""
+    """A share of a phase in updates, rounded up; 1e-9 absorbs the rounding error of the product."""
     if not 0 <= share < 1:
         raise OptionError(f"{name}={share}: it is a share of the phase, use 0 or more and less than 1")
     return math.ceil(share * T - 1e-9)

@@ -1,8 +1,8 @@
-"""What depends on where tensors live: reading a value, and giving memory back.
+"""The operations that depend on the device of a tensor: reading a value, and freeing memory.
 
-`read` and `read_all` are the only places where values cross from the device to Python. Every other line stays on the
-tensor's device, which is what the fake-CUDA test checks; it replaces them by constants, since a fake tensor has no
-value to read.
+`read` and `read_all` are the only places where values cross from the device to Python. All other code stays on the
+tensor's device. A test with fake CUDA tensors checks this; it replaces both functions by constants, because a fake tensor
+has no value to read.
 """
 
 from __future__ import annotations

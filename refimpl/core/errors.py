@@ -29,7 +29,7 @@ class CheckpointError(RefimplError):
 
 
 class TrainingError(RefimplError):
-    """Training cannot go on; says at which step, and from where to take it up."""
+    """Training cannot continue; says at which step, and from where to resume it."""
 
 
 class FetchError(RefimplError):
@@ -41,7 +41,7 @@ class MissingExtra(RefimplError, ImportError):
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import an optional dependency or say which extra brings it.
+    """Import an optional dependency, or say which extra installs it.
 
     Args:
         module: importable name, e.g. ``"gguf"``.
@@ -63,7 +63,7 @@ def require(module: str, extra: str) -> ModuleType:
 
 
 def nearest(value: str, choices: Iterable[str]) -> str:
-    """The tail of an error message: what is allowed, and the nearest choice if one is close.
+    """The end of an error message: the allowed choices, and the nearest one if it is close.
 
     Example:
         >>> nearest("sequental", ["sequential", "parallel"])

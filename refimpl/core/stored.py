@@ -15,10 +15,10 @@ _NAME = "_refimpl_stored_dtype"
 
 
 def stored_dtype(model: nn.Module) -> torch.dtype:
-    """What the floating weights, keys and values of a model count as.
+    """The dtype that the floating weights, keys and values of a model count as.
 
     Returns:
-        What `declare_stored` said; else the dtype of the model's first floating parameter (float32 without any).
+        The dtype given to `declare_stored`, otherwise the dtype of the model's first floating parameter (float32 without any).
 
     Example:
         >>> model = nn.Linear(2, 2)

@@ -1,9 +1,9 @@
-"""What the compilers make of every kernel, read from machine code; no GPU is needed.
+"""Registers, spills and load widths of every kernel, read from machine code; no GPU is needed.
 
 Each launch that a kernel file names in `variants` is compiled as the JIT would compile it for a GPU that is not here
 (NVIDIA sm_75, sm_80 and sm_90; AMD gfx942), and the machine code is read: registers, spills, shared memory, how wide
 each tensor is loaded, tensor-core instructions, instructions in the main loop. A spill, or a load of the weights
-narrower than it could be, shows here long before somebody with a GPU wonders about a time.
+narrower than it could be, shows here long before a measured time on a GPU is surprising.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Row:
         shared: bytes of shared memory of a program, as Triton allocates it.
         warps: of a program.
         loads: width in bits of the global loads of each tensor, with how many there are in the code, as
-            ``{"planes": {128: 4}}``. On AMD they are not told apart ("all").
+            ``{"planes": {128: 4}}``. On AMD tensors are not distinguished ("all").
         main: the weights: the largest argument but activations, result and scratch space.
         tensor_core: tensor-core instructions in the code (HMMA, HGMMA, IMMA, MFMA).
         instructions: in the whole kernel.
@@ -71,7 +71,7 @@ class Row:
 
     @property
     def main_width(self) -> int | None:
-        """Bits of the narrowest load of `main`; None where loads are not told apart."""
+        """Bits of the narrowest load of `main`; None where loads are not distinguished."""
         return min(self.loads[self.main]) if self.main in self.loads else None
 
 
@@ -188,7 +188,7 @@ class _AbsentGPU:
 
 
 def _compile(launch: Launch, target: str) -> Any:
-    """What the JIT compiles for this launch on that GPU; ``.asm`` holds every stage. Replaces the driver for good."""
+    """The JIT's result for this launch on that GPU; ``.asm`` holds every stage. Permanently replaces Triton's driver."""
     from triton.runtime import driver
 
     driver.set_active(_AbsentGPU(target))
@@ -254,7 +254,7 @@ _SASS = re.compile(r"^\s*/\*(?P<address>[0-9a-f]{4,})\*/\s+(?P<text>[^;]*);", re
 
 
 def instructions(sass: str) -> list[tuple[int, str, str]]:
-    """Address, opcode and operands of each instruction, without the padding behind the last one.
+    """Address, opcode and operands of each instruction, without the padding after the last one.
 
     Example:
         >>> instructions("        /*0010*/              @!P0 LDG.E.128 R4, [R2.64] ;")
@@ -381,7 +381,7 @@ def _read(kernel: str, variant: str, launch: Launch, target: str) -> Row:
 def targets(kernel: str) -> tuple[str, ...]:
     """The GPUs that a kernel file is compiled for: those it names in `TARGETS`, or the usual three.
 
-    sm_75 comes besides, see `_read_all`.
+    sm_75 is added to these, see `_read_all`.
 
     Example:
         >>> targets("sparse_matvec"), targets("lowrank_decode")
@@ -407,8 +407,8 @@ def _read_all(kernel: str, variant: str) -> list[Row]:
 def audit(launches: Iterable[tuple[str, str]], progress: bool = True) -> list[Row]:
     """Compile launches for every GPU and read the machine code.
 
-    That happens in a process of its own: in this one kernels may be interpreted (``TRITON_INTERPRET=1``), and the
-    driver of a GPU that is there must stay.
+    This happens in a separate process: in the current one kernels may be interpreted (``TRITON_INTERPRET=1``), and the
+    driver of a GPU must not be replaced.
 
     Args:
         launches: kernel and variant of each, as ("sparse_matvec", "bf16 4096->4096").
@@ -422,7 +422,7 @@ def audit(launches: Iterable[tuple[str, str]], progress: bool = True) -> list[Ro
 
 
 def elsewhere(module: str, jobs: list[tuple[str, str]], progress: bool, interpret: bool) -> Any:
-    """What ``_child`` of a module of this package answers, run in a process with or without interpreted kernels.
+    """The answer of ``_child`` of a module of this package, run in a process with or without interpreted kernels.
 
     Raises:
         RuntimeError: Triton is not installed, or the process fails.
@@ -500,7 +500,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def stale(path: Path) -> list[str]:
-    """Kernels that are not what was audited, or were not audited at all; by `fingerprint`.
+    """Kernels that have changed since they were audited, or were never audited; by `fingerprint`.
 
     Example:
         >>> import tempfile
@@ -521,7 +521,7 @@ def versions() -> dict[str, str]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Written under another name and renamed, so that nobody reads half a file."""
+    """Write under a temporary name and rename, so that no reader gets half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(value, indent=1) + "\n")

@@ -35,10 +35,10 @@ TOLERANCE = 0.02  # relative error (Frobenius) of 16-bit results; a sum that is 
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU by what was measured on it.
+    """A GPU, described by measurements on it.
 
     Attributes:
-        name: as it calls itself.
+        name: as reported by the driver.
         bandwidth: bytes a second, read and written by a copy.
         flops: operations a second of a dense product, by dtype ("bfloat16", "float16").
     """
@@ -138,7 +138,7 @@ def expand(launch: Launch) -> Tensor:
 
 
 def _multiply(launch: Launch, dense: Tensor) -> Tensor:
-    """What the launch computes, given the dense matrix."""
+    """The result of the launch, computed from the dense matrix."""
     given: Mapping[str, Any] = launch.arguments
     y = torch.nn.functional.linear(given["x"], dense, given["bias"])
     return y + given["u"] @ given["B"] if "u" in given else y
@@ -413,7 +413,7 @@ def run(kernels: list[str] | None = None, out: Path | None = None, progress: boo
 
 
 def _problems(kernel: str) -> dict[str, Any]:
-    """What a file of attention kernels or of a loss lists in `problems`; nothing for others."""
+    """The problems that a file of attention kernels or of a loss lists in `problems`; none for others."""
     found: Any = getattr(importlib.import_module(f"refimpl.kernels.{kernel}"), "problems", dict)
     made: dict[str, Any] = found()
     return made

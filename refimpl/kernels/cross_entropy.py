@@ -14,8 +14,8 @@ tensors once. The sum goes online: a running maximum and a sum of exponentials r
 
 A program has one row. Each thread walks down groups of 128 bits with a maximum and a sum of its own, so that nothing
 passes between threads before the end of the row, and one exponential a group is all that going online costs. Rows of a
-vocabulary such as GPT-2's 50257 begin anywhere: what lies before the first and behind the last whole group of the
-memory's own grid is read by itself.
+vocabulary such as GPT-2's 50257 begin anywhere: the columns before the first and after the last whole group that
+is aligned in memory are read separately.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def jit(function: Any) -> Any:
 
 
 class Inputs(NamedTuple):
-    """What a loss and its gradient are made from.
+    """The inputs of a loss and its gradient.
 
     Attributes:
         logits: [B, T, V].
         targets: int64 [B, T].
-        gradient: what arrives from behind, one a sequence, fp32 [B].
+        gradient: of the losses, from the backward pass, fp32 [B].
         ignore_index: the target of tokens that do not count.
     """
 
@@ -93,7 +93,7 @@ def _whole_groups(logits, place, vocabulary, WIDTH: tl.constexpr, LEAD: tl.const
 @jit
 @no_type_check
 def _edges(head, groups, vocabulary, WIDTH: tl.constexpr):
-    """Columns before and behind the whole groups, [2 * WIDTH], and which of them there are."""
+    """Columns before and after the whole groups, [2 * WIDTH], and which of them exist."""
     e = tl.arange(0, 2 * WIDTH)
     column = tl.where(e < WIDTH, e, head + groups * WIDTH + e - WIDTH)
     return column, column < tl.where(e < WIDTH, head, vocabulary)
@@ -102,7 +102,7 @@ def _edges(head, groups, vocabulary, WIDTH: tl.constexpr):
 @jit
 @no_type_check
 def _level(most):
-    """What exponents are taken relative to: the maximum, but for a maximum of nothing."""
+    """The value subtracted from exponents: the maximum, or 0 for a maximum over nothing."""
     return tl.where(most == float("-inf"), 0.0, most)
 
 
@@ -430,7 +430,7 @@ def _mean(losses: Tensor, counted: Tensor) -> Tensor:
 
 
 def _scale(gradient: Tensor, counted: Tensor) -> Tensor:
-    """What rows of a sequence are multiplied with, [B]."""
+    """The factor of all rows of a sequence, [B]."""
     return gradient / counted.sum(1).clamp(min=1)
 
 

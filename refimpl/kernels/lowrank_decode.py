@@ -1,4 +1,4 @@
-"""Attention of one new token on a low-rank cache (CSKV): features of keys and values, a window and sinks as they are.
+"""Attention of one new token on a low-rank cache: features of keys and values, a window and sinks as they are.
 
 The cache holds for each token r numbers for the keys of *all* heads of a layer and r for the values. Values never have
 to come back: ``sum_t p_t (c_t B_V) = (sum_t p_t c_t) B_V``, so one sum over features and one small product at the end.
@@ -539,9 +539,9 @@ def _lowrank_decode(
     PITCH: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """A share of ``sum_t exp(s_t) v_t`` for the query heads of HEADS key heads; the formula stands above the module.
+    """A share of ``sum_t exp(s_t) v_t`` for the query heads of HEADS key heads; the formula is in the docstring of the module.
 
-    Axis 1 of the grid: `split` programs with `span` stored tokens each, then one for what is kept whole.
+    Axis 1 of the grid: `split` programs with `span` stored tokens each, then one for the tokens that are kept uncompressed.
     """
     b = tl.program_id(0) // (H // HEADS)
     head0 = tl.program_id(0) % (H // HEADS) * HEADS
@@ -550,7 +550,7 @@ def _lowrank_decode(
     q_row = b * (H * SHARED) + head0 * SHARED + slot
     used = slot < HEADS * SHARED
     out = (part * rows + q_row).to(tl.int64)
-    # what is handed on is divided by its total, so that 16 bits do
+    # partial results are divided by their total, so that 16 bits are enough
     if part < split:
         most, total, mixed, middles = _stored(
             query,
@@ -658,7 +658,7 @@ def _lowrank_merge(
 ):
     """A query head: ``y = (sum_i w_i o_i) B_V + (sum_i w_i) b_V + w o``, ``w_i = l_i 2^(m_i - max m)`` over their sum.
 
-    i counts the programs that had stored tokens; the last one, where there is one more, had what is kept whole.
+    i counts the programs that had stored tokens; the last one, where there is one more, had the uncompressed tokens.
     """
     row = tl.program_id(0)
     head = row % (H * SHARED) // SHARED

@@ -1,6 +1,6 @@
 """Group-quantised weights and a low-rank path in one kernel: ``y = x W^T + u B^T`` with ``u = x A^T``.
 
-A compressed layer that was repaired (EoRA) is such a sum. Computed apart, y is written, read and written again, and at
+A compressed layer with a low-rank repair is such a sum. Computed apart, y is written, read and written again, and at
 one token a step the launches of two small products cost more than their bytes. Here ``u``, a vector of r numbers a
 token, comes from an ordinary product, and ``u B^T`` is added before y leaves the registers: the rank is nothing but
 more inputs, with weights in 16 bits. B is stored [rank, out], outputs contiguous like everything else.
@@ -159,7 +159,7 @@ def cost(
     bias: bool = False,
     itemsize: int = 2,
 ) -> tuple[int, int]:
-    """Bytes and floating-point operations needed once u is there; arguments as `quant_matmul.cost`.
+    """Bytes and floating-point operations needed once u is computed; arguments as `quant_matmul.cost`.
 
     Example:
         >>> cost(1, 4096, 4096, 128, 4, 64)
@@ -242,7 +242,7 @@ VARIANTS = (
 
 
 def variants() -> dict[str, Launch]:
-    """Launches of real shapes, from tensors on "meta": what is compiled ahead of time and counted.
+    """Launches of real shapes, from tensors on "meta": these are compiled ahead of time and their bytes counted.
 
     Example:
         >>> "bf16 576->1536, 4 bits, g64, symmetric, rank 64" in variants()

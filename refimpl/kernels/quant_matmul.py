@@ -747,7 +747,7 @@ def variant_name(rows: int, n_in: int, n_out: int, bits: int, group: int, symmet
 
 
 def variants() -> dict[str, Launch]:
-    """Launches of real shapes, from tensors on "meta": what is compiled ahead of time and counted.
+    """Launches of real shapes, from tensors on "meta": these are compiled ahead of time and their bytes counted.
 
     Example:
         >>> variants()["bf16 4096->4096, 4 bits, per channel, symmetric"].num_warps

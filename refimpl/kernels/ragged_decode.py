@@ -1,4 +1,4 @@
-"""Attention of one new token on a cache whose heads keep different numbers of columns (MatryoshkaKV), side by side.
+"""Attention of one new token on a cache whose heads keep different numbers of columns, side by side.
 
 A token has one row of keys and one of values, in which each head takes as many numbers as its rank, without padding.
 Keys lie in a basis of their own for each head; a query that was taken to the same basis (``q Q_K``) meets them as they

@@ -154,7 +154,7 @@ def _sparse_matvec(
                 high0 = (bits & 2) != 0
                 odd1 = (bits & 4) != 0
                 high1 = (bits & 8) != 0
-                if ROWS > 2:  # the first value is at 0, 1 or 2, the second behind it at 1, 2 or 3
+                if ROWS > 2:  # the first value is at 0, 1 or 2, the second after it at 1, 2 or 3
                     d0 = tl.where(odd0 | high0, 0.0, w0)
                     d1 = tl.where(odd0, w0, tl.where(high1, 0.0, w1))
                     d2 = tl.where(high0, w0, tl.where(odd1, 0.0, w1))

@@ -1,8 +1,8 @@
 """How many bytes a launch loads and stores, counted in the interpreter; no GPU is needed.
 
 A matrix-vector product is as fast as its bytes arrive. The weights come once; what can go wrong is the rest: x is read
-again by every program, sums that programs share are written and read, a mask lets through what nobody needs. Counted
-are the elements that loads and stores touch (masked ones are not), whatever a cache might save later. For matrix-vector
+again by every program, sums that programs share are written and read, a mask lets unneeded elements through. All elements
+that loads and stores touch are counted (masked ones are not), even if a cache would save them. For matrix-vector
 kernels the ratio to the minimum is therefore close to what memory sees; tiled products read their tiles again and again
 out of the L2, and the ratio says how often.
 """
@@ -72,7 +72,7 @@ def count(launch: Launch, whole: bool = False) -> Traffic:
     """Interpret a launch and count.
 
     Programs that differ only in which block of rows or outputs they have move the same bytes, except those at the far
-    end, where blocks stick out. So along such an axis the first program stands for all but the last. Programs that
+    end, where blocks are cut off. So along such an axis the first program represents all but the last. Programs that
     share a sum (the last axis of a launch with a constant "SPLIT") differ in more than that, and all run.
 
     Args:
@@ -90,7 +90,7 @@ def count(launch: Launch, whole: bool = False) -> Traffic:
     """
     if hasattr(launch.kernel, "device_caches"):
         raise RuntimeError("bytes are counted in the interpreter: set TRITON_INTERPRET=1 before kernels are imported")
-    # a copy: the counters of programs that share a sum must start at zero, and nobody's result is overwritten
+    # a copy: the counters of programs that share a sum must start at zero, and no result of the caller may be overwritten
     arguments = {
         name: _filled(value) if isinstance(value, Tensor) else value for name, value in launch.arguments.items()
     }
@@ -112,13 +112,13 @@ def count(launch: Launch, whole: bool = False) -> Traffic:
 
 
 def _filled(tensor: Tensor) -> Tensor:
-    # with the strides that the launch was told
+    # with the strides of the launch
     made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
     return made.zero_() if tensor.is_meta else made.copy_(tensor)
 
 
 def _span(tensor: Tensor) -> int:
-    """Bytes from the first element to behind the last; more than `nbytes` for a slice."""
+    """Bytes from the first element to the end of the last; more than `nbytes` for a slice."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size() if tensor.numel() else 0
 
@@ -128,7 +128,7 @@ def _every(size: int) -> list[tuple[int, int]]:
 
 
 def _ends(size: int) -> list[tuple[int, int]]:
-    """Index and weight of the programs that stand for an axis."""
+    """Index and weight of the programs that represent an axis."""
     return [(0, 1)] if size == 1 else [(0, size - 1), (size - 1, 1)]
 
 

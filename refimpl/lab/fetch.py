@@ -8,7 +8,7 @@ from refimpl.core.errors import OptionError, nearest
 from refimpl.lab.wheels import cache_folder
 
 NAMES = ("smollm2", "text", "mnist")
-"""What `fetch` knows."""
+"""Names of the resources that `fetch` can prepare."""
 
 
 def fetch(name: str) -> Path:

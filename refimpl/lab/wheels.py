@@ -79,10 +79,10 @@ def cache_folder() -> Path:
 
 @contextmanager
 def cached_only() -> Iterator[None]:
-    """Inside the block, what is not in the cache is an error instead of a download or a conversion.
+    """Inside the block, a folder missing from the cache is an error instead of a download or a conversion.
 
     Raises:
-        FetchError: from whatever asks for a folder that the cache lacks.
+        FetchError: inside the block, when a missing folder is requested.
 
     Example:
         >>> with cached_only():
@@ -124,7 +124,9 @@ def build_folder(name: str, build: Callable[[Path], None]) -> Path:
     with FileLock(str(final.with_name(f".{name}.lock"))):
         if final.is_dir():
             return final
-        for leftover in final.parent.glob(f".{name}.*.partial"):  # nobody else builds it: we hold the lock
+        for leftover in final.parent.glob(
+            f".{name}.*.partial"
+        ):  # no other process builds it, because this one holds the lock
             shutil.rmtree(leftover, ignore_errors=True)
         staging = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{name}.", suffix=".partial"))
         try:

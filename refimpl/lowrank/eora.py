@@ -2,9 +2,12 @@
 
 Source: Liu et al., 2024, arXiv 2410.21271, section 3 and theorem 1.
 
-A layer y = x W^T was compressed to W_hat; dW = W - W_hat is what was lost. Plain SVD finds the rank-r matrix closest to
-dW. EoRA finds the one for which (dW - BA) X^T is smallest on calibration inputs X, in closed form: scale dW by a square
-root S of the inputs' second moment, truncate the SVD there, and scale back.
+A layer y = x W^T was compressed to W_hat, with the error dW = W - W_hat. Plain SVD finds the rank-r matrix closest to
+dW. EoRA finds the one that leaves the least error of the outputs on calibration inputs X [tokens, d],
+
+    argmin over B, A    ||(dW - B A) X^T||_F^2 = tr((dW - B A) G (dW - B A)^T) = ||(dW - B A) S||_F^2
+
+with G = X^T X = S S^T. It is solved in closed form: scale dW by S, truncate the SVD of dW S, and scale back by inv(S).
 
 Any square root of G gives the same BA; the same estimator is known as the exact solution of QERA and, applied to W
 itself, as the whitening of SVD-LLM.
@@ -27,7 +30,7 @@ from refimpl.core.compress.stats import InputStats
 from refimpl.core.errors import OptionError
 from refimpl.core.layers import CompensatedLinear, PackedLinear
 
-EPSILON = 1e-8  # eigenvalues below this fraction of the largest are noise, or directions no token took
+EPSILON = 1e-8  # eigenvalues below this fraction of the largest are noise, or directions without any input
 
 
 def eigenspace(G: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,18 +40,19 @@ def eigenspace(G: Tensor) -> tuple[Tensor, Tensor]:
         G: second moment of the inputs, sum of x x^T, [d, d]; use fp64, its condition number can pass 1e8.
 
     Returns:
-        S [d, d] and inv(S) [d, d]. Eigenvalues are clamped at `EPSILON` times the largest, so that inputs which never
-        fire divide by something (the authors replace negative ones only, and an exact zero breaks that).
+        S [d, d] and inv(S) [d, d]. Eigenvalues are clamped at `EPSILON` times the largest, so that inputs which are
+        always zero cause no division by zero (the authors replace negative eigenvalues only, which an exact zero
+        breaks).
 
     Example:
         >>> S, S_inv = eigenspace(torch.diag(torch.tensor([4.0, 1.0], dtype=torch.float64)))
         >>> torch.allclose(S @ S_inv, torch.eye(2, dtype=torch.float64))
         True
     """
-    values, Q = torch.linalg.eigh(G)
+    values, Q = torch.linalg.eigh(G)  # 2. G = Q Lambda Q^T, eigenvalues in increasing order
     floor = torch.where(values[-1] > 0, EPSILON * values[-1], torch.ones_like(values[-1]))  # no inputs at all: S = I
     root = torch.maximum(values, floor).sqrt()
-    return Q * root, (Q / root).T
+    return Q * root, (Q / root).T  # 3. S = Q sqrt(Lambda); Q is orthogonal, so inv(S) = inv(sqrt(Lambda)) Q^T
 
 
 def eora(dW: Tensor, S: Tensor, S_inv: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -60,8 +64,8 @@ def eora(dW: Tensor, S: Tensor, S_inv: Tensor, rank: int) -> tuple[Tensor, Tenso
         rank: r.
 
     Returns:
-        B [m, r] and A [r, d]. Their product minimises ``||(dW - B A) X^T||_F``; what remains is the sum of the squared
-        singular values of ``dW S`` behind the r-th.
+        B [m, r] and A [r, d]. Their product minimises ``||(dW - B A) X^T||_F``; the square of that norm is then the sum
+        of the squared singular values of ``dW S`` after the r-th.
 
     Example:
         >>> dW = torch.diag(torch.tensor([1.0, 1.0]))
@@ -69,20 +73,21 @@ def eora(dW: Tensor, S: Tensor, S_inv: Tensor, rank: int) -> tuple[Tensor, Tenso
         >>> (B @ A).round(decimals=3).abs().tolist()   # input 2 is three times as large: repair its column
         [[0.0, 0.0], [0.0, 1.0]]
     """
-    projected = dW @ S  # 4. the error as the outputs feel it
-    U, values, Vt = truncated_svd(projected, rank)  # 5. truncate there
-    B, A = balanced(U, values, Vt)  # 6. both factors of like size, which suits 16 bits
-    return B, A @ S_inv
+    projected = dW @ S  # 4. dW' = dW S: its Frobenius norm is the norm of the output error dW X^T
+    U, values, Vt = truncated_svd(projected, rank)  # 5. by Eckart-Young the best rank-r approximation of dW'
+    B, A = balanced(U, values, Vt)  # 6. B' = U sqrt(s), A' = sqrt(s) V^T: equal norms use the range of 16 bits best
+    return B, A @ S_inv  # back from dW' to dW: B A = B' A' inv(S), so theorem 1's minimum is kept
 
 
 @dataclass(frozen=True)
 class EoRA(LowRankRepair):
-    """Repair compressed layers for the outputs on a chosen task; the compressed weights are not touched.
+    """Repair compressed layers for the outputs on a chosen task; the compressed weights do not change.
 
     Args:
-        rank: r of the path added to every site (the paper's main tables use 128 on models with d = 4096).
+        rank: r of the path added to every site (the paper's main tables use 128 for models with d = 4096).
         adapter_bits: quantise both factors with GPTQ to this many bits (the paper recommends 4); None keeps 16 bits.
-        adapter_group: inputs per scale of a quantised factor (or the largest divisor they share with its width).
+        adapter_group: inputs per scale of a quantised factor; where it does not divide the factor's width, their greatest
+            common divisor.
 
     Example:
         >>> EoRA(rank=64, adapter_bits=4)
@@ -116,13 +121,16 @@ class EoRA(LowRankRepair):
 
     def compress_site(self, site: Site, stats: InputStats | None, original: Tensor | None) -> CompensatedLinear:
         assert stats is not None and original is not None
+        # 1. the second moment G was summed over the calibration tokens while the model ran; G / tokens, the paper's mean,
+        # would scale S and inv(S) by reciprocal factors and give the same B A
         S, S_inv = (root.float() for root in eigenspace(stats.gram.double()))
         B, A = eora(self.error(site, original), S, S_inv, self.rank)
         if self.adapter_bits is None:
             return self.attach(site, *to_layer_dtype(site, A, B))
+        # the paper quantises both factors with GPTQ; in y = B (A x) each is a layer with inputs of its own
         A_packed = self._quantise(site, A, stats.gram)
         A_hat = A_packed.to_dense().float()
-        # the inputs of B are A x: their second moment follows from G, no second pass is needed
+        # the inputs of B are A x, whose second moment A G A^T needs no second pass over the data
         return self.attach(site, A_packed, self._quantise(site, B, A_hat @ stats.gram @ A_hat.T))
 
     def _quantise(self, site: Site, factor: Tensor, gram: Tensor) -> PackedLinear:
@@ -135,4 +143,5 @@ class EoRA(LowRankRepair):
 
     def flops(self, site: Site) -> float:
         m, d = site.out_features, site.in_features
+        # eigendecomposition of G, then the products with S and inv(S), then the SVD of dW S
         return 9.0 * d**3 + 2.0 * m * d**2 + 6.0 * m * d * min(m, d)

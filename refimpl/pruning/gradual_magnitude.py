@@ -1,11 +1,17 @@
-"""Gradual magnitude pruning: remove the smallest weights while training, fast at first, ever more slowly later.
+"""Gradual magnitude pruning: remove the smallest weights during training, many at first, fewer and fewer later.
 
 Source: Zhu and Gupta, 2017, "To prune, or not to prune", arXiv 1710.01878, section 3 and its equation 1.
 
-One sparsity s_t for every layer follows a cubic curve from s_i at step t_0 to s_f at step t_0 + n dt. Every dt steps
-the mask of a layer is set anew to the weights of largest magnitude; between updates, training goes on with M * W
-(`refimpl.core.train.masks`). No threshold and nothing else is tuned per layer. The claim: at an equal number of non-zero
-weights a large network pruned this way beats a small dense one.
+One sparsity s_t for all layers follows a cubic curve from s_i at step t_0 to s_f at step t_0 + n dt:
+
+    s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (n dt))^3        for t in {t_0, t_0 + dt, ..., t_0 + n dt}    (equation 1)
+
+Every dt steps the mask M of a layer is set to its weights of largest magnitude; between updates, training goes on with
+M * W (`refimpl.core.train.masks`). No threshold and nothing else is tuned per layer. The claim: at an equal number of
+non-zero weights a large network pruned this way beats a small dense one.
+
+The steps: 1. attach masks to the layers (`GradualMagnitude.attach`); 2. `sparsity_at`; 3. `magnitude_mask`; 4. train with
+M * W and repeat 2 and 3 every dt steps (`MaskUpdates`); 5. store M * W (`MaskUpdates.export`).
 """
 
 from __future__ import annotations
@@ -40,7 +46,7 @@ def sparsity_at(
         t: updates of the weights done so far.
         s_f, s_i: final and initial sparsity.
         t_0: step at which the curve leaves s_i; s_i before.
-        n, dt: number of mask updates behind t_0, and steps between them; s_f from ``t_0 + n * dt`` on.
+        n, dt: number of mask updates after t_0, and steps between them; s_f from ``t_0 + n * dt`` on.
         exponent: 3 in the paper; 1 removes the same number each time.
 
     Example:
@@ -50,11 +56,12 @@ def sparsity_at(
     progress = (t - t_0) / (n * dt)
     if progress <= 0:
         return s_i
+    # d s_t / dt falls to 0 at the end: most weights go while many redundant ones are left, few when each one counts
     return s_f + (s_i - s_f) * max(0.0, 1 - progress) ** exponent
 
 
 def keep_largest(scores: Tensor, k: int) -> Tensor:
-    """Step 3: the mask of exactly the k largest scores, of equals those that come first.
+    """Step 3: the mask of exactly the k largest scores; among equal scores the first ones are kept.
 
     Args:
         scores: any shape.
@@ -68,24 +75,25 @@ def keep_largest(scores: Tensor, k: int) -> Tensor:
         [False, True, True, False]
     """
     flat = scores.flatten()
+    # a sort, not a threshold: with equal scores "at least the k-th largest" would keep more than k
     order = flat.sort(descending=True, stable=True).indices
     mask = torch.zeros_like(flat, dtype=torch.bool).scatter_(0, order[:k], True)
     return mask.view_as(scores)
 
 
 def magnitude_mask(W: Tensor, s: float, structure: str = "unstructured", pooling: str = "avg") -> Tensor:
-    """Step 3: which weights of one layer stay at sparsity s.
+    """Step 3: the weights of one layer that stay at sparsity s.
 
     With N weights, ``round(N (1 - s))`` stay (a half goes to the even side); with blocks, that share of the blocks;
     with n:m, ``round(m (1 - s))`` of every m inputs, so that s = 1 - n/m keeps n.
 
     Args:
-        W: stored weights, [out, in] unless unstructured. Not the masked product: a weight once masked could not come
-            back.
+        W: stored weights, [out, in] unless unstructured. Not the product M * W, in which a masked weight is 0 and
+            could never come back.
         s: fraction of zeros.
         structure: "unstructured"; "n:m" (m is 4 or 8); or blocks "hxw" of h outputs and w inputs, those at the edges
             being smaller where the size does not divide.
-        pooling: what stands for a block, the "avg" or "max" of its magnitudes.
+        pooling: the score of a block, "avg" or "max" of its magnitudes.
 
     Returns:
         bool, the shape of W.
@@ -110,11 +118,12 @@ def _structured(scores: Tensor, s: float, structure: str, pooling: str) -> Tenso
     if scores.dim() != 2:
         raise OptionError(f"W has shape {list(scores.shape)}: structure={structure!r} needs a matrix [out, in]")
     if kind == "block":
+        # the share s of zeros is counted in blocks, so a layer with partial blocks at its edges has slightly more or less
         pooled = _pool(scores, (a, b), pooling)
         return _spread(keep_largest(pooled, round(pooled.numel() * (1 - s))), (a, b), scores.shape)
     if scores.shape[1] % b:
         raise OptionError(f"structure={structure!r} needs inputs in groups of {b}, but W has {scores.shape[1]}")
-    runs = scores.unflatten(1, (-1, b))
+    runs = scores.unflatten(1, (-1, b))  # [out, in / m, m]: each run of m neighbouring inputs is ranked by itself
     order = runs.sort(dim=-1, descending=True, stable=True).indices[..., : round(b * (1 - s))]
     return torch.zeros_like(runs, dtype=torch.bool).scatter_(-1, order, True).flatten(1)
 
@@ -140,7 +149,7 @@ def parse_structure(structure: str) -> tuple[str, int, int]:
 
 
 def _pool(scores: Tensor, block: tuple[int, int], pooling: str) -> Tensor:
-    """One score per block, [ceil(out / h), ceil(in / w)]; blocks at the edges count what they hold."""
+    """One score per block, [ceil(out / h), ceil(in / w)]; blocks at the edges pool only the weights they hold."""
     if pooling not in POOLINGS:
         raise OptionError(f"pooling={pooling!r}: use {nearest(pooling, POOLINGS)}")
     image = scores[None, None]
@@ -150,6 +159,7 @@ def _pool(scores: Tensor, block: tuple[int, int], pooling: str) -> Tensor:
 
 
 def _spread(mask: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor:
+    """The mask of weights [out, in] from the mask of their blocks."""
     rows, columns = shape
     whole = mask.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
     return whole[:rows, :columns]
@@ -160,10 +170,10 @@ class Update:
     """One update of the masks.
 
     Attributes:
-        step: after this update of the weights.
+        step: number of weight updates done before it.
         sparsity: s_t as scheduled for layers without an override.
         live: weights kept, over all masked layers.
-        removed, revived: weights that this update masked, and brought back.
+        removed, revived: weights that this update masked, and unmasked.
     """
 
     step: int
@@ -182,23 +192,23 @@ class GradualMagnitude:
         initial_sparsity: s_i, at step `start`; 0 in the paper's runs.
         start: t_0, the updates of the weights before the schedule begins.
         frequency: dt, steps between two updates of the masks; the paper finds anything from 100 to 1000 equally good.
-        updates: n, how many follow; the last is at ``start + updates * frequency`` and should leave a quarter of the
-            run or more to recover. One update is one-shot pruning.
+        updates: n, the number of mask updates after the first; the last is at ``start + updates * frequency`` and should
+            leave a quarter of the run or more to recover. One update is one-shot pruning.
         exponent: 3 is the paper's curve, 1 a straight line.
         structure: "unstructured", "n:m", or blocks "hxw" (see `magnitude_mask`). "n:m" needs a final sparsity of
             1 - n/m.
         pooling: of a block, "avg" or "max".
         scope: "layer", the paper's: every layer has sparsity s_t; "global" ranks the weights of all layers together.
-        ranking: "magnitude"; "random" keeps random weights instead, ever fewer of the same ones: the control arm.
-        targets: a regular expression searched in weight names; None masks all matrices and kernels, embeddings
+        ranking: "magnitude"; "random" is the control: it ranks weights at random, by the same ranking at every update.
+        targets: a regular expression searched for in weight names; None masks all matrices and kernels, embeddings
             included.
         overrides: final sparsity by regular expression on the weight's name, the first that matches; 0.0 keeps a layer
-            dense. With scope "global" these layers leave the common ranking.
+            dense. With scope "global" these layers take no part in the common ranking.
         seed: of the random ranking.
 
     A masked weight gets no gradient, but momentum and weight decay would still move it. Here it keeps exactly the
-    value it had when it was masked, so that it comes back, if it does, as it left; biases and live weights are
-    the optimiser's own business. Each mask costs one byte per weight and a copy of the weight while training.
+    value it had when it was masked, and has that value if a later update unmasks it. Biases and live weights are updated
+    as usual. During training each mask costs one byte per weight and a copy of the weight.
 
     Masks, kept values and counts are buffers of the model: checkpoints of `refimpl.core.train.loop.train` hold them. Do not
     use ``keep_best`` with it: the best loss may be that of a model not yet pruned.
@@ -287,17 +297,17 @@ class GradualMagnitude:
         return self.start + self.updates * self.frequency
 
     def sparsity_at(self, t: int, final_sparsity: float | None = None) -> float:
-        """s_t; another s_f is for a layer with an override."""
+        """s_t; `final_sparsity` is the s_f of a layer with an override."""
         s_f = self.final_sparsity if final_sparsity is None else final_sparsity
-        s_i = min(self.initial_sparsity, s_f)
+        s_i = min(self.initial_sparsity, s_f)  # an override below s_i: such a layer starts at its own s_f
         return sparsity_at(t, s_f, s_i, self.start, self.updates, self.frequency, self.exponent)
 
     def attach(self, model: nn.Module, recipe: Recipe | None = None) -> MaskUpdates:
         """Put masks on `model`, in place, and return the hook for ``train(..., after_step=[hook])``.
 
         Args:
-            model: not masked yet. Move it and wrap it as you like afterwards.
-            recipe: of the training to come; without it nobody checks that the schedule ends before the training does.
+            model: not masked yet. It may be moved and wrapped afterwards.
+            recipe: of the training to come; without it there is no check that the schedule ends before the training does.
 
         Raises:
             OptionError: the schedule ends after the training, an override or `targets` matches nothing, or a layer does
@@ -326,7 +336,7 @@ but recipe.steps=1000; lower updates to 9, or train longer
         return MaskUpdates(self, model, finals)
 
     def _final_sparsities(self, masks: Mapping[str, MaskedWeight]) -> dict[str, float | None]:
-        """Override of each layer, or None."""
+        """The overridden final sparsity of each layer, or None."""
         used = set()
         finals: dict[str, float | None] = {}
         kind, _, m = parse_structure(self.structure)
@@ -357,7 +367,7 @@ class MaskUpdates:
 
     Attributes:
         method: the options.
-        model: what it was attached to.
+        model: the model it was attached to.
 
     Example:
         >>> hook = GradualMagnitude(0.5, updates=1, frequency=1).attach(nn.Linear(4, 2))
@@ -371,19 +381,20 @@ class MaskUpdates:
         for name, masked in self._masks():
             kept = stored_weight(model, name).detach().clone()
             masked.register_buffer("kept", kept)
-            # live, removed, revived at each update; -1 where it has not come yet
+            # counts of live, removed and revived weights at each update; -1 before the update
             log = torch.full((method.updates + 1, 3), -1, dtype=torch.int64, device=kept.device)
             masked.register_buffer("log", log)
-        if method.start == 0:
+        if method.start == 0:  # t_0 = 0: the first mask, of sparsity s_i, is due before the first weight update
             self._update(0)
 
     def __call__(self, step: int, model: nn.Module) -> None:
         method = self.method
         if not any(module is self.model for module in model.modules()):
-            raise OptionError("model: the hook was attached to another one; attach it to the model that is trained")
+            raise OptionError("model: the hook was attached to another model; attach it to the model that is trained")
         if step < method.start:
             return
         self._hold()
+        # step 4: the masks change at t_0, t_0 + dt, ..., t_0 + n dt and are held in between and afterwards
         index, rest = divmod(step - method.start, method.frequency)
         if rest == 0 and index <= method.updates:
             self._update(index)
@@ -393,7 +404,7 @@ class MaskUpdates:
 
     @torch.no_grad()
     def _hold(self) -> None:
-        """Masked weights go back to the values they had when they were masked."""
+        """Undo what momentum and weight decay did to masked weights: they get back the values they were masked with."""
         for name, masked in self._masks():
             W = stored_weight(self.model, name)
             W.copy_(torch.where(masked.mask, W, cast(Tensor, masked.kept)))
@@ -404,7 +415,7 @@ class MaskUpdates:
         masks = dict(self._masks())
         for name, mask in self._chosen(masks, self.method.start + index * self.method.frequency).items():
             masked = masks[name]
-            counts = (mask, masked.mask & ~mask, mask & ~masked.mask)
+            counts = (mask, masked.mask & ~mask, mask & ~masked.mask)  # live, removed, revived
             cast(Tensor, masked.log)[index].copy_(torch.stack([count.sum() for count in counts]))
             masked.mask.copy_(mask)
             cast(Tensor, masked.kept).copy_(stored_weight(self.model, name))
@@ -421,19 +432,22 @@ class MaskUpdates:
             elif final == 0.0:
                 chosen[name] = torch.ones_like(masked.mask)
             else:
+                # the paper's scope: the same s_t in every layer, each with a threshold of its own
                 s = method.sparsity_at(step, final)
                 chosen[name] = masked.from_matrix(_structured(scores, s, method.structure, method.pooling))
         return chosen | self._ranked_together(together, method.sparsity_at(step))
 
     def _scores(self, masked: MaskedWeight, W: Tensor, place: int) -> Tensor:
-        """[out, in], higher is kept."""
+        """Scores [out, in]; the highest are kept. W is the stored weight, so a masked one can be revived."""
         matrix = masked.to_matrix(W.detach())
         if self.method.ranking == "magnitude":
             return matrix.abs().float()
+        # seeded per layer and not per update: the masks are nested, so a random mask never revives a weight
         generator = torch.Generator("cpu").manual_seed(1_000_003 * self.method.seed + place)
         return torch.rand(matrix.shape, generator=generator, device="cpu").to(matrix.device)
 
     def _ranked_together(self, layers: Mapping[str, tuple[MaskedWeight, Tensor]], s: float) -> dict[str, Tensor]:
+        """Masks with one threshold for all `layers`, so that their sparsities differ and only the total is s."""
         if not layers:
             return {}
         _, h, w = parse_structure(self.method.structure)
@@ -449,7 +463,7 @@ class MaskUpdates:
 
     @property
     def updates(self) -> list[Update]:
-        """The updates done so far, those before an interruption included."""
+        """The updates done so far, including those before an interruption."""
         logs = torch.stack([cast(Tensor, masked.log) for _, masked in self._masks()]).sum(0)
         counts = [int(count) for count in read_all(logs.flatten())]
         found = []
@@ -467,20 +481,20 @@ class MaskUpdates:
             Names of the packed layers. Save the model with `refimpl.save`.
 
         Raises:
-            OptionError: the last update of the masks has not come yet.
+            OptionError: the last update of the masks has not been done yet.
         """
         done = self.updates
         if not done or done[-1].step < self.method.last_step:
             reached = f"step {done[-1].step}" if done else "none"
             raise OptionError(
-                f"the last mask update, of step {self.method.last_step}, has not come yet (last: {reached}); train on, "
+                f"the last mask update, of step {self.method.last_step}, has not been done yet (last: {reached}); train on, "
                 "or export earlier masks with refimpl.core.train.masks.pack"
             )
         kind = parse_structure(self.method.structure)[0]
         return pack(self.model, self.method.structure if kind == "n:m" else "unstructured")
 
 
-# -- what it costs to store --
+# -- storage --
 
 
 @dataclass(frozen=True)
@@ -491,7 +505,7 @@ class Storage:
         nonzeros: weights that are live; of a whole model, with all its other parameters.
         dense: zeros stored as well.
         bitmask: one bit for each weight, rows padded to whole bytes, and the live values; what `pack` writes.
-        csr: the live values, each with the gap to the one before it in its row, and where each row begins.
+        csr: the live values, each with the gap to the one before it in its row, and the start of each row.
     """
 
     nonzeros: int
@@ -511,16 +525,16 @@ class Storage:
 
 
 def storage(mask: Tensor, bits: int = 32, index_bits: int | None = None) -> Storage:
-    """The cost model of section 2: what one sparse matrix takes.
+    """The cost model of section 2: bytes of one sparse matrix.
 
     A gap of c bits counts up to 2^c - 1 zeros; a longer run needs stored zeros in between ("padding"), each of which
-    covers 2^c places and costs as much as a weight. They are counted from the mask, not estimated. Where a row begins
-    takes 16 bits if that is enough to count the entries, else 32.
+    covers 2^c places and costs as much as a weight. They are counted from the mask, not estimated. The start of a row
+    takes 16 bits if that is enough to count the entries, otherwise 32.
 
     Args:
         mask: bool [out, in], True where live.
         bits: of one value.
-        index_bits: c; None takes the best of 1 to 16.
+        index_bits: c; None chooses the best of 1 to 16.
 
     Example:
         >>> mask = torch.zeros(1, 64, dtype=torch.bool)
@@ -535,9 +549,11 @@ def storage(mask: Tensor, bits: int = 32, index_bits: int | None = None) -> Stor
     if live:
         same = row[1:] == row[:-1]
         before[1:] = torch.where(same, column[:-1], before[1:])
-    zeros = column - before - 1
+    zeros = column - before - 1  # the gap: zeros between a live weight and the one before it in its row
     widths = range(1, 17) if index_bits is None else (index_bits,)
+    # a run of z zeros needs floor(z / 2^c) padding zeros
     entries = {c: live + int(read((zeros >> c).sum())) for c in widths}
+    # bytes, rounded up, of b + c bits an entry: short gaps favour a small c, long gaps a large one
     sizes = {c: -(-count * (bits + c) // 8) for c, count in entries.items()}
     best = min(sizes, key=sizes.__getitem__)
     pointer = 2 if entries[best] < 2**16 else 4
@@ -550,10 +566,10 @@ def storage(mask: Tensor, bits: int = 32, index_bits: int | None = None) -> Stor
 
 
 def model_storage(model: nn.Module) -> Storage:
-    """What a whole model takes, masked or not, in the dtypes it has now.
+    """Storage of a whole model, masked or not, in the dtypes it has now.
 
     Layers without a mask, biases, norms and their running statistics are stored dense in every format, and so is a
-    layer whose mask is all ones. Running statistics are bytes, but no parameters.
+    layer whose mask is all ones. Running statistics count as bytes but not as parameters.
 
     Example:
         >>> model = nn.Linear(64, 64)
@@ -584,11 +600,11 @@ def model_storage(model: nn.Module) -> Storage:
 
 
 def sparsity_for(model: nn.Module, nonzeros: int, targets: str | None = None) -> float:
-    """The sparsity of the masked layers at which a whole model has `nonzeros` parameters left.
+    """The sparsity of the masked layers at which a whole model keeps `nonzeros` parameters.
 
     Args:
         model: not masked.
-        nonzeros: biases, norms and all that is not masked included.
+        nonzeros: parameters to keep, including biases, norms and all others that are not masked.
         targets: as in `GradualMagnitude`.
 
     Raises:

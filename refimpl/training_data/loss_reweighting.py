@@ -1,26 +1,26 @@
-"""Loss reweighting: each sequence of a batch counts by a function of its own loss (LinUpper, Quadratic, Extremes).
+"""Loss reweighting: each sequence of a batch is weighted by a function of its own loss (LinUpper, Quadratic, Extremes).
 
 Source: Sow et al., "Dynamic Loss-Based Sample Reweighting for Improved Large Language Model
-Pretraining", ICLR 2025, arXiv 2502.06733, and the authors' code. The claim: pre-training gets better at no extra cost
-if samples with a low loss count less and those with a high loss count no more than the middle.
+Pretraining", ICLR 2025, arXiv 2502.06733, and the authors' code. The claim: pre-training improves at no extra cost
+if samples with a low loss weigh less, and samples with a high loss weigh no more than those in the middle.
 
-From the losses l of the M sequences of the batch of all processes, without a gradient:
+From the losses l of the M sequences in the batch of all processes, without gradients:
 
 1. `normalise`: h from -1 at the lowest loss to 1 at the highest.
-2. A shape says which part of the range matters: `lin_upper` f = min(h + 1, 1), `quadratic` f = 1 - h^2, `extremes`
-   f = abs(h), `upper` f = (h + 1) / 2.
-3. `tempered`: w = softmax(f / r), which maximises ``sum w f - r KL(w, uniform)``.
+2. A shape f says which part of that range is preferred: `lin_upper` f = min(h + 1, 1), `quadratic` f = 1 - h^2,
+   `extremes` f = |h|, `upper` f = (h + 1) / 2.
+3. `tempered`: w = softmax(f / r), which maximises ``sum_i w_i f_i - r KL(w || uniform)``.
 
-The training loss is ``sum w_i l_i`` (`refimpl.core.train.losses.Weighted`); the first steps are left alone (burn-in), because
-losses of an untrained model say nothing about its data.
+The training loss is ``sum_i w_i l_i`` (`refimpl.core.train.losses.Weighted`). The first steps use the plain mean (burn-in),
+because the losses of an untrained model say nothing about the data.
 
 Differences from the authors' code: h is taken from two differences, ``(l - min) - (max - l)``, which is exactly -1 and
-1 at the ends; their ``2 l - max - min`` loses digits and misses an end now and then. Equal losses give h = 0, so
-uniform weights. All sequences count as one whatever their length, as in the authors' code for many GPUs; their code for
+1 at the ends; their ``2 l - max - min`` loses digits and sometimes misses an end. Equal losses give h = 0 and thus
+uniform weights. Each sequence counts as one whatever its length, as in the authors' code for many GPUs; their code for
 GPT-2 multiplies by the share of tokens.
 
-Controls of ours that any such rule has to beat: `Focal` and `OnLoss` (weight grows with the loss itself), `Permuted`
-(the same weights on other samples) and `Thinned` (a smaller batch with as much noise).
+Controls (ours) that any such rule has to beat: `Focal` and `OnLoss` (weights grow with the loss itself), `Permuted` (the
+same weights on other samples) and `Thinned` (a smaller batch with as much noise).
 """
 
 from __future__ import annotations
@@ -39,13 +39,14 @@ Shape = Callable[[Tensor], Tensor]
 
 
 def normalise(losses: Tensor) -> Tensor:
-    """Step 1: losses on a scale from -1 (the lowest of the batch) to 1 (the highest).
+    """Step 1: the losses of a batch on a scale from -1 (the lowest) to 1 (the highest).
 
     Args:
         losses: [..., M]; each row is a batch of its own.
 
     Returns:
-        The same shape, fp32 or wider; 0 where all losses of a row are equal. A NaN makes its row NaN: nothing hides it.
+        The same shape, fp32 or wider; 0 where all losses of a row are equal. A NaN makes its whole row NaN, so it is
+        never hidden.
 
     Example:
         >>> normalise(torch.tensor([2.0, 3.0, 6.0])).tolist()
@@ -54,6 +55,7 @@ def normalise(losses: Tensor) -> Tensor:
     losses = losses if losses.dtype == torch.float64 else losses.float()
     low, high = losses.amin(-1, keepdim=True), losses.amax(-1, keepdim=True)
     span = high - low
+    # h = 2 (l - min) / (max - min) - 1; a batch with an outlier at the top puts all others near -1
     return ((losses - low) - (high - losses)) / torch.where(span == 0, torch.ones_like(span), span)
 
 
@@ -64,21 +66,21 @@ def lin_upper(h: Tensor) -> Tensor:
         >>> lin_upper(torch.tensor([-1.0, -0.5, 0.0, 1.0])).tolist()
         [0.0, 0.5, 1.0, 1.0]
     """
-    return (h + 1).clamp(max=1)
+    return (h + 1).clamp(max=1)  # the upper half of the range is capped: outliers, often noise, gain no extra weight
 
 
 def quadratic(h: Tensor) -> Tensor:
-    """Step 2, Quadratic: the middle of the range counts most, both ends least.
+    """Step 2, Quadratic: largest in the middle of the range, 0 at both ends.
 
     Example:
         >>> quadratic(torch.tensor([-1.0, 0.0, 0.5])).tolist()
         [0.0, 1.0, 0.75]
     """
-    return 1 - h.square()
+    return 1 - h.square()  # neither what is learned already (h = -1) nor what cannot be learned (h = 1)
 
 
 def extremes(h: Tensor) -> Tensor:
-    """Step 2, Extremes: both ends count most.
+    """Step 2, Extremes: largest at both ends of the range, 0 in the middle.
 
     Example:
         >>> extremes(torch.tensor([-1.0, 0.0, 0.5])).tolist()
@@ -88,7 +90,7 @@ def extremes(h: Tensor) -> Tensor:
 
 
 def upper(h: Tensor) -> Tensor:
-    """Step 2, pure up-weighting: rises all the way, so that the highest loss counts most.
+    """Step 2, pure up-weighting: rises over the whole range, so the highest loss weighs most.
 
     Example:
         >>> upper(torch.tensor([-1.0, 0.0, 1.0])).tolist()
@@ -101,11 +103,12 @@ SHAPES: dict[str, Shape] = {"linupper": lin_upper, "quadratic": quadratic, "extr
 
 
 def tempered(f: Tensor, r: float) -> Tensor:
-    """Step 3: the weights on the simplex that maximise ``sum w f - r KL(w, uniform)``.
+    """Step 3: the weights on the simplex that maximise ``sum_i w_i f_i - r KL(w || uniform)``.
 
     Args:
         f: [..., M].
-        r: temperature; towards 0 all weight goes to the largest f, shared among equals; large is uniform.
+        r: temperature. As r goes to 0 all weight goes to the largest f, shared among equal ones; as r grows the weights
+            become uniform.
 
     Returns:
         The same shape; rows sum to one.
@@ -118,17 +121,18 @@ def tempered(f: Tensor, r: float) -> Tensor:
         [0.1182..., 1.4408..., 1.4408...]
     """
     _positive("r", r)
+    # with a multiplier c for sum w = 1: f_i - r (ln(M w_i) + 1) - c = 0, so w_i is proportional to exp(f_i / r)
     return (f / r).softmax(-1)
 
 
 @dataclass(frozen=True)
 class LossReweighting:
-    """Weights of a batch from its losses, for `refimpl.core.train.losses.Weighted`.
+    """The paper's rule: weights of a batch from its losses, for `refimpl.core.train.losses.Weighted`.
 
     Args:
         strategy: "linupper", "quadratic", "extremes", "upper", or "uniform" (the plain mean).
         r: temperature (``kl_reg`` in the authors' code). The largest weight is at most e^(1/r) times the smallest.
-        burn_in: updates with the plain mean before weights begin.
+        burn_in: updates with the plain mean before the first weighted one.
 
     Raises:
         OptionError: an unknown strategy, r not positive, or a negative burn-in.
@@ -159,15 +163,16 @@ class LossReweighting:
 
 
 def most_concentrated(m: int, r: float) -> float:
-    """M times the weight of one outlier that has all other losses at the bottom of its range, under LinUpper or upper.
+    """M times the weight of one outlier at h = 1 with all other losses at h = -1, under LinUpper or upper.
 
-    Tends to e^(1/r) for large M; the paper's analysis wants at most 2.
+    Tends to e^(1/r) for large M; the paper's convergence analysis assumes at most 2.
 
     Example:
         >>> round(most_concentrated(64, 0.4), 2), round(most_concentrated(1024, 0.4), 2)
         (10.37, 12.05)
     """
     _positive("r", r)
+    # f is 1 for the outlier and 0 for the others: w = e^(1/r) / (e^(1/r) + M - 1)
     return m / (1 + (m - 1) * math.exp(-1 / r))
 
 
@@ -176,7 +181,7 @@ def most_concentrated(m: int, r: float) -> float:
 
 @dataclass(frozen=True)
 class Focal:
-    """Control: weights proportional to a power of the loss, as the focal loss has them for hard examples.
+    """Control: weights proportional to a power of the loss, in the manner of the focal loss.
 
     Args:
         gamma: the power.
@@ -204,7 +209,7 @@ class Focal:
 
 @dataclass(frozen=True)
 class OnLoss:
-    """Control: soft-max of the losses themselves, the worst case within a KL ball (distributionally robust training).
+    """Control: softmax of the losses themselves, the worst case in a KL ball (distributionally robust training).
 
     Args:
         r: temperature in nats.
@@ -229,11 +234,11 @@ class OnLoss:
 
 @dataclass(frozen=True)
 class Permuted:
-    """Control: the weights of another rule, handed to samples at random: as unequal, but they say nothing.
+    """Control: the weights of another rule, assigned to samples at random: as unequal, but without information.
 
     Args:
-        rule: gives the weights.
-        seed: of the order, with the step; equal on all processes, which hold equal losses.
+        rule: the rule whose weights are permuted.
+        seed: of the order, together with the step. All processes hold equal losses and use the same order.
 
     Example:
         >>> losses = torch.tensor([1.0, 2.0, 3.0])
@@ -254,11 +259,11 @@ class Permuted:
 
 @dataclass(frozen=True)
 class Thinned:
-    """Control: a smaller batch. As many samples drawn at random as another rule's weights are worth (1 / sum w^2).
+    """Control: a smaller batch, of as many random samples as another rule's weights are worth (1 / sum w^2).
 
     Args:
-        rule: gives the weights.
-        seed: of the draw, with the step.
+        rule: the rule whose effective batch size is used.
+        seed: of the draw, together with the step.
 
     Example:
         >>> weights = Thinned(LossReweighting("linupper", r=0.1))(torch.arange(10.0), step=0)
@@ -274,6 +279,7 @@ class Thinned:
         weights = self.rule(losses, step)
         if weights is None:
             return None
+        # Kish's effective sample size: a mean with weights w has the variance of a plain mean of 1 / sum w^2 samples
         kept = (1 / weights.square().sum()).round()
         return (_order(losses, self.seed, step) < kept).to(weights.dtype) / kept
 

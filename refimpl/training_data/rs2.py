@@ -1,12 +1,16 @@
-"""RS2: train on a random subset that is drawn again in every round.
+"""RS2: train on a random subset that is drawn anew in every round.
 
 Source: Okanovic et al., ICLR 2024, "Repeated Random Sampling for Minimizing the Time-to-Accuracy of Learning",
-arXiv 2305.18424: its algorithm (the loop over rounds) and its three ways to draw.
+arXiv 2305.18424: its algorithm (the loop over rounds) and its three ways of drawing.
 
-A data set has N examples, a round sees k = round(r N) of them, the schedule of the learning rate ends after the X
-rounds that are really trained. The claim: at r of 10 % or less this beats every subset that is chosen once, however
-cleverly, and it costs nothing to choose. Without replacement it is more than a sampler: it is ordinary training on all
-data for r X epochs, with a schedule of that length.
+    for round j = 1 ... X:                                 of a data set of N examples
+        draw a subset S_j of k = round(r N) examples       `draw_with`, `draw_stratified` or `draw_without`
+        for each of its floor(k / b) batches:
+            one optimiser step at the rate eta(t),         t = 1 ... T,  T = X floor(k / b)    (`steps`)
+
+The schedule of the learning rate ends after the T steps that are really made. The claim: at r of 10 % or less this beats
+every subset that is chosen once, however cleverly, and the choice costs nothing. Without replacement it is simply ordinary
+training on all data for r X epochs, with a schedule of that length.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ VARIANTS = ("without", "with", "stratified")
 
 
 def subset_size(n: int, r: float) -> int:
-    """k = round(r N), a half going to the even side.
+    """k = round(r N), with halves rounded to even.
 
     Args:
         n: examples in the data set, N.
@@ -45,15 +49,15 @@ def subset_size(n: int, r: float) -> int:
 
 
 def steps(n: int, r: float, rounds: int, batch_size: int) -> int:
-    """The learning rate's horizon, T = X floor(k / b): the updates that are really made.
+    """The horizon of the learning rate, T = X floor(k / b): the number of updates that are really made.
 
-    Give this to `refimpl.core.train.loop.Recipe`. A schedule made for the full data set is cut off long before it has
+    Pass it to `refimpl.core.train.loop.Recipe`. A schedule made for the full data set would be cut off long before it has
     decayed, while the rate is still high.
 
     Args:
         n, r: see `subset_size`.
-        rounds: X, what others call epochs.
-        batch_size: b; the last partial batch of a round is dropped.
+        rounds: X, called epochs elsewhere.
+        batch_size: b; the last, partial batch of a round is dropped.
 
     Raises:
         OptionError: a round has no full batch, or fewer than one round.
@@ -73,14 +77,14 @@ def steps(n: int, r: float, rounds: int, batch_size: int) -> int:
 def draw_with(n: int, k: int, seed: int, j: int) -> Tensor:
     """Variant 1: round j is an independent uniform draw of k different indices.
 
-    "With replacement" is between rounds: an example may come again in the next one, never twice in the same.
+    "With replacement" refers to rounds: an example may be drawn again in the next round, but never twice in one.
 
     Args:
         n, k: N and the size of the subset.
-        seed, j: the result depends on these alone.
+        seed, j: together with n and k they determine the result.
 
     Returns:
-        int64 [k], in the order they were drawn.
+        int64 [k], in the order in which they were drawn.
 
     Raises:
         OptionError: k outside 1 to n.
@@ -90,7 +94,7 @@ def draw_with(n: int, k: int, seed: int, j: int) -> Tensor:
         4
     """
     _check_budget(n, k)
-    return _permutation(n, seed, j)[:k]
+    return _permutation(n, seed, j)[:k]  # S_j: the head of a permutation that only round j uses
 
 
 def draw_stratified(labels: Tensor, r: float, seed: int, j: int) -> Tensor:
@@ -99,10 +103,11 @@ def draw_stratified(labels: Tensor, r: float, seed: int, j: int) -> Tensor:
     Args:
         labels: int64 [N], from 0.
         r: share of every class.
-        seed, j: the result depends on these alone.
+        seed, j: together with labels and r they determine the result.
 
     Returns:
-        int64 [sum_c round(r N_c)], in random order. Both roundings count: up to (C + 1) / 2 away from round(r N).
+        int64 [sum_c round(r N_c)], in random order. Because each class is rounded, the size may differ from round(r N) by
+        up to (C + 1) / 2.
 
     Raises:
         OptionError: labels out of range, or a class that would get no example.
@@ -123,6 +128,7 @@ def draw_stratified(labels: Tensor, r: float, seed: int, j: int) -> Tensor:
     order = _permutation(len(labels), seed, j)
     drawn = labels[order]  # one permutation serves all classes and mixes them
     for name, count in enumerate(labels.bincount().tolist()):
+        # N_c = count; the first round(r N_c) examples of class c in a random order are a uniform draw from that class
         quota = round(r * count)
         if count and not quota:
             raise OptionError(
@@ -130,20 +136,21 @@ def draw_stratified(labels: Tensor, r: float, seed: int, j: int) -> Tensor:
                 f"use r={0.51 / count:.2g} or more, or draw without classes"
             )
         kept.append((drawn == name).nonzero()[:quota, 0])
+    # sorted by their place in the permutation, so that the classes come mixed and not one after another
     return order[torch.cat(kept).sort().values]
 
 
 def draw_without(n: int, k: int, seed: int, j: int) -> Tensor:
-    """Variant 3: round j is the next k entries of a permutation of all data, which is renewed when it is used up.
+    """Variant 3: round j is the next k entries of a permutation of all data, which is drawn anew when it is used up.
 
     Where k does not divide N a round gets the tail of one pass and the head of the next. The new permutation then
-    starts with its first entries that are not in that tail, and those it skips come right after: k different examples
-    in every round, and after any round no example was seen more than once oftener than another. (The authors' code has
-    a round of k - 1 here, and repeats the head of the old permutation.)
+    starts with its first entries that are not in that tail, followed by those it skipped. So every round has k different
+    examples, and after any round the numbers of times that two examples were seen differ by at most one. (The authors'
+    code has a round of k - 1 here, and repeats the head of the old permutation.)
 
     Args:
         n, k: N and the size of the subset.
-        seed, j: the result depends on these alone. Pass p uses the permutation of
+        seed, j: together with n and k they determine the result. Pass p uses the permutation of
             ``refimpl.core.train.sampling.Shuffled(n, seed)`` in epoch p.
 
     Returns:
@@ -158,7 +165,7 @@ def draw_without(n: int, k: int, seed: int, j: int) -> Tensor:
         [2, 2, 2, 2, 2, 2, 2, 2, 2, 2]
     """
     _check_budget(n, k)
-    first, place = divmod(j * k, n)
+    first, place = divmod(j * k, n)  # j k examples were seen before: so many whole passes, and this place in the next
     start = _passes(n, k, seed, first)
     order = next(start)
     taken = order[place : place + k]
@@ -166,9 +173,9 @@ def draw_without(n: int, k: int, seed: int, j: int) -> Tensor:
 
 
 def _passes(n: int, k: int, seed: int, first: int) -> Iterator[Tensor]:
-    """The order of pass `first` and of those behind it."""
-    # Where a pass begins with a round it depends on none before it. If k is at most half of N, what the pass before it
-    # moves to its front does not reach its tail either: then one pass back is far enough.
+    """The order of pass `first` and of all passes after it."""
+    # A pass that begins together with a round depends on no pass before it: go back to the nearest such pass. If k is at
+    # most half of N, one pass back is enough, because what that pass itself moved to its front does not reach its tail.
     begin = first
     while begin and (begin * n) % k and not (2 * k <= n and begin < first):
         begin -= 1
@@ -177,12 +184,13 @@ def _passes(n: int, k: int, seed: int, first: int) -> Iterator[Tensor]:
         if pass_ >= first:
             yield order
         pass_ += 1
-        left = (pass_ * n) % k  # of the round that is cut by the end of the pass, what lies before the cut
+        left = (pass_ * n) % k  # entries at the end of the last pass that belong to a round not yet complete
         following = _permutation(n, seed, pass_)
         if left:
             tail = torch.zeros(n, dtype=torch.bool)
             tail[order[n - left :]] = True
             blocked = tail[following]
+            # the first k - left entries that are not in the tail complete that round with different examples
             head = ~blocked & ((~blocked).cumsum(0) <= k - left)
             following = torch.cat([following[head], following[~head]])
         order = following
@@ -200,19 +208,19 @@ def _check_budget(n: int, k: int) -> None:
 class RS2(EpochSampler):
     """The sampler: round j of RS2 is epoch j.
 
-    Give the loader ``refimpl.core.train.sampling.loader(data, RS2(len(data), 0.1), batch_size)``, and the recipe as many
-    steps as `steps` says. The rows come in the order they were drawn: a second shuffle would change nothing about
-    their distribution, but break the equality with training on all data.
+    Use it with ``refimpl.core.train.sampling.loader(data, RS2(len(data), 0.1), batch_size)`` and a recipe of `steps`
+    updates. Rows come in the order in which they were drawn: shuffling them once more would not change their distribution,
+    but variant 3 would no longer equal training on all data.
 
     Args:
         n: examples in the data set.
         r: share of them that a round sees.
         variant: "without" replacement between rounds (the paper's main one), "with", or "stratified".
         labels: int64 [n], for "stratified".
-        seed: another seed, other subsets. "without" walks through the permutations of ``Shuffled(n, seed)``.
+        seed: of the subsets. "without" goes through the permutations of ``Shuffled(n, seed)``.
 
     Raises:
-        OptionError: r or labels out of range, an unknown variant, labels missing, of another length, or of no use.
+        OptionError: r or labels out of range, an unknown variant, labels that are missing, of another length, or not used.
 
     Example:
         >>> sampler = RS2(10, 0.4)
@@ -230,9 +238,9 @@ class RS2(EpochSampler):
             if labels is None or len(labels) != n:
                 given = "none" if labels is None else len(labels)
                 raise OptionError(f"variant='stratified': give labels, one for each of n={n} examples, not {given}")
-            self.draw(0)  # whatever is wrong with them, now
+            self.draw(0)  # raises now if a label or quota is invalid, not in the middle of a training
         elif labels is not None:
-            raise OptionError(f"labels: variant={variant!r} does not look at them; leave them out, or use 'stratified'")
+            raise OptionError(f"labels: variant={variant!r} does not use them; leave them out, or use 'stratified'")
 
     def draw(self, epoch: int) -> Tensor:
         """The rows of round `epoch`."""
@@ -242,11 +250,11 @@ class RS2(EpochSampler):
         return (draw_without if self.variant == "without" else draw_with)(self.n, self.k, self.seed, epoch)
 
 
-# -- what can be said beforehand --
+# -- predictions --
 
 
 def expected_distinct(n: int, k: int, rounds: int) -> float:
-    """Different examples seen after X rounds of variant 1, in expectation: N (1 - (1 - k/N)^X).
+    """Expected number of different examples seen in X rounds of variant 1: N (1 - (1 - k/N)^X).
 
     Variant 3 has seen min(N, X k).
 
@@ -254,32 +262,34 @@ def expected_distinct(n: int, k: int, rounds: int) -> float:
         >>> round(expected_distinct(50_000, 5000, rounds=10))
         32566
     """
+    # an example is missing from one round with probability 1 - k / N, and rounds are independent
     return n * (1 - (1 - k / n) ** rounds)
 
 
 def draw_variance(n: int, k: int, variance: float) -> float:
-    """Variance of the mean over k different examples of N: (N - k) / (k (N - 1)) of that of one.
+    """Variance of the mean over k different examples of N: that of one example times (N - k) / (k (N - 1)).
 
     Args:
         n, k: N and k.
-        variance: over the N examples, divisor N; of a gradient the sum over its coordinates.
+        variance: over the N examples, with divisor N; for a gradient, summed over its coordinates.
 
     Example:
         >>> draw_variance(101, 1, 3.0), draw_variance(101, 101, 3.0)
         (3.0, 0.0)
     """
+    # without replacement: 1 / k as for independent draws, times the finite population correction (N - k) / (N - 1)
     return variance * (n - k) / (k * (n - 1)) if n > 1 else 0.0
 
 
 def gradient_bound(gap: float, smoothness: float, variance: float, steps: int) -> tuple[float, float]:
-    """How small SGD's gradient must become, from standard theory, with the constant rate that makes it so.
+    """Upper bound on the gradient after T steps of SGD, from standard theory, and the constant rate that attains it.
 
     For a loss that is beta-smooth, not necessarily convex, and unbiased gradients of variance at most sigma^2, T steps
-    with a rate eta of at most 1 / beta have on average over the steps
+    with a rate eta of at most 1 / beta satisfy, on average over the steps,
 
     ``E |grad f|^2 <= 2 Delta / (eta T) + eta beta sigma^2``,
 
-    which the best such rate makes at most ``2 beta Delta / T + 2 sigma sqrt(2 beta Delta / T)``: a decay like
+    which for the best such rate is at most ``2 beta Delta / T + 2 sigma sqrt(2 beta Delta / T)``: a decay like
     ``1 / sqrt(T)``. (Ghadimi and Lan, 2013, arXiv 1309.5549, theorem 2.1 in its simplest form.)
 
     It covers a round of one step (k = b), whose subset of k different examples is an unbiased draw with the variance of
@@ -295,7 +305,7 @@ def gradient_bound(gap: float, smoothness: float, variance: float, steps: int) -
         The rate and the bound on the mean squared gradient norm.
 
     Raises:
-        OptionError: a constant that is negative, or no steps.
+        OptionError: gap or smoothness not positive, variance negative, or no steps.
 
     Example:
         >>> rate, bound = gradient_bound(gap=1.0, smoothness=1.0, variance=0.0, steps=100)
@@ -308,6 +318,6 @@ def gradient_bound(gap: float, smoothness: float, variance: float, steps: int) -
             "steps must be positive, variance not negative"
         )
     rate = 1 / smoothness
-    if variance > 0:
+    if variance > 0:  # where the derivative in eta vanishes: -2 Delta / (eta^2 T) + beta sigma^2 = 0
         rate = min(rate, (2 * gap / (smoothness * variance * steps)) ** 0.5)
     return rate, 2 * gap / (rate * steps) + rate * smoothness * variance

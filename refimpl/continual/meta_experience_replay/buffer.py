@@ -1,8 +1,8 @@
-"""A replay buffer whose bytes can be counted: fixed-size rows in memory or in a memory-mapped file.
+"""The replay buffer M of MER: rows of a fixed size, in memory or in a memory-mapped file, so that its bytes are known.
 
-A row's number (`item`) is its place in the stream of all rows that were ever added. Where a row goes when the buffer is
-full, and which rows a draw takes, are functions of the seed and of these numbers alone: there is no generator whose
-state could be lost, and rows added one by one or a thousand at a time make the same buffer.
+The number of a row (`item`) is its place in the stream of all rows ever added. The slot of a row in a full buffer and the
+rows of a draw depend only on the seed and on these numbers. So there is no generator state to save, and rows added one by
+one or a thousand at a time result in the same buffer.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class Storage:
-    """What a buffer takes, in bytes.
+    """Bytes of a buffer.
 
     Attributes:
         row: one row and its entry in the index (number and checksum, 12 bytes).
-        used: rows that are there, with their entries.
-        memory: allocated in memory; 0 on disk, where the system keeps of the mapped file what it has room for.
-        disk: all files of the folder, allocated in full when the buffer is made.
+        used: all stored rows and their entries.
+        memory: allocated in memory; 0 for a buffer on disk, of which the system caches as much as it has room for.
+        disk: all files of the folder; they get their full size when the buffer is created.
     """
 
     row: int
@@ -49,26 +49,26 @@ class Storage:
 
 
 class ReplayBuffer:
-    """Rows seen before, of which any number can be drawn uniformly.
+    """Rows seen before, from which any number can be drawn uniformly.
 
-    Until it is full every row is kept; from then on it is a reservoir (Vitter's algorithm R): row number i replaces a
-    random one with probability capacity / (i + 1), so that at any time every row seen so far is there with the same
-    probability.
+    Every row is kept until the buffer is full. From then on it is a reservoir (Vitter's algorithm R): row number i
+    replaces a random one with probability capacity / (i + 1), so that at any time all rows seen so far are in the buffer
+    with the same probability.
 
     Args:
-        capacity: rows. For an unbounded buffer as in the paper: the length of the stream.
+        capacity: rows. The length of the stream gives an unbounded buffer, as in the paper.
         row: shape of a row, e.g. ``(2049,)`` tokens.
-        dtype: in which rows are stored, one of `DTYPES`; 1024 tokens fit into "uint16".
-        folder: where the file lies; None keeps the rows in memory. A folder that holds such a buffer is opened again.
-            One process per folder.
+        dtype: of the stored rows, one of `DTYPES`; "uint16" is enough for a vocabulary of 1024 tokens.
+        folder: for the files; None keeps the rows in memory. An existing buffer with the same options is opened. Only
+            one process may use a folder.
         seed: of the reservoir and of draws.
-        limit: bytes the buffer may take, in memory or on disk; None for no limit but the disk's.
+        limit: most bytes that the buffer may take, in memory or on disk; None sets no limit.
 
     Attributes:
         seen: rows added so far.
 
     Raises:
-        OptionError: a value outside its range; a buffer over the limit; a disk without room for the whole of it.
+        OptionError: a value outside its range; a buffer over the limit; a disk too full for it.
         CheckpointError: the folder holds another buffer, a damaged one, or something else.
 
     Example:
@@ -122,7 +122,7 @@ class ReplayBuffer:
 
     @classmethod
     def open(cls, folder: str | Path) -> ReplayBuffer:
-        """The buffer in a folder, with the options it was made with.
+        """Open the buffer in a folder, with the options it was created with.
 
         Raises:
             CheckpointError: there is none, or it is damaged.
@@ -142,12 +142,12 @@ class ReplayBuffer:
 
     @property
     def items(self) -> Tensor:
-        """Numbers of the rows that are there, by slot: int64 [len]."""
+        """Numbers of the stored rows, by slot: int64 [len]."""
         return torch.from_numpy(self._slots["item"][: len(self)].astype(np.int64))
 
     @property
     def storage(self) -> Storage:
-        """What the buffer takes."""
+        """Bytes of the buffer."""
         row = self._row_bytes + _SLOT.itemsize
         disk = 0
         if self.folder is not None:
@@ -155,8 +155,7 @@ class ReplayBuffer:
         return Storage(row, len(self) * row, self.capacity * row if self.folder is None else 0, disk)
 
     def add(self, rows: Tensor) -> None:
-        """Store rows [n, ...], each in a slot of its own or, once the buffer is full, in place of another or not at
-        all.
+        """Store rows [n, ...]; once the buffer is full, each either replaces another row or is not stored.
 
         Raises:
             OptionError: another shape, or values that the dtype cannot hold.
@@ -180,11 +179,13 @@ class ReplayBuffer:
                 f"{self._dtype.name!r} cannot hold exactly; make the buffer with another dtype"
             )
         items = np.arange(self.seen, self.seen + len(stored))
-        slots = items.copy()
+        slots = items.copy()  # the buffer is not full yet: row i goes to slot i
+        # full: slot = uniform over 0 ... i. It is below the capacity, and so replaces a row, with probability
+        # capacity / (i + 1); by induction each earlier row is still there with that probability too.
         late = items >= self.capacity
         slots[late] = random_numbers(self.seed, 0, items[late]) % (items[late] + 1).astype(np.uint64)
         kept = slots < self.capacity
-        # of two rows for one slot the later one stays: so numpy assigns, and so would one row at a time
+        # of two rows for one slot the later one stays: numpy assigns in this order, like adding rows one at a time
         self._rows[slots[kept]] = stored[kept]
         self._slots["item"][slots[kept]] = items[kept]
         self._slots["check"][slots[kept]] = [zlib.crc32(row.tobytes()) for row in stored[kept]]
@@ -192,19 +193,19 @@ class ReplayBuffer:
         self._note()
 
     def sample(self, count: int, draw: int, seen: int | None = None) -> tuple[Tensor, Tensor]:
-        """Rows drawn uniformly, with replacement, from all that are there.
+        """Draw rows uniformly, with replacement, from all stored ones.
 
         Args:
-            count: rows.
-            draw: number of this draw, e.g. the step: the same buffer gives the same rows for the same number.
-            seen: draw from the buffer as it was when so many rows had been added; None: as it is.
+            count: number of rows.
+            draw: number of this draw, e.g. the step. The same buffer and number give the same rows.
+            seen: draw from the buffer as it was when this many rows had been added; None draws from it as it is.
 
         Returns:
             Rows [count, ...], int64 or float32, and their numbers, int64 [count].
 
         Raises:
             OptionError: the buffer is empty.
-            CheckpointError: a row is not what was stored, or has been replaced since.
+            CheckpointError: a stored row is damaged, or has been replaced since `seen`.
 
         Example:
             >>> buffer = ReplayBuffer(capacity=2, row=(1,))
@@ -231,14 +232,14 @@ class ReplayBuffer:
         return torch.from_numpy(np.array(rows, dtype)), torch.from_numpy(slots["item"].astype(np.int64))
 
     def begin(self, run: str, about: dict[str, Any]) -> int:
-        """Note where a run begins; a run that was begun before began where it did then.
+        """Record where a run begins; for a known run, return where it began the first time.
 
-        A run that was interrupted takes the buffer back to there (`rewind`), adds its rows again from its first step
-        on, and finds the same buffer at every step: `ReplayLoader` does that.
+        An interrupted run takes the buffer back to that point (`rewind`), adds its rows again from its first step on,
+        and so has the same buffer at every step. `ReplayLoader` does this.
 
         Args:
             run: name of the run within this buffer.
-            about: what makes it that run; anything JSON can hold.
+            about: options that identify the run; anything that JSON can hold.
 
         Returns:
             Rows that had been seen when the run first began.
@@ -265,11 +266,11 @@ class ReplayBuffer:
         return self._marks[run]["seen"]
 
     def rewind(self, seen: int) -> None:
-        """Take the buffer back to what it was when so many rows had been added.
+        """Take the buffer back to its state after this many rows had been added.
 
         Raises:
-            OptionError: it has not seen so many.
-            CheckpointError: some of the rows of then have been replaced.
+            OptionError: fewer rows have been added.
+            CheckpointError: some of the rows that it held then have been replaced.
 
         Example:
             >>> buffer = ReplayBuffer(capacity=9, row=(1,))
@@ -312,7 +313,7 @@ class ReplayBuffer:
         }
 
     def _note(self) -> None:
-        """The metadata, after the rows they speak of."""
+        """Write the metadata; called after the rows that it describes have been written."""
         if self.folder is not None:
             write_json(self.folder / _ABOUT, self._about())
 
@@ -371,7 +372,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _allocate(path: Path, size: int) -> None:
-    """A file with all its bytes on the disk: writing into a hole of a mapped file would end the process instead."""
+    """Create a file with all its bytes on disk: without room, writing to a sparse mapped file would kill the process."""
     with path.open("wb") as file:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)
@@ -384,12 +385,12 @@ def _allocate(path: Path, size: int) -> None:
 def random_numbers(seed: int, stream: int, numbers: np.ndarray) -> np.ndarray:
     """Uniform 64-bit numbers as a function of seed, stream and number (SplitMix: Steele et al., OOPSLA 2014).
 
-    Of row i of a full buffer, ``random_numbers(seed, 0, [i]) % (i + 1)`` is the slot, if there is such a slot; row j of
-    draw t lies in slot ``random_numbers(seed, 1 + t, [j]) % len(buffer)``.
+    In a full buffer the slot of row i is ``random_numbers(seed, 0, [i]) % (i + 1)``, if it is below the capacity. Row j of
+    draw t comes from slot ``random_numbers(seed, 1 + t, [j]) % len(buffer)``.
 
     Args:
-        seed, stream: which of the independent sequences.
-        numbers: integers [n].
+        seed, stream: select one of the independent sequences.
+        numbers: integers [n], places in that sequence.
 
     Returns:
         uint64 [n].

@@ -1,4 +1,4 @@
-"""What a chain of stages did to a model: forgetting, transfer, and whether gradients point the same way."""
+"""Measures of a chain of stages: forgetting, transfer, and the alignment of gradients."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from refimpl.core.errors import OptionError
 
 @dataclass(frozen=True)
 class ChainScores:
-    """Numbers of one chain, in the unit of its losses.
+    """Scores of one chain, in the unit of its losses.
 
     Attributes:
-        forgetting: how far the loss of a domain ended above its best since the domain was learned, mean over all
-            domains but the last. Negative: it ended below. 0 for one domain.
+        forgetting: final loss of a domain minus its lowest loss since the domain's own stage and before the last one,
+            mean over all domains but the last. Negative if it ended below that. 0 for one domain.
         backward_transfer: loss right after a domain minus loss at the end, mean over all domains but the last.
-            Positive: later stages helped.
+            Positive if later stages helped.
         forward_transfer: loss before the chain minus loss just before a domain's own stage, mean over all domains but
-            the first. Positive: earlier stages helped.
+            the first. Positive if earlier stages helped.
         retained: mean loss over all domains at the end.
         learned: mean over domains of the loss right after their own stage.
     """
@@ -39,7 +39,7 @@ def chain_scores(losses: Tensor, before: Tensor) -> ChainScores:
     """Scores of a domain-by-stage matrix.
 
     Args:
-        losses: [n, n], row s the losses after stage s, column j those of domain j, which stage j trains on.
+        losses: [n, n]; entry s, j is the loss after stage s on domain j, the one that stage j trains on.
         before: [n], losses before the first stage.
 
     Raises:
@@ -60,6 +60,10 @@ def chain_scores(losses: Tensor, before: Tensor) -> ChainScores:
     losses, before = losses.double(), before.double()
     n = len(losses)
     end, after = losses[-1], losses.diagonal()
+    # with R[s, j] the loss on domain j after stage s, and stages counted from 1:
+    # forgetting         R[n, j] - min over s = j ... n-1 of R[s, j]
+    # backward transfer  R[j, j] - R[n, j]
+    # forward transfer   R[0, j] - R[j-1, j]
     lost = [end[j] - losses[j:-1, j].min() for j in range(n - 1)]
     back = [after[j] - end[j] for j in range(n - 1)]
     ahead = [before[j] - losses[j - 1, j] for j in range(1, n)]
@@ -75,11 +79,11 @@ def gradient_alignment(
 ) -> Tensor:
     """Cosine between the gradients of each old and each new batch.
 
-    The gradients are those of the trained parameters, all together. The model is in evaluation mode meanwhile, so
-    that dropout does not blur them; its own gradients stay as they are. The gradients of the old batches are kept.
+    A gradient is that of all trained parameters, as one vector. It is computed in evaluation mode, so that dropout adds
+    no noise; the ``.grad`` of the parameters does not change. The gradients of all old batches are in memory at once.
 
     Args:
-        model: whole on one device, not sharded.
+        model: on one device, not sharded.
         loss: as for `refimpl.core.train.loop.train`.
         old, new: batches.
 
@@ -111,11 +115,12 @@ def gradient_alignment(
         )
         norm = flat.norm()
         if not norm > 0:
-            raise OptionError("loss: its gradient is zero or not finite, which has no direction")
+            raise OptionError("loss: its gradient is zero or not finite, so it has no direction")
         return flat / norm
 
     with _evaluating(model), torch.enable_grad():
         kept = torch.stack([direction(batch) for batch in old])
+        # entry i, j: cos(grad L(old_i), grad L(new_j)), the product that a merge is meant to increase
         return torch.stack([kept @ direction(batch) for batch in new], 1)
 
 

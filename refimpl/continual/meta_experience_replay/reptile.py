@@ -1,4 +1,7 @@
-"""Reptile between optimiser steps: every k updates the weights go back to a point between then and now."""
+"""Step 3 of MER, Reptile: every k updates the weights move to a point between those of k updates ago and now.
+
+theta_0 -> k optimiser steps -> theta,        theta <- theta_0 + epsilon (theta - theta_0),        theta_0 <- theta
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,15 @@ from refimpl.core.train.outer import OuterStep
 
 @torch.no_grad()
 def merge(slow: Sequence[Tensor], fast: Sequence[Tensor], epsilon: float) -> None:
-    """``theta <- theta_0 + epsilon (theta - theta_0)``, then ``theta_0 <- theta``: in place, from the nearer end.
+    """``theta <- theta_0 + epsilon (theta - theta_0)``, then ``theta_0 <- theta``: in place.
 
-    `torch.lerp` computes it as ``theta - (1 - epsilon) (theta - theta_0)`` where epsilon is a half or more, so
-    epsilon = 1 leaves every bit of theta as it is; the line as written would round.
+    For an epsilon of a half or more `torch.lerp` computes ``theta - (1 - epsilon) (theta - theta_0)``, so epsilon = 1
+    changes no bit of theta; the formula as written would round.
 
     Args:
         slow: theta_0, the weights of k updates ago, in fp32 or fp64.
         fast: theta, the weights now, of the same shapes.
-        epsilon: how far to go towards `fast`.
+        epsilon: share of the way from `slow` to `fast`, 0 to 1.
 
     Example:
         >>> slow, fast = [torch.zeros(2)], [torch.ones(2)]
@@ -38,15 +41,15 @@ def merge(slow: Sequence[Tensor], fast: Sequence[Tensor], epsilon: float) -> Non
 
 @dataclass(frozen=True)
 class Reptile:
-    """Step 3 of MER. The optimiser's moments and the learning rate go on as they are.
+    """Step 3 of MER. A merge changes neither the optimiser's moments nor the learning rate.
 
-    With ``every=1`` the optimiser's update is cut to a share epsilon: AdamW (or SGD without momentum) with a rate
-    epsilon times as large. That is the control which moves as far without aligning gradients.
+    With ``every=1`` each update of the optimiser is multiplied by epsilon: this is AdamW (or SGD without momentum) with
+    a rate epsilon times as large, the control that moves as far without aligning gradients.
 
     Args:
-        epsilon: share of the way that is kept; 1 is plain training, bit for bit, and 0 stands still.
+        epsilon: share of the way that is kept; 1 is plain training, bit for bit, and 0 leaves the weights unchanged.
         every: k, updates between two merges.
-        start: updates before the first k begin, in which training is plain.
+        start: updates of plain training before the first k updates that end in a merge.
 
     Raises:
         OptionError: a value outside its range.
@@ -74,14 +77,14 @@ class Reptile:
         if self.start < 0 or self.start % self.every:
             raise OptionError(
                 f"start={self.start}: use a multiple of every={self.every}, so that the first merge has as many "
-                "updates behind it as the others"
+                "updates before it as the others"
             )
 
     def attach(self, model: nn.Module) -> Merges:
         """The hook for `refimpl.core.train.loop.train`; it keeps the weights of k updates ago in buffers of the model.
 
         Raises:
-            OptionError: trained weights in 16 bits, in which a merge would be lost by rounding.
+            OptionError: trained weights in 16 bits, in which rounding would undo small merges.
         """
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and parameter.dtype not in (torch.float32, torch.float64):
@@ -94,14 +97,14 @@ class Reptile:
     def callback(self) -> Any:
         """The same as a callback of the Hugging Face Trainer.
 
-        The model has the buffers of `attach` while it trains, and so have checkpoints saved meanwhile; a Trainer does
-        not read them back, so let it save after multiples of `every` (there both copies are equal).
+        During training the model has the buffers of `attach`, and so have its checkpoints. A Trainer does not read them
+        back, so let it save after multiples of `every`, where theta_0 equals theta.
 
         Example:
             >>> from transformers import Trainer
             >>> callbacks = [Reptile(epsilon=0.3, every=50).callback()]       # Trainer(..., callbacks=callbacks)
         """
-        from transformers import TrainerCallback  # seconds that the loop does not need
+        from transformers import TrainerCallback  # imported here because it takes seconds
 
         options = self
 
@@ -127,6 +130,7 @@ class Merges:
         self._outer = OuterStep(model, options.every, self._update)
 
     def __call__(self, step: int, model: nn.Module) -> None:
+        # at step = start the outer step only sets theta_0 = theta; merges follow at start + k, start + 2 k, ...
         self._merging = step > self.options.start
         self._outer(step, model)
 
@@ -135,5 +139,5 @@ class Merges:
             merge(slow, fast, self.options.epsilon)
 
     def close(self) -> None:
-        """Take the buffers out of the model again."""
+        """Remove the buffers from the model."""
         self._outer.close()

@@ -1,4 +1,4 @@
-"""The chain of stages as a loader: each batch holds new rows of the current stage and rows seen before."""
+"""Step 2 of MER, the data: batches with new rows of the current stage and rows from the replay buffer."""
 
 from __future__ import annotations
 
@@ -35,34 +35,34 @@ class Stage:
 
 
 class ReplayLoader(DataLoader):
-    """Step 2 of MER: what `refimpl.core.train.loop.train` reads.
+    """Step 2 of MER: the data of `refimpl.core.train.loop.train`.
 
-    Of the batches from number `begin` on, a share `replay` of the rows comes from the buffer, exact to one row at every
-    step (`refimpl.core.train.sampling.Mixture`). A batch is drawn before its new rows are stored. New rows come in seeded
-    permutations of their stage.
+    From batch number `begin` on, a share `replay` of the rows comes from the buffer, exact to one row after every step
+    (`refimpl.core.train.sampling.Mixture`). Old rows are drawn before the new rows of the batch are stored. New rows come
+    in seeded permutations of their stage.
 
-    Batch t is a function of the stages, the seed and the buffer at the start. A resumed training walks the stream again
-    from its first step (without the model) and finds the buffer of every step as it was. Under torchrun each process
-    walks the whole stream with a buffer of its own, and takes every world-th row: as many processes as you like compute
-    what one computes.
+    Batch t depends only on the stages, the seed and the buffer at the start. A resumed training goes through the stream
+    again from its first step, without the model, and so has the same buffer at every step. Under torchrun each process
+    goes through the whole stream with a buffer of its own and takes every world-th row, so that any number of processes
+    compute what one computes.
 
     Args:
         stages: in the order of the chain.
         batch_size: rows per batch and process.
         replay: alpha, share of replayed rows.
-        buffer: where rows are kept; each process its own.
-        begin: first batch (from 0) with replayed rows. The buffer must not be empty then.
+        buffer: the buffer M, a separate one for each process.
+        begin: number (from 0) of the first batch with replayed rows. The buffer must not be empty by then.
         seed: of the permutations.
-        run: name of this run in the buffer; a further run over the same buffer needs another.
-        prefetch: batches a thread prepares ahead; 0 prepares each when it is asked for.
+        run: name of this run in the buffer; another run with the same buffer needs another name.
+        prefetch: batches that a thread prepares in advance; 0 prepares each when it is requested.
 
     Yields:
-        Rows [batch_size, ...], and their numbers in the stream of all rows, int64 [batch_size]. Those with a number
-        below that of the first new row of the batch (of all processes) were replayed.
+        Rows [batch_size, ...], and their numbers in the stream of all rows, int64 [batch_size]. Rows with a number below
+        that of the first new row of the batch (of all processes) are replayed ones.
 
     Raises:
-        OptionError: a value outside its range, stages without length or of other rows than the buffer's, replay from an
-            empty buffer, more steps asked for than the chain has.
+        OptionError: a value outside its range, stages without a length or with rows unlike the buffer's, replay from an
+            empty buffer, or more steps requested than the chain has.
         CheckpointError: `run` names another run of this buffer, or the buffer is damaged.
 
     Example:
@@ -101,11 +101,11 @@ class ReplayLoader(DataLoader):
         self._firsts = [0, *accumulate(len(stage.rows) for stage in stages)]
 
         def shares(step: int) -> list[float]:
-            old = replay if step >= begin else 0.0
+            old = replay if step >= begin else 0.0  # alpha
             stage = self._stage(step)
             return [1 - old if other == stage else 0.0 for other in range(len(stages))] + [old]
 
-        # the last source stands for the buffer: only how many of its rows a batch has is asked for
+        # the last source represents the buffer; only the number of its rows in each batch is used
         sizes = [len(stage.rows) for stage in stages] + [1]
         self._mixture = Mixture(sizes, shares, batch_size, self._ends[-1], seed)
         self._about = {
@@ -133,14 +133,14 @@ class ReplayLoader(DataLoader):
             >>> [loader.counts(step) for step in range(4)]
             [(3, 0), (2, 1), (1, 2), (2, 1)]
         """
-        *new, old = self._mixture.counts(step)
+        *new, old = self._mixture.counts(step)  # (1 - alpha) B and alpha B, with the fractions carried over
         return sum(new), old
 
     def __iter__(self) -> Any:
         return self._batches()
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        # the first batch leaves the buffer alone: `train` looks at it to tell one run from another, then starts again
+        # the first batch does not change the buffer: `train` reads it to identify the run, then starts again
         base = self._buffer.begin(self._run, self._about)
         batch, fresh = self._make(0, base)
         yield batch
@@ -152,11 +152,11 @@ class ReplayLoader(DataLoader):
         self._buffer.add(fresh)
         for step in range(1, self._ends[-1]):
             batch, fresh = self._make(step, self._buffer.seen)
-            self._buffer.add(fresh)
+            self._buffer.add(fresh)  # M <- M with the new rows, after the draw: no row is replayed in its own step
             yield batch
 
     def _make(self, step: int, seen: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """This process's share of a batch, and the new rows of all processes; so many rows were seen before it."""
+        """This process's part of a batch, and the new rows of all processes; `seen` rows were added before it."""
         new, old = self.counts(step)
         stage = self._stage(step)
         first = self._firsts[stage]
@@ -177,7 +177,7 @@ def _distributed() -> bool:
 
 
 class _Steps(Sampler[int]):
-    """The numbers of the steps, once."""
+    """The numbers of the steps, for one pass."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -201,7 +201,7 @@ def _check(number: int, stage: Stage, buffer: ReplayBuffer) -> None:
         length = len(stage.rows)
     except TypeError as error:
         raise OptionError(
-            f"stages[{number}].rows is a {type(stage.rows).__name__} without a length, which its permutations need; "
+            f"stages[{number}].rows is a {type(stage.rows).__name__} without a length, which a permutation of it needs; "
             "pass a map-style data set (a Hugging Face stream: take rows of it with .take and a list)"
         ) from error
     if length < 1 or stage.steps < 1:
@@ -217,7 +217,7 @@ def _check(number: int, stage: Stage, buffer: ReplayBuffer) -> None:
 def _take(rows: Any, indices: Sequence[int]) -> Tensor:
     if isinstance(rows, Tensor):
         return rows[torch.as_tensor(indices, dtype=torch.long)]
-    # a batch may hold replayed rows only; it needs the shape of a row all the same
+    # without indices (a batch of replayed rows only) an empty tensor still needs the shape of a row
     entries = (rows[index] for index in indices or [0])
     found = [torch.as_tensor(e["input_ids"] if isinstance(e, Mapping) else e) for e in entries]
     return torch.stack(found)[: len(indices)]
@@ -228,7 +228,7 @@ def _digest(rows: Tensor) -> str:
 
 
 def _ahead(made: Iterator[Any], count: int) -> Iterator[Any]:
-    """The same, made by a thread up to `count` entries ahead; it ends with whoever reads it."""
+    """The entries of `made`, prepared by a thread up to `count` in advance; the thread ends when the reader does."""
     ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(count)
     stop = threading.Event()
 

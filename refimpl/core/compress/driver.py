@@ -1,4 +1,4 @@
-"""The driver: walk the decoder blocks, gather statistics, let a method replace each site.
+"""The driver: go through the decoder blocks, collect statistics, and let a method replace each site.
 
 Models without decoder blocks go to `refimpl.core.compress.whole`.
 
@@ -47,7 +47,7 @@ from refimpl.core.layers import CompressedLayer, empty_layer
 from refimpl.core.stored import declare_stored, stored_dtype, stored_dtypes
 
 ORDERS = ("sequential", "parallel")
-BATCH = 4  # sequences per forward pass unless told otherwise
+BATCH = 4  # sequences per forward pass by default
 
 
 def calibration_batches(
@@ -103,7 +103,7 @@ class _Recorder(nn.Module):
     def __init__(self, block: nn.Module, as_tuple: bool) -> None:
         super().__init__()
         self.as_tuple = as_tuple
-        self.block = [block]  # in a list: must not be registered, or its weights would count as ours
+        self.block = [block]  # in a list, so that it is not registered as a submodule
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.hidden: list[Tensor] = []
 
@@ -111,11 +111,11 @@ class _Recorder(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.block[0], name)  # models read e.g. block.attention_type
+            return getattr(self.block[0], name)  # models read attributes such as block.attention_type
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.hidden.append(hidden_states)
-        # masks and tables are mostly the same for all batches: keep them once
+        # masks and tables are mostly equal for all batches: keep one copy
         self.calls.append(_shared((args, kwargs), self.calls[-1]) if self.calls else (args, kwargs))
         return (hidden_states,) if self.as_tuple else hidden_states
 
@@ -141,7 +141,7 @@ class Activations:
     calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]]  # [block][batch]
 
     def run(self, block: nn.Module, index: int, keep: bool) -> None:
-        """Run block `index` over all batches; keep its outputs as the next block's inputs, or not."""
+        """Run block `index` on all batches; with `keep`, its outputs become the inputs of the next block."""
         for batch, (args, kwargs) in enumerate(self.calls[index]):
             output = block(self.hidden[batch], *args, **kwargs)
             if keep:
@@ -149,9 +149,9 @@ class Activations:
 
 
 def block_inputs(model: nn.Module, batches: list[Tensor]) -> Activations:
-    """Run everything before the first block, and record the arguments each block gets.
+    """Run everything before the first block, and record the arguments that each block gets.
 
-    Masks and rotary tables are the model's business: they are recorded per block from a pass in which the blocks do
+    The model itself computes masks and rotary tables: they are recorded for each block in a pass in which the blocks do
     nothing, so sliding windows and per-layer rotary bases need no code here.
 
     Args:
@@ -159,7 +159,7 @@ def block_inputs(model: nn.Module, batches: list[Tensor]) -> Activations:
         batches: token ids [batch, length] each.
 
     Raises:
-        OptionError: the model does more between its blocks than passing hidden states on.
+        OptionError: between its blocks the model does more than pass on hidden states.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -184,8 +184,8 @@ def block_inputs(model: nn.Module, batches: list[Tensor]) -> Activations:
                 blocks[index] = block
         return recorders
 
-    # some models expect a tensor of their blocks, some a tuple: with the right one every block is handed what the
-    # block before it returned
+    # some models expect a tensor from a block, some a tuple; with the right one each block gets what the block before it
+    # returned
     failure: Exception | None = None
     for as_tuple in (False, True):
         try:
@@ -211,7 +211,7 @@ def _fingerprints(
     source: Checkpoint | None,
     original: Reference | None,
 ) -> list[str]:
-    """Identify a run for resuming, per block: digests of options and tokens, and of the block's sites as they are."""
+    """Identify a run for resuming: for each block a digest of options and tokens, and one of the sites before the run."""
     run = hashlib.sha256(f"{method!r} {order} {getattr(model, 'config', None)}".encode())
     if (stored := stored_dtype(model)) != next(p.dtype for p in model.parameters() if p.is_floating_point()):
         run.update(f"{stored}".encode())
@@ -273,10 +273,10 @@ def compress(
             which is read block by block and never held in memory as a whole (needs `out`). Or a model without decoder
             blocks, such as an image classifier, of transformers or not: then all its `nn.Linear` and `nn.Conv2d` are
             sites, and "block" below reads "site" (sites fed by the same tensor count as one).
-        method: what to do, for example ``SparseGPT("2:4")`` or ``EoRA(rank=64)``.
+        method: the method with its options, for example ``GPTQ(bits=4)``.
         calibration: token ids [sequences, length] (or an object with them as ``.ids``). For a model without blocks:
-            floats [n, channels, height, width] (or an object with them as ``.pixels``). Methods that look at weights
-            only need none.
+            floats [n, channels, height, width] (or an object with them as ``.pixels``). Methods that use only the
+            weights need none.
         reference: for methods that repair: the original model, or (no second model in memory) its folder.
         order: "sequential": each block sees the outputs of the compressed blocks before it; "parallel": all blocks
             see the inputs they had in the original model (cheaper: one forward pass instead of two).
@@ -284,10 +284,10 @@ def compress(
             with it.
         targets: regular expression; only sites whose name matches are touched.
         out: folder for the result, in `save` format. Every finished block is written at once; the same call
-            resumes after an interruption. For models with blocks only; `save` the others.
-        dtype: when `model` is a folder: what to compute in; default: as stored. Many CPUs are slow at bfloat16, and
+            resumes after an interruption. Only for models with blocks; use `save` for others.
+        dtype: when `model` is a folder: the dtype to compute in; default: as stored. Many CPUs are slow at bfloat16, and
             float32 is the better choice there.
-        store: when `model` is a folder: what to store unpacked weights in; default: `dtype`. A model in memory is
+        store: when `model` is a folder: the dtype to store unpacked weights in; default: `dtype`. A model in memory is
             stored in what `refimpl.core.stored.stored_dtype` says, its own dtype unless a loader said otherwise.
         progress: show a progress bar.
 
@@ -334,7 +334,7 @@ def compress(
         raise OptionError(f"{name}={given} is for models read from a folder; change this one with model.to(dtype)")
     elif not isinstance(model, nn.Module):
         raise OptionError(f"model={model!r}: pass a transformers model, or the folder of its checkpoint")
-    with experts_put_back(model, always=False):  # whatever is refused below leaves the model as it was
+    with experts_put_back(model, always=False):  # if anything below raises, the model stays as it was
         sites = find_sites(model, targets)
         if not has_blocks(model):
             if out is not None:
@@ -492,7 +492,7 @@ def _materialised(block: nn.Module, index: int, model: nn.Module, source: Checkp
 
 @dataclass(frozen=True)
 class Plan:
-    """What `compress` would do, from shapes alone.
+    """The result that `compress` would have, computed from shapes alone.
 
     Attributes:
         sites: per site its name, shape, layer configuration and bits per weight after the step.

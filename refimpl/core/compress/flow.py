@@ -1,4 +1,4 @@
-"""Where the outputs of a module go: the operations that consume them, whoever calls those."""
+"""The consumers of a module's outputs: which operations use them, wherever these are called."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# the same values in another shape, layout or place: what happens to them happens to the output
+# the same values in another shape, layout or place: their consumers are consumers of the output
 _PASSES_ON = {
     "view",
     "_unsafe_view",
@@ -30,8 +30,8 @@ _PASSES_ON = {
 class Consumers(TorchDispatchMode):
     """While active, records which operations are applied to watched tensors.
 
-    It sees the operations that run, so a module, a function and a method of a tensor are the same to it, and
-    a module that returns its input (`nn.Identity`, dropout in evaluation mode) is nothing at all.
+    It records the operations that run, so there is no difference between a module, a function and a method of a tensor,
+    and a module that returns its input (`nn.Identity`, dropout in evaluation mode) leaves no trace.
 
     Example:
         >>> import torch

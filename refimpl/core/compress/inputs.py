@@ -1,8 +1,8 @@
-"""Inputs of sites as methods get them: streamed sums, ranges, or the samples themselves.
+"""Inputs of sites in the forms that methods need: streamed sums, ranges, or the samples themselves.
 
-`collect` is what both drivers use. It hands the rows that a flattened kernel multiplies to the sums of
-`refimpl.core.compress.stats`, so that a convolution has a second moment like any linear layer; samples are cached in the shape
-in which the model calls the site.
+Both drivers use `collect`. Sums are those of `refimpl.core.compress.stats` over the rows that a flattened kernel multiplies,
+so a convolution has a second moment like any linear layer; samples are cached in the shape in which the model calls the
+site.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from refimpl.core.errors import CalibrationError, OptionError
 
 
 class InputSamples(InputStats):
-    """What a method with ``statistics = {"inputs"}`` gets; with ``{"range"}`` only `low` and `high` are filled.
+    """Statistics of a method with ``statistics = {"inputs"}``; with ``{"range"}`` it has only `low` and `high`.
 
     Args:
         x: inputs of the site, in the dtype of the model and the shape of the call: [n, ..., in], or
             [n, channels, height, width] for a convolution. `Site.apply` computes outputs from them.
-        y: the outputs to reproduce, [n, ..., out] or [n, out, height, width]: those of the network as it was before
-            this call of `compress` (with a reference: those of its weights).
+        y: the outputs to reproduce, [n, ..., out] or [n, out, height, width]: those of the network before this
+            call of `compress`, or of the reference weights if there is a reference.
         low, high: mean over the samples of each sample's smallest and largest value, fp32 [], with
             ``low <= 0 <= high``.
-        rectified: whether all that is done with y is a ReLU (or ReLU6): then only its positive part matters.
+        rectified: whether the only consumer of y is a ReLU (or ReLU6), so that only its positive part matters.
 
     Example:
         >>> samples = InputSamples(torch.ones(5, 3), torch.zeros(5, 2), torch.tensor(0.0), torch.tensor(1.0), False)
@@ -47,25 +47,25 @@ class InputSamples(InputStats):
 
     @property
     def x(self) -> Tensor:
-        """Inputs; only for methods that asked for "inputs"."""
+        """Inputs; only for methods with "inputs" among their statistics."""
         assert self._x is not None
         return self._x
 
     @property
     def y(self) -> Tensor:
-        """Outputs to reproduce; only for methods that asked for "inputs"."""
+        """Outputs to reproduce; only for methods with "inputs" among their statistics."""
         assert self._y is not None
         return self._y
 
 
 class SampleCollector:
-    """Context manager that measures the ranges of inputs while the caller runs the model, and caches what is wanted.
+    """Context manager that measures the ranges of inputs, and caches inputs and outputs, while the caller runs the model.
 
     Sites fed by the same tensor share the cached inputs, found by identity at every call.
 
     Args:
-        sites: where to look.
-        inputs, outputs: whether to keep what goes in and what comes out.
+        sites: the sites to observe.
+        inputs, outputs: whether to cache them.
 
     Example:
         >>> block = nn.Sequential(nn.Linear(3, 16), nn.ReLU())
@@ -83,7 +83,7 @@ class SampleCollector:
         self._y: dict[str, list[Tensor]] = {}
         self._ranges: dict[str, Tensor] = {}  # site -> sum of lows, sum of highs, number of samples
         self._consumers = Consumers()
-        self._last: tuple[Any, int, Any] = (None, 0, None)  # an input, its version, and what was kept of it
+        self._last: tuple[Any, int, Any] = (None, 0, None)  # an input, its version, and its ranges and copy
 
     def _before(self, site: Site) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -126,7 +126,7 @@ class SampleCollector:
         self._last = (None, 0, None)
         if kind is not None:
             return
-        joined: dict[tuple[int, ...], Tensor] = {}  # by identity of the pieces: what is shared stays shared
+        joined: dict[tuple[int, ...], Tensor] = {}  # by identity of the pieces, so that shared inputs stay shared
         for name, ranges in self._ranges.items():
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(ranges)
@@ -165,10 +165,10 @@ def _ranges(x: Tensor) -> Tensor:
 
 @contextmanager
 def collect(sites: list[Site], wanted: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Statistics of the inputs of sites while the caller runs the model; the dictionary is complete behind the block.
+    """Statistics of the inputs of sites while the caller runs the model; the dictionary is complete after the block.
 
     Args:
-        sites: where to look.
+        sites: the sites to observe.
         wanted: see `Method.statistics`.
 
     Example:

@@ -1,4 +1,4 @@
-"""What a compression method is: a frozen dataclass of hyper-parameters that turns one site into one layer."""
+"""The interface of a compression method: a frozen dataclass of hyper-parameters that turns one site into one layer."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ STATISTICS = (frozenset({"gram", "abs"}), frozenset({"range"}), frozenset({"inpu
 
 
 class Method(abc.ABC):
-    """Base of all methods `refimpl.compress` can run.
+    """Base of all methods that `refimpl.compress` can run.
 
-    A subclass sets these as class variables, or as properties where they depend on its options.
+    A subclass defines these attributes as class variables, or as properties if they depend on its options.
 
     Attributes:
         statistics: what the driver must collect about the inputs of each site. "gram" and "abs", alone or together,
             are sums over the inputs (`InputStats`); "range" is their range, and "inputs" the inputs themselves with
-            the outputs to reproduce (`refimpl.core.compress.inputs.InputSamples`). Empty for methods that look at the weights
-            alone, which then need no calibration.
+            the outputs to reproduce (`refimpl.core.compress.inputs.InputSamples`). Empty for methods that use only the
+            weights, which need no calibration.
         uses_reference: whether the original weights are needed. The statistics are then those of the original
             block, fed by the already repaired blocks before it.
-        least_samples: calibration samples (sequences, images) the method needs, for example because it draws that many
-            at once; fewer are refused before any work.
+        least_samples: calibration samples (sequences, images) that the method needs, for example because that many form a
+            batch; with fewer, `compress` raises an error before any work.
     """
 
     uses_reference: ClassVar[bool] = False
@@ -56,8 +56,8 @@ class Method(abc.ABC):
         """The replacement of one site.
 
         Args:
-            site: the site; `site.weight` is what it applies now, `site.log` takes remarks for the report.
-            stats: statistics of its inputs, if `statistics` asked for any: `InputSamples` for "range" and "inputs".
+            site: the site; `site.weight` is its weight now, `site.log` takes remarks for the report.
+            stats: the statistics of its inputs that `statistics` names, if any: `InputSamples` for "range" and "inputs".
             original: weight of the reference [out, in], if `uses_reference`.
         """
 
@@ -96,7 +96,7 @@ def check_method(method: object) -> None:
 
 
 def check_group(site: Site, group_size: int | None) -> int:
-    """The group size in force (None: the whole row), if it divides the width.
+    """The group size to use at a site (None: the whole row), if it divides the width.
 
     Raises:
         OptionError: it does not; lists the sizes that do.

@@ -1,4 +1,4 @@
-"""What all low-rank repairs share: where the path is added, and how it is described and stored."""
+"""The base of low-rank repairs: to which layer the path is added, and how it is described and stored."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def base_of(site: Site) -> CompressedLayer:
 
 @dataclass(frozen=True)
 class LowRankRepair(Method):
-    """Add ``B A`` of rank r to a compressed layer, to bring it closer to the original.
+    """Add ``B A`` of rank r to a compressed layer, so that it is closer to the original.
 
     Args:
         rank: r, at most the smaller dimension of every site it is used on.

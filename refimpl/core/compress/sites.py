@@ -1,9 +1,9 @@
-"""Where a model can be compressed: the linear maps inside a language model's blocks, or all maps of other models.
+"""The places where a model can be compressed: linear maps inside a language model's blocks, or all maps of other models.
 
 A `Site` hides the ways a linear map is stored: `nn.Linear` ([out, in]), `Conv1D` of GPT-2 ([in, out]), experts fused
 into one 3-D parameter, and `nn.Conv2d`, whose kernel is a matrix that is applied to patches. In a language model
-embeddings, the head, norms and routers are not sites, so they stay as they are, tied or not. A model without decoder
-blocks (an image classifier, say) is taken as a whole: all its linear maps and convolutions are sites.
+embeddings, the head, norms and routers are not sites, so they stay as they are, tied or not. In a model without
+decoder blocks, such as an image classifier, all linear maps and convolutions are sites.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from refimpl.core.errors import OptionError
 from refimpl.core.layers import CompressedLayer, Geometry, PackedConv2d
 
-ROUTER_WIDTH = 16  # a map with fewer outputs is a router or a gate: no bytes to win, much to lose
+ROUTER_WIDTH = 16  # a map with fewer outputs is a router or a gate: few bytes to save, much accuracy to lose
 _ROUTER = re.compile(r"(Router|Gate|Gating)$")  # class names of modules whose linear map chooses experts
 
 
@@ -92,7 +92,7 @@ def unfuse_experts(model: nn.Module) -> list[str]:
     """Replace every fused experts module of `model` by `UnfusedExperts`, in place; return their names.
 
     Raises:
-        OptionError: for a layout of experts we do not know, by name.
+        OptionError: for an unknown layout of experts; names the module.
 
     Example:
         >>> unfuse_experts(nn.Linear(2, 2))
@@ -124,7 +124,7 @@ def _fused_experts(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def experts_put_back(model: nn.Module, always: bool) -> Iterator[None]:
-    """Leave a model's fused experts as they were if the body fails, or in any case (`always`).
+    """Restore a model's fused experts when the block ends: if it fails, or with `always` in any case.
 
     Example:
         >>> with experts_put_back(nn.Linear(2, 2), always=True):
@@ -165,7 +165,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module):
             size = sum(tensor.numel() for tensor in [*module.parameters(), *module.buffers()])
-            if best is None or size > best[0]:  # strict: the outermost of equals wins
+            if best is None or size > best[0]:  # strict, so that of equal ones the outermost wins
                 best = (size, name, module)
     if best is None or best[0] == 0:
         raise OptionError(f"model={type(model).__name__}: found no nn.ModuleList of blocks to walk")
@@ -199,8 +199,8 @@ class Site:
     Attributes:
         name: dotted path of the module in the model.
         block: index of the decoder block it belongs to; in a model without blocks, its own number.
-        parent, attribute: where the module hangs, so that it can be replaced.
-        log: what a method had to do here beyond the plain algorithm (raised damping, ...).
+        parent, attribute: the owner of the module and the name under which it has it, for replacing it.
+        log: remarks of a method about this site (raised damping, ...).
 
     Example:
         >>> block = nn.Sequential(nn.Linear(4, 2))
@@ -217,12 +217,12 @@ class Site:
 
     @property
     def placed(self) -> nn.Module:
-        """The module that is there now and is called by the model."""
+        """The module that the model calls at this place now."""
         return self.parent.get_submodule(self.attribute)
 
     @property
     def module(self) -> nn.Module:
-        """What holds the weight now: `placed`, or inside a compressed convolution the layer of its kernel."""
+        """The module with the weight: `placed`, or the layer of the kernel inside a compressed convolution."""
         placed = self.placed
         return placed.base if isinstance(placed, PackedConv2d) else placed
 
@@ -236,9 +236,9 @@ class Site:
 
     @property
     def weight(self) -> Tensor:
-        """The weight in use now, [out, in] whatever the module; a view where that is possible.
+        """The weight in use now, [out, in] for every kind of module; a view where possible.
 
-        Of a convolution: the kernel flattened to [out, in_channels / groups * kernel height * kernel width].
+        For a convolution it is the kernel flattened to [out, in_channels / groups * kernel height * kernel width].
         """
         module = self.module
         if isinstance(module, CompressedLayer):
@@ -270,7 +270,7 @@ class Site:
         return (columns, rows) if is_conv1d(module) else (rows, columns)
 
     def replace(self, module: nn.Module) -> None:
-        """Put `module` in the place of the one that is there; a compressed kernel gets the convolution's geometry."""
+        """Replace the current module by `module`; a compressed kernel gets the geometry of the convolution."""
         geometry = self.geometry
         if geometry is not None and isinstance(module, CompressedLayer):
             module = module if isinstance(module, PackedConv2d) else PackedConv2d(module, geometry)
@@ -291,7 +291,7 @@ class Site:
         return dense
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """What this site computes from x with another weight [out, in] and bias [out]; differentiable in all three.
+        """The output of this site for x with another weight [out, in] and bias [out]; differentiable in all three.
 
         Args:
             x: as the model calls the site: [..., in], or [n, channels, height, width] for a convolution.
@@ -306,7 +306,7 @@ class Site:
 
 
 def has_blocks(model: nn.Module) -> bool:
-    """Whether `model` is walked block by block, as a language model of transformers; else it is taken as a whole.
+    """Whether `model` is a language model of transformers, which is compressed block by block, or any other model.
 
     Example:
         >>> has_blocks(nn.Sequential(nn.Conv2d(3, 8, 3)))
@@ -320,11 +320,11 @@ _READ_DIRECTLY = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 def _why_no_site(module: nn.Module, owner: nn.Module, names: int) -> str | None:
-    """Why a module of a model without blocks, which goes by so many names, is no site, or None if it is one."""
+    """The reason why a module with `names` names, of a model without blocks, is no site; None if it is one."""
     if not (is_linear(module) or isinstance(module, nn.Conv2d)):
         return "not a linear map"
     if names > 1:
-        return f"it stands at {names} places of the model"
+        return f"it is used at {names} places of the model"
     for kind in (nn.Linear, nn.Conv2d):
         if isinstance(module, kind) and type(module).forward is not kind.forward:
             return "it has a forward of its own"
@@ -334,7 +334,7 @@ def _why_no_site(module: nn.Module, owner: nn.Module, names: int) -> str | None:
 
 
 def _names(model: nn.Module) -> Counter[nn.Module]:
-    """How many names each module goes by."""
+    """The number of names that each module has in the model."""
     return Counter(module for _, module in model.named_modules(remove_duplicate=False))
 
 
@@ -361,14 +361,14 @@ def _sites_of_whole(model: nn.Module) -> list[Site]:
 
 
 def find_sites(model: nn.Module, targets: str | None = None) -> list[Site]:
-    """All sites of a model in the order of its blocks, or of its modules if it is taken as a whole.
+    """All sites of a model, in the order of its blocks or, in a model without blocks, of its modules.
 
     Fused experts are unfused in place first (views, no copy), so that each expert's maps are sites.
 
     Args:
         model: a decoder-only model from transformers, or any other model (see `has_blocks`), compressed or not,
             possibly on "meta".
-        targets: a regular expression searched in the site's name; None takes all.
+        targets: a regular expression searched for in the site's name; None selects all.
 
     Raises:
         OptionError: `targets` matches nothing, or the model is not supported.

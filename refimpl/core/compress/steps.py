@@ -1,4 +1,4 @@
-"""What every driver does: checks, one site at a time, and putting everything back when a run fails."""
+"""Steps that all drivers share: checks, the compression of one site, and undoing everything when a run fails."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from refimpl.core.device import read
 from refimpl.core.errors import CalibrationError, OptionError
 from refimpl.core.files.checkpoint import Reference
 
-CHUNK = 2**20  # numbers that enter a site at once when its error is measured on samples
+CHUNK = 2**20  # input values of a site per pass when its error is measured on samples
 
 
 @dataclass
 class SiteReport:
-    """What happened at one site.
+    """The report of one site.
 
     Attributes:
         name: the site.
-        error: squared output error relative to the squared output, on the calibration inputs as the method saw them;
+        error: squared output error relative to the squared output, on the calibration inputs of the method;
             None without input statistics. The target is the reference weight if there is one.
         error_before: the same before this step (methods with a reference), else None.
         seconds: time of the method at this site, statistics excluded.
@@ -81,7 +81,7 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], argument: str = "model")
 
 
 def check_samples(method: Method, count: int) -> None:
-    """Raise `CalibrationError` if there are fewer calibration samples than the method draws at once.
+    """Raise `CalibrationError` if there are fewer calibration samples than the method needs.
 
     Example:
         >>> from refimpl import GPTQ
@@ -97,7 +97,7 @@ def check_samples(method: Method, count: int) -> None:
 def reference_of(
     model: nn.Module, method: Method, reference: nn.Module | str | Path | None, sites: list[Site]
 ) -> Reference | None:
-    """The reference of a method that needs one, after a look at every weight it will be asked for.
+    """The reference of a method that needs one, after checking that it has every weight needed.
 
     Example:
         >>> from refimpl import RTN

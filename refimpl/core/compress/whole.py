@@ -1,6 +1,6 @@
-"""The driver for models without decoder blocks: image classifiers and other modules, taken as a whole.
+"""The driver for models without decoder blocks, such as image classifiers.
 
-In parallel order one pass of the network as it is gives the statistics of all sites. In sequential order the inputs of
+In parallel order one pass of the original network gives the statistics of all sites. In sequential order the inputs of
 each site come from the already compressed sites before it; sites fed by the same tensor (q, k and v, or a convolution
 and the shortcut beside it) are one stage and share a pass, which ends where the stage does.
 """
@@ -32,7 +32,7 @@ from refimpl.core.compress.steps import (
 from refimpl.core.device import read
 from refimpl.core.errors import CalibrationError, OptionError
 
-BATCH = 64  # samples per forward pass unless told otherwise
+BATCH = 64  # samples per forward pass by default
 
 
 def sample_batches(model: nn.Module, method: Method, calibration: Any, batch_size: int) -> list[Tensor]:
@@ -105,11 +105,11 @@ def run(model: nn.Module, batch: Tensor) -> Any:
 
 @dataclass(frozen=True)
 class CallShape:
-    """What one sample costs at a site.
+    """Sizes of one sample at a site.
 
     Attributes:
-        rows: vectors the weight is applied to: patches of a convolution, tokens.
-        inputs, outputs: numbers that go in and come out.
+        rows: vectors that the weight multiplies: patches of a convolution, tokens.
+        inputs, outputs: numbers of input and output values.
     """
 
     rows: int
@@ -257,7 +257,7 @@ def check_groups(site: Site, method: Method) -> None:
         raise OptionError(
             f"{site.name!r} is a convolution in {groups} groups, each with inputs of its own, and "
             f"{type(method).__name__} takes all rows of a weight to see the same; leave it out with targets=, "
-            "or use a method that looks at weights alone there"
+            "or use a method there that needs only the weights"
         )
 
 
@@ -329,7 +329,7 @@ def _with_statistics(
             yield from ((site, found.pop(site.name)) for site in stage.sites)
         return
     outputs: dict[str, InputSamples] = {}
-    if "inputs" in method.statistics:  # what is to be reproduced does not depend on what was compressed before
+    if "inputs" in method.statistics:  # the outputs to reproduce do not depend on the sites compressed before
         with original_weights(sites, originals), SampleCollector(sites, inputs=False) as collector:
             for batch in batches:
                 run(model, batch)

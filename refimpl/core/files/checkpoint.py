@@ -1,8 +1,8 @@
 """Reading a Hugging Face checkpoint tensor by tensor, and building a model without its weights.
 
-`Checkpoint` opens safetensors files memory-mapped: a tensor costs memory only while somebody holds it. That is
-what lets a repair method see the original weights without a second model, and a model larger than memory be
-compressed block by block.
+`Checkpoint` opens safetensors files memory-mapped: a tensor takes memory only while it is referenced. So a
+repair method can read the original weights without a second model, and a model larger than memory can be compressed
+block by block.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from refimpl.core.compress.sites import Site, UnfusedExperts, is_conv1d
 from refimpl.core.errors import CheckpointError
 
-MANIFEST = "refimpl.json"  # what makes a folder one of ours: layers, files and the run that wrote them
+MANIFEST = "refimpl.json"  # identifies a folder written by refimpl: layers, files and the run that wrote them
 _EXPERT = re.compile(r"^(?P<experts>.*)\.(?P<index>\d+)\.(?P<map>gate_up_proj|down_proj)\.weight$")
 
 
@@ -125,7 +125,7 @@ class Checkpoint:
 
 
 def weight_key(name: str, model: nn.Module) -> tuple[str, int | None]:
-    """Where a parameter of `model` stands in a checkpoint: its name, and the expert's index if it was fused.
+    """The place of a parameter of `model` in a checkpoint: its name there, and the expert's index if experts are fused.
 
     Example:
         >>> weight_key("0.weight", nn.Sequential(nn.Linear(2, 2)))
@@ -275,7 +275,7 @@ def empty_model(config: Any, dtype: torch.dtype, folder: str | Path | None = Non
 
 
 def set_tensor(module: nn.Module, name: str, tensor: Tensor | None) -> None:
-    """Replace parameter or buffer `name` (dotted) of `module`; None puts it back on "meta".
+    """Replace parameter or buffer `name` (dotted) of `module`; None moves it back to "meta".
 
     Example:
         >>> layer = nn.Linear(2, 2)

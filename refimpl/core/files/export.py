@@ -1,16 +1,16 @@
-"""Leaving refimpl: compressed models as checkpoints that other libraries load without it.
+"""Exports: compressed models as checkpoints that other libraries load without refimpl.
 
-Three ways out, each with a README that says how to load it and what it does not hold:
+There are three, each with a README that says how to load it and what it leaves out:
 
-- `export_dense`: an ordinary transformers checkpoint. Every compressed layer is a plain layer again: zeros are zeros,
-  codes are the numbers they stand for, low-rank paths are multiplied out. Anything can load it; it is as large as the
-  original.
+- `export_dense`: an ordinary transformers checkpoint. Every compressed layer becomes a plain layer again: zeros are stored,
+  codes are decoded, low-rank paths are multiplied out. Any library can load it, and it is as large as the original.
 - `export_compressed_tensors`: quantised linear layers stay quantised, in the ``pack-quantized`` format of
   compressed-tensors, which transformers and vLLM read.
 - `export_peft`: the low-rank paths as a LoRA adapter, beside either of the two.
 
-A format that cannot hold a layer refuses it by name before anything is written. Folders appear whole or not at all,
-and the model is written piece by piece: beside it no more than one file's tensors and one block's are in memory.
+A format that cannot hold a layer refuses it by name before anything is written. A folder appears complete or
+not at all. The model is written piece by piece: besides the model itself, only the tensors of one file and of one block
+are in memory.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def export_peft(model: nn.Module, folder: str | Path, *, base: str | Path) -> Pa
     written, by the `adapter=` argument of `export_dense` or `export_compressed_tensors` (which calls this).
 
     Args:
-        model: a transformers model with layers that have a low-rank path beside them (`EoRA`, `ActSVD`, `LoftQ`, ...).
+        model: a transformers model with layers that have a low-rank path beside them.
         folder: as for `export_dense`.
         base: the folder (or Hub id) of the model without the low-rank paths, written into the adapter's configuration.
 
@@ -246,7 +246,7 @@ export_dense or export_compressed_tensors'}
     return reasons
 
 
-# ---- what is exported
+# ---- contents of an export
 
 
 @dataclass(frozen=True)
@@ -287,7 +287,7 @@ class _Source:
         return _in_files(self.layers[name])
 
     def original(self, name: str) -> nn.Module | None:
-        """What stands at `name` in the architecture; None for one of several fused experts."""
+        """The module at `name` in the architecture; None for one of several fused experts."""
         return None if self.owner(name, self.experts) else self.architecture.get_submodule(name)
 
     @staticmethod
@@ -507,7 +507,7 @@ class _Source:
             names = [f"{name}.{index}.{part}" for index in range(self.experts[name].num_experts)]
             packed = [self.packed(n, quantised[n], pack) for n in names]
             for kind in ("weight_packed", "weight_scale"):
-                # rows of codes and scales are split and named like the rows of the weight they stand for
+                # rows of codes and scales are split and named like the rows of the weight that they encode
                 stack = torch.stack([p[f"{n}.{kind}"] for n, p in zip(names, packed, strict=True)])
                 for key, rows in self.stored({f"{name}.{part}": stack}).items():
                     stem = key.removesuffix(".weight")
@@ -583,8 +583,8 @@ class _Source:
     def unfolded_norms(self) -> tuple[dict[str, Tensor], set[str]]:
         """Tensors of batch norms that were folded away, and the biases that move into them.
 
-        A folded convolution has a bias where the architecture has none: the batch norm behind it takes it over as its
-        mean, and is the identity otherwise.
+        A folded convolution has a bias where the architecture has none: the batch norm after it gets the bias as its
+        mean, with a minus sign, and is the identity otherwise.
         """
         norms = {n: m for n, m in self.architecture.named_modules() if isinstance(m, nn.BatchNorm2d)}
         device = next(self.model.parameters()).device
@@ -606,7 +606,7 @@ class _Source:
             size = getattr(self.model.config, "image_size", None) or 224
             channels = next(m.in_channels for m in self.architecture.modules() if isinstance(m, nn.Conv2d))
             shape = (1, channels, *([size, size] if isinstance(size, int) else size))
-            # which batch norm follows which convolution is found as it was when they were folded
+            # the same search as at the time of folding tells which batch norm follows which convolution
             behind, _ = _feeds(self.architecture, torch.empty(shape, dtype=self.dtype, device="meta"))
             for conv, bias in biases.items():
                 if conv not in behind:
@@ -662,8 +662,8 @@ def _product(path: LowRankLinear) -> Tensor:
 def _whole(folder: str | Path) -> Iterator[Path]:
     """An empty folder beside `folder` that takes its place if the block succeeds.
 
-    An earlier export is replaced, and what else is there (a tokenizer) is kept. Its config goes first and comes last:
-    between the two nothing can be loaded.
+    An earlier export is replaced; other files, such as a tokenizer, are kept. Its config is removed first and written
+    last, so in between nothing can be loaded.
     """
     folder = Path(folder)
     card = folder / "README.md"

@@ -61,8 +61,8 @@ def data_path(*parts: str) -> Path:
 
 
 _PROGRESS = "refimpl-progress.json"
-_SAVING = "refimpl-saving"  # stands in a folder while `save` is at work there
-_SINGLE_FILE_LIMIT = 5_000_000_000  # bytes; above it one file per block, as hubs and small memories prefer
+_SAVING = "refimpl-saving"  # a file that is in the folder while `save` writes to it
+_SINGLE_FILE_LIMIT = 5_000_000_000  # bytes; larger models get one file per block, which suits hubs and small memories
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -79,7 +79,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """The content of a JSON file.
 
     Raises:
         CheckpointError: it is missing or damaged.
@@ -197,7 +197,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
 
     Args:
         model: a transformers model, with any number of compressed layers and folded batch norms.
-        folder: made if missing; a model of ours that is there is replaced.
+        folder: created if missing; a model that refimpl wrote there is replaced.
 
     Returns:
         The folder.
@@ -313,15 +313,15 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.dev
 
     Args:
         folder: the folder.
-        dtype: dtype of the tensors that are not packed; default: as stored. A wider one than that is what computes:
-            the model still counts as it is stored (`refimpl.core.stored`).
-        device: where to put it.
+        dtype: dtype of the tensors that are not packed; default: as stored. A wider one is used for
+            computing only: the model still counts as it is stored (`refimpl.core.stored`).
+        device: of the model.
 
     Returns:
         The model in evaluation mode, ready for ``generate``.
 
     Raises:
-        CheckpointError: not one of ours, unfinished, truncated, or with tensors missing or left over.
+        CheckpointError: not written by refimpl, unfinished, truncated, or with tensors missing or left over.
 
     Example:
         >>> load("/nowhere")
@@ -378,20 +378,20 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _runs(marks: list[str]) -> list[str]:
-    """The part of each mark that stands for options and tokens."""
+    """The part of each mark that identifies options and tokens."""
     return [mark.partition(":")[0] for mark in marks]
 
 
 class ShardWriter:
-    """Writes a model block by block, and picks up where an interrupted run stopped.
+    """Writes a model block by block, and continues where an interrupted run stopped.
 
     Args:
-        folder: target; made if missing.
+        folder: target; created if missing.
         model: the model being compressed.
         marks: one text per block, ``run:state``: digests of the options and tokens, and of the block as it was before.
 
     Raises:
-        CheckpointError: the folder holds another run, or something that is not ours.
+        CheckpointError: the folder holds another run, or something that refimpl did not write.
     """
 
     def __init__(self, folder: Path, model: nn.Module, marks: list[str]) -> None:
@@ -435,7 +435,7 @@ class ShardWriter:
         return [kind(**entry) for entry in self.state["reports"]]
 
     def add_block(self, index: int, block: nn.Module, hidden: list[Tensor], entries: list[dict[str, Any]]) -> None:
-        """Write one finished block and the activations behind it; the progress file last."""
+        """Write one finished block and the activations after it; the progress file last."""
         prefix = f"{self.prefix}.{index}."
         kinds = stored_dtypes(block, self.dtype)
         tensors = {prefix + name: tensor.to(kinds[name]) for name, tensor in block.state_dict().items()}
@@ -451,7 +451,7 @@ class ShardWriter:
         (self.folder / f"hidden-{index - 1:05d}.safetensors").unlink(missing_ok=True)
 
     def hidden(self, like: list[Tensor]) -> list[Tensor]:
-        """The activations behind the last finished block."""
+        """The activations after the last finished block."""
         stored = load_file(self.folder / f"hidden-{self.done - 1:05d}.safetensors")
         return [stored[str(i)].to(tensor) for i, tensor in enumerate(like)]
 

@@ -15,11 +15,11 @@ from refimpl.core.layers.served import served
 
 @dataclass
 class ServeReport:
-    """What `serve` did.
+    """The result of `serve`.
 
     Attributes:
         model: the model, changed in place.
-        served: names of the layers that run on kernels now, where there is a GPU.
+        served: names of the layers that now run on kernels if there is a GPU.
         left: layers that stay as they were, in whole or in part, by name, with the reason. They work as before.
     """
 
@@ -65,7 +65,7 @@ def serve(model: nn.Module, progress: bool = True) -> ServeReport:
         ServedLinear(32 -> 64, 4 bits, groups of 32)
     """
     found: dict[str, CompressedLayer] = {}
-    for name, module in model.named_modules(remove_duplicate=False):  # one layer can stand at several places
+    for name, module in model.named_modules(remove_duplicate=False):  # one layer can be used at several places
         outer = any(name.startswith(other + ".") for other in found)
         if isinstance(module, CompressedLayer) and name and not outer:
             found[name] = module

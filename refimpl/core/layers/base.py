@@ -1,4 +1,4 @@
-"""What every packed replacement of a linear layer offers, and the registry `load` builds from."""
+"""The interface of all packed replacements of linear layers, and the registry from which `load` builds them."""
 
 from __future__ import annotations
 
@@ -71,6 +71,6 @@ def empty_layer(config: dict[str, Any], dtype: torch.dtype, device: torch.device
     if kind not in CompressedLayer.types:
         raise CheckpointError(
             f"layer type {kind!r} is unknown (known: {sorted(CompressedLayer.types)}); "
-            "the checkpoint was written by a newer refimpl or is not one of ours"
+            "the checkpoint was written by a newer refimpl or by another library"
         )
     return CompressedLayer.types[kind].empty(config, dtype, device)

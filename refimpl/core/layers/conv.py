@@ -1,7 +1,7 @@
 """Two-dimensional convolutions: the geometry apart from the kernel, and a layer that holds any compressed kernel.
 
 A convolution is a linear map applied to patches. Flattened to [out, in / groups * kh * kw] its kernel is an ordinary
-matrix, so whatever a method makes of a matrix (codes, zeros, factors, sums of them) becomes a convolution by adding the
+matrix, so any compressed form of a matrix (codes, zeros, factors, sums of them) becomes a convolution by adding the
 geometry.
 """
 
@@ -206,7 +206,7 @@ class PackedConv2d(CompressedLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The kernel [out, in_channels / groups, kernel height, kernel width], unpacked: some models look at it."""
+        """The kernel [out, in_channels / groups, kernel height, kernel width], unpacked, because some models read it."""
         return self.geometry.kernel_of(self.to_dense())
 
     def to_dense(self) -> Tensor:
@@ -232,7 +232,7 @@ class PackedConv2d(CompressedLayer):
 
 
 def _apply(layer: CompressedLayer, x: Tensor, geometry: Geometry) -> Tensor:
-    """Convolve with the kernel `layer` stands for: sums stay sums, products products."""
+    """Convolve with the kernel that `layer` holds; sums and products of kernels are computed term by term."""
     if isinstance(layer, QuantizedInput):
         return _apply(layer.base, layer.quantizer(x), geometry)
     if isinstance(layer, CompensatedLinear):

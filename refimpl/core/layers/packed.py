@@ -1,8 +1,8 @@
 """One packed linear layer for quantised weights, sparse weights, and weights that are both.
 
 The stored weight is a list of values (floats, or b-bit codes on a grid per group of inputs) and, if the
-matrix is sparse, a mask that says where they belong. Keeping both ideas in one class is what lets a
-2:4-sparse matrix be quantised afterwards without a third format.
+matrix is sparse, a mask with their places. Because one class holds both, a 2:4-sparse matrix can be quantised
+afterwards without a third format.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Layers in the layout that the GPU kernels read, for running a compressed model rather than keeping it.
+"""Layers in the layout that the GPU kernels read, for running a compressed model rather than storing it.
 
-A `PackedLinear` stores any number of bits and any pattern in one dense stream, which is what a file should do; a kernel
-wants words of neighbouring outputs side by side. `refimpl.core.files.serve.serve` changes one into the other. On a GPU these
-layers call a Triton kernel, elsewhere the same operator computes in PyTorch.
+A `PackedLinear` stores any number of bits and any pattern in one dense stream, which suits a file; a kernel
+needs the words of neighbouring outputs next to each other. `refimpl.core.files.serve.serve` changes one into the
+other. On a GPU these layers call a Triton kernel; elsewhere the same operator runs in PyTorch.
 
-The kernels are imported when a layer is made or called: `refimpl` works without Triton.
+The kernels are imported when a layer is created or called, so `refimpl` works without Triton.
 """
 
 from __future__ import annotations

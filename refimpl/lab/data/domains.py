@@ -1,6 +1,6 @@
-"""Four kinds of text as windows of tokens, and the small Llama that is trained on them.
+"""Four kinds of text as windows of tokens, and a small Llama to train on them.
 
-For chapters that mix, weight, select or follow one another's data: ``wikipedia``, ``python`` and ``prose`` are the
+For chapters that mix, weight or select data, or train on one kind after another: ``wikipedia``, ``python`` and ``prose`` are the
 corpora of `refimpl.lab.data.text`; ``cpp`` is the C++ headers inside the installed torch, so it differs between versions of
 torch (keep `domain_hash` beside a number). Train on the split ``"calibration"``, choose by ``"validation"``, report on
 ``"test"``; a document is in one split, and near-duplicates are left out.
@@ -129,7 +129,7 @@ def domain_hash(domain: str) -> str:
 
 
 def llama(width: int = 64, layers: int = 2, hidden: int = 192, context: int = 128, seed: int = 0) -> LlamaForCausalLM:
-    """A new Llama for the 1024 tokens of `refimpl.lab.models.small.tokenizer`, in fp32; 0.17 million parameters as it stands.
+    """A new Llama for the 1024 tokens of `refimpl.lab.models.small.tokenizer`, in fp32; 0.17 million parameters by default.
 
     Args:
         width: of the residual stream, in heads of 32.

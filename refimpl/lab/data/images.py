@@ -36,7 +36,7 @@ IMAGE_SIZE = {"mnist": 28, "digits": 32}
 """Side of an image in pixels."""
 
 MEAN_STD = {"mnist": (0.1313, 0.3086), "digits": (0.3053, 0.3760)}
-"""What is subtracted from intensities in [0, 1], and what they are divided by then."""
+"""Mean that is subtracted from intensities in [0, 1], and standard deviation that they are then divided by."""
 
 _SPLIT_SEED = 0
 

@@ -219,7 +219,7 @@ def prepare(corpus: str) -> Path:
 
 
 def normalised(text: str) -> str:
-    """What two spellings of one document share: words only, lower case, compatibility forms folded.
+    """A text reduced to what two spellings of it share: words only, lower case, compatibility forms folded.
 
     Example:
         >>> normalised("The  Café, (again)!")

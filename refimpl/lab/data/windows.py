@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 def windows(
     corpus: str, split: str, length: int, tokenizer: PreTrainedTokenizerBase | None = None, stride: int | None = None
 ) -> tuple[Tensor, list[str]]:
-    """All windows of a split, none of which crosses from one document into another.
+    """All windows of a split; none of them crosses from one document into another.
 
-    A window holds one symbol more than is predicted: the first is only read. At the default stride the last symbol
-    of a window is the first of the next, so every symbol of a document but its first is predicted at most once;
-    what fills no whole window at the end of a document is left out.
+    A window holds one symbol more than is predicted, because the first is only read. At the default stride the last
+    symbol of a window is the first of the next, so every symbol of a document but its first is predicted at most once.
+    The end of a document that does not fill a window is left out.
 
     Args:
         corpus, split: as in `refimpl.lab.data.text.documents`.
         length: predicted symbols in each window.
-        tokenizer: bytes (UTF-8) if None, else its tokens, none added.
-        stride: symbols between the starts of two windows; ``length`` if None. Less gives overlapping windows, which
-            show a symbol with contexts of several lengths: for training only.
+        tokenizer: its tokens are the symbols, without special tokens added; None uses bytes (UTF-8).
+        stride: symbols between the starts of two windows; ``length`` if None. A smaller stride gives overlapping
+            windows, which show a symbol with contexts of several lengths; use it for training only.
 
     Returns:
         int64 ``[n, length + 1]``, and the document of each window.

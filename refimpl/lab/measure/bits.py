@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BitsPerByte:
-    """How many bits a byte of text costs under a model, and what that is made of.
+    """Bits that a model needs for each byte of text, with the sums of each document.
 
     Attributes:
-        value: sum of bits / sum of counts; lower is better, 8 is no model at all.
+        value: sum of bits / sum of counts; lower is better, and 8 needs no model.
         bits: float64 ``[documents]``, negative log2-likelihood summed over each document's windows.
-        counts: int64 ``[documents]``, bytes of text that these bits describe.
+        counts: int64 ``[documents]``, bytes of text that these bits encode.
         units: the documents, in order of first appearance.
     """
 
@@ -71,16 +71,16 @@ def bits_per_byte(
     tokenizer: PreTrainedTokenizerBase | None = None,
     batch_size: int = 16,
 ) -> BitsPerByte:
-    """Bits that `model` spends on each byte of the text it predicts, added up by document.
+    """Bits that `model` needs for each byte of the text it predicts, added up by document.
 
-    For a model of tokens the bits of a token are spread over its bytes: bits of all predicted tokens divided by the
-    bytes of all predicted tokens. Two models with one alphabet can be compared on the same windows document by
+    For a model of tokens these are the bits of all predicted tokens divided by the bytes of all predicted tokens. Two
+    models with the same alphabet can be compared on the same windows document by
     document: ``paired_bootstrap(a.bits, b.bits, a.counts, statistic=difference)``.
 
     Args:
-        model: as in `language_model_loss`. Training flags are left as found.
+        model: as in `language_model_loss`; its training flags are restored.
         windows, units: from `windows`.
-        tokenizer: the model's tokenizer if its symbols are tokens; it must be byte-level. None: symbols are bytes.
+        tokenizer: of a model whose symbols are tokens; it must be byte-level. None means that symbols are bytes.
         batch_size: windows in a forward pass.
 
     Raises:
@@ -139,7 +139,7 @@ def bits_per_byte(
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, size: int | None = None) -> Tensor:
-    """Bytes of text behind each token of a byte-level tokenizer; none behind a special token.
+    """Number of bytes of text that each token of a byte-level tokenizer encodes; 0 for special tokens.
 
     Args:
         tokenizer: a fast tokenizer whose symbols are bytes (GPT-2, SmolLM2, the one shipped here).

@@ -1,4 +1,4 @@
-"""What a classifier costs and how well it does, image by image.
+"""Cost and accuracy of a classifier, image by image.
 
 Means are taken last: an interval over images needs a score for each image, and two models are compared on the same
 images. Bytes come from `refimpl.lab.measure.metrics.footprint`; this module counts the arithmetic.
@@ -80,7 +80,7 @@ def classify(model: nn.Module, images: ImageSet, batch_size: int = 250, progress
         ):
             for batch in images.pixels.split(batch_size):
                 logits = _logits(model(_like_weights(model, batch)))
-                _check_labels(images.labels, logits.shape[1])  # all of them, before more time goes by
+                _check_labels(images.labels, logits.shape[1])  # all labels, before the remaining batches are computed
                 found.append(logits.float().cpu())
                 bar.update(len(batch))
     finally:
@@ -205,8 +205,8 @@ def score_rows(scores: Scores, *, nbytes: int, flops: float, bit_operations: flo
     "bytes", "flops" (per image) and, if given, "bit_operations" (per image). No row carries a cost: a classifier has
     two, and they are metrics. The bench expects the condition "<dataset> <model>", e.g. "mnist resnet" or "digits vit".
     The arm is "dense" for the model that everything is compared with, else "<method> <label>" split at the first space:
-    the method decides shape and colour on the chart (at most seven beside "dense" can be told apart), the label tells
-    its points apart, e.g. "cubic 94%". Arms trained with several seeds are recorded under each seed.
+    the method decides shape and colour on the chart (at most seven beside "dense" can be distinguished), the label
+    distinguishes its points, e.g. "cubic 94%". Arms trained with several seeds are recorded under each seed.
 
     Args:
         scores: on the test split.

@@ -1,4 +1,4 @@
-"""What a model costs and how well it predicts: perplexity, footprint, peak memory.
+"""Cost and quality of a language model: perplexity, footprint, peak memory.
 
 Perplexity keeps its summands: one negative log-likelihood per row of tokens, with the document the row came
 from, because an interval over documents cannot be computed from a mean.
@@ -27,11 +27,11 @@ from refimpl.core.errors import CalibrationError, OptionError
 from refimpl.core.layers import CompressedLayer
 from refimpl.core.stored import stored_dtypes, stored_parts
 
-_CHUNK_BYTES = 64 * 2**20  # fp32 logits looked at in one go; the loss must not double the memory of the logits
+_CHUNK_BYTES = 64 * 2**20  # fp32 logits per step: the loss must not double the memory of the logits
 
 
 class Tokens(Protocol):
-    """What `perplexity` reads of a token set: ids [n, T] and the document each row came from."""
+    """The part of a token set that `perplexity` reads: ids [n, T] and the document of each row."""
 
     @property
     def ids(self) -> Tensor: ...
@@ -174,8 +174,8 @@ class Footprint:
         bits_per_parameter: bits stored for each parameter of the whole model.
         bytes: bytes of the whole model as stored; tied tensors are counted once.
         disk_bytes: bytes of all files of the saved folder, None if none was given.
-        weights: number of weights behind `bits_per_weight`.
-        parameters: number of parameters behind `bits_per_parameter` (of the dense model).
+        weights: number of weights that `bits_per_weight` refers to.
+        parameters: number of parameters that `bits_per_parameter` refers to (of the dense model).
         parts: bytes of the compressed sites by part ("values", "scales", ...), "bias" included.
     """
 
@@ -268,7 +268,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _span(tensor: Tensor) -> tuple[str, int, int]:
-    """Device, first and last byte address. Meta tensors have no address: their identity stands in for it."""
+    """Device, first and last byte address. Meta tensors have no address; their identity is used instead."""
     if tensor.device.type == "meta":
         start = id(tensor) * 2**40
         return "meta", start, start + tensor.numel() * tensor.element_size()
@@ -296,7 +296,7 @@ def _disk_bytes(folder: Path) -> int:
 
 
 class PeakMemory:
-    """Most memory in use inside a ``with`` block, above what was in use at its start.
+    """Peak memory inside a ``with`` block, above the memory in use at its start.
 
     On the CPU a thread reads the resident set every two milliseconds (Linux), so a shorter spike can be
     missed, and pages of memory-mapped files count while they are resident; `anonymous_above_start` leaves

@@ -26,9 +26,9 @@ class Interval:
 
     Attributes:
         estimate, low, high: in the unit of the statistic.
-        mde: smallest effect the study could have seen (80 % power, two-sided 5 %), as a distance from "no
+        mde: smallest effect that the study could have detected (80 % power, two-sided 5 %), as a distance from "no
             effect": 0.02 for a ratio means that 1.02 or 0.98 would have been noticed.
-        n: independent units behind it.
+        n: number of independent units.
     """
 
     estimate: float

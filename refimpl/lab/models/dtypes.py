@@ -14,7 +14,7 @@ _NAMED = "REFIMPL_COMPUTE_DTYPE"  # an environment variable, because worker proc
 
 
 def compute_dtype(device: str = "cpu") -> torch.dtype:
-    """What models are loaded to compute in: the dtype named by `computing_in`, else what the device is fast in.
+    """The dtype that models compute in: the one named by `computing_in`, otherwise one that is fast on the device.
 
     Example:
         >>> compute_dtype() in (torch.bfloat16, torch.float32)

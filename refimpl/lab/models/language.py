@@ -125,7 +125,7 @@ def smollm2_hash() -> str:
 
 
 def source_bits() -> dict[str, dict[str, float]]:
-    """What the source file spends, from its tensor table: for the source checkpoint's point on the chart.
+    """The storage of the source file, from its tensor table: for the source checkpoint's point on the chart.
 
     Returns:
         For ``"linear"``, ``"embeddings"``, ``"norms"`` and ``"total"``: ``weights`` (count), ``bytes`` and

@@ -67,7 +67,7 @@ def _copies(arguments: tuple[Any, ...]) -> list[Any]:
 
 
 def _problem(answer: Any, expected: Any, tol: float) -> str | None:
-    """What is wrong with the answer, None if nothing is."""
+    """A description of the error in the answer, None if it is right."""
     if answer is None:
         return "your answer is None (a function without a return gives that)"
     if isinstance(expected, (bool, np.bool_)):

@@ -1,4 +1,4 @@
-"""Charts that survive greyscale and readers who do not see them: marks differ by shape, colours by lightness.
+"""Charts that are legible in greyscale and described in text: marks differ by shape, colours by lightness.
 
 Each bench has its chart twice: `quality_chart` (language models) and `classifier_chart` are interactive (Altair; the
 book bundles the script that draws them), `quality_figure` and `classifier_figure` are static (matplotlib; for
@@ -471,7 +471,7 @@ def classifier_chart(
 
 
 def task_chart(chart_points: Sequence[TaskPoint], what: str, x: str = "bits", title: str = "") -> altair.LayerChart:
-    """What compressed models still can do against their size or their perplexity, interactive like `quality_chart`.
+    """A chart of task scores of compressed models against their size or perplexity, interactive like `quality_chart`.
 
     Args:
         chart_points: from `task_points`.
@@ -628,7 +628,7 @@ def classifier_figure(
 def task_figure(
     panels: Mapping[str, Sequence[TaskPoint]], x: str = "perplexity", title: str = ""
 ) -> tuple[Figure, str]:
-    """What compressed models still can do, one panel a task, static; for `show`.
+    """A figure of task scores of compressed models, one panel for each task, static; for `show`.
 
     Args:
         panels: points by the name of their score; the same models in each.
@@ -753,7 +753,7 @@ def show(figure: Figure, alt: str, caption: str = "") -> None:
     Args:
         figure: any matplotlib figure.
         alt: what the figure shows, for those who do not see it.
-        caption: what to look at.
+        caption: what the reader should notice.
 
     Raises:
         OptionError: no alternative text.

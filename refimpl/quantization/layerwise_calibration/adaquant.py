@@ -1,9 +1,29 @@
-"""Steps 1 and 2: ranges, and AdaQuant: weights, bias and quantisers of one layer, trained for its outputs.
+"""Steps 1 and 2: measure ranges, then train weights, bias and quantisers of each layer towards its float outputs.
 
-Rounding to nearest asks which grid point is closest to each weight. AdaQuant asks which grid, and which point for each
-weight, leave the *outputs* of the layer closest to the float ones; weights may move anywhere, not only to one of their
-two neighbours. One layer has few unknowns against many outputs, so a small calibration set is enough where training
+Rounding to nearest takes the grid point closest to each weight. AdaQuant takes the grid, and the point for each weight,
+that leave the *outputs* of the layer closest to the float ones. With a continuous perturbation V of the weights W, the
+steps Delta_w, Delta_x of the two grids, inputs X and float outputs Y = W X + b, the paper solves for each layer
+
+    argmin over V, b, Delta_w, Delta_x    || f(Y) - f(Q_w(W + V) Q_x(X) + Q_b(b)) ||^2
+
+where f is the ReLU that follows the layer, or the identity. W + V may end up anywhere, not only at one of the two grid
+points next to W. One layer has few unknowns against many outputs, so a small calibration set is enough where training
 the network end to end would over-fit it.
+
+A grid of L = 2^n - 1 steps is given by its range R and its lowest value Z: Delta = R / L, and zero has the integer code
+z = round(-Z / Delta). Rounding passes gradients straight through, so with v = w / Delta and E the error of the outputs,
+
+    Q(w)       = Delta round(clip(v, -z, L - z))
+    dE/dV      = dE/dQ                                             where -z <= v <= L - z, and 0 where w is clipped
+    dE/dDelta  = sum dE/dQ (round(v) - v)                          over the weights inside the grid
+               + sum dE/dQ (-z - Z/Delta)                          over those below it
+               + sum dE/dQ (L - z - Z/Delta)                       over those above it
+    dE/dR      = dE/dDelta / L,     dE/dZ = sum dE/dQ              over the weights outside the grid
+    dE/dQ_w    = -2 (Y - Q_w Q_x - Q_b) Q_x^T                      for f the identity
+
+and the same for Q_x with its own Delta. Like the authors' code, this one trains W + V as one tensor that starts at W.
+`refimpl.core.compress.reconstruct` computes the objective and autograd its gradients; `Reconstruction` measures the
+ranges of a layer (step 1) and calls `AdaQuant.train` (step 2).
 """
 
 from __future__ import annotations
@@ -27,7 +47,8 @@ def learning_rates(layer: QuantizedSite, rates: str = "scaled", speed: float = 1
 
     "published" are the authors' absolute values, tuned for ImageNet networks at 8 bits: 1e-5 for weights, 1e-3 for
     biases and weight ranges, 1e-1 for input ranges. In a small layer on a coarse grid such weights never leave their
-    bin. "scaled" (ours) says it in units of the layer, see `refimpl.core.compress.reconstruct.scaled_rates`.
+    bin. "scaled" (ours) are relative to the step and the range of the layer, see
+    `refimpl.core.compress.reconstruct.scaled_rates`.
 
     Args:
         layer: the layer to train.
@@ -43,6 +64,8 @@ def learning_rates(layer: QuantizedSite, rates: str = "scaled", speed: float = 1
     """
     groups = scaled_rates(layer)
     if rates == "published":
+        # Adam moves a weight by at most 1e-5 an update, 0.01 over the paper's 1000: half a step of a 4-bit grid in
+        # ResNet-50, a small fraction of one in a small network. The lowest value Z trains at the rate of its range R.
         lr = {id(layer.W): 1e-5, id(layer.R): 1e-3, id(layer.b): 1e-3, id(layer.R_x): 1e-1}
         groups = [{**group, "lr": lr[id(group["params"][0])]} for group in groups]
     return [{**group, "lr": speed * group["lr"]} for group in groups]
@@ -50,11 +73,12 @@ def learning_rates(layer: QuantizedSite, rates: str = "scaled", speed: float = 1
 
 @dataclass(frozen=True)
 class AdaQuant(Reconstruction):
-    """Quantise weights, and inputs if wanted, so that each layer's outputs stay what they were.
+    """Quantise weights, and inputs if asked for, so that the outputs of each layer change as little as possible.
 
-    Every layer is trained by itself. With ``order="parallel"`` of `compress` it sees float inputs, so copies at
-    different precisions can be mixed afterwards; with "sequential" it sees the inputs the quantised layers before it
-    give, and its float outputs as the target, which makes up for their errors.
+    Every layer is trained by itself. With ``order="parallel"`` of `compress` its inputs X are those of the float
+    network, so copies at different precisions can be mixed afterwards (step 3). With "sequential" X comes from the
+    layers before it as they are after quantisation, while the target Y stays the float output, so that a layer
+    compensates for the errors of those before it.
 
     Args:
         bits: of the weights, 2 to 8.
@@ -62,12 +86,12 @@ class AdaQuant(Reconstruction):
             computed exactly from the second moment of the inputs, and biases stay as they are. With a number, batches
             of cached inputs and outputs are used, biases train too and lie on a grid of `bits` + `activation_bits`.
         group_size: inputs per scale; None is one scale per output channel, as in the paper.
-        iterations: updates per layer (the paper: 1000); 0 measures ranges only, the paper's light pipeline.
+        iterations: updates per layer (the paper: 1000); 0 only measures ranges, the paper's light pipeline.
         samples: cached samples per update.
-        rates: "published" are the authors' absolute rates, which stay constant; "scaled" (ours) are in units of the
+        rates: "published" are the authors' absolute rates, which stay constant; "scaled" (ours) are relative to the
             layer and fall to zero along a cosine. See `learning_rates`.
         speed: multiplies every learning rate.
-        clip: where weight ranges start: "minmax" (the paper) or "mse".
+        clip: initial weight ranges, "minmax" (the paper) or "mse".
         seed: of the order of the samples.
 
     Example:
@@ -86,6 +110,8 @@ class AdaQuant(Reconstruction):
             raise OptionError(f"speed={self.speed}: use a positive factor")
 
     def train(self, layer: QuantizedSite, stats: InputStats, target: Tensor) -> dict[str, float]:
+        # Step 2 for one layer. `layer` starts at V = 0 with the ranges of step 1. With inputs in floating point,
+        # Q_x(X) = X, the objective is tr(D G D^T) with D = W - Q_w(W + V) and G = X X^T: X itself need not be kept.
         schedule = "cosine" if self.rates == "scaled" else "constant"
         return reconstruct(
             layer,

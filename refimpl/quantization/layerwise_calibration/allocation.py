@@ -1,11 +1,12 @@
-"""Step 3: which layer can afford how few bits, as an integer program.
+"""Step 3: how many bits each layer gets, chosen by an integer program.
 
-One copy of the model is compressed at each precision. The sensitivity of a layer is what the network loses when this
-layer alone comes from a coarser copy, and the program assumes that such losses add up:
+One copy of the model is compressed at each precision. The sensitivity delta of a layer is the increase of the network's
+loss when this layer alone comes from a coarser copy. The program assumes that such increases add up:
 
     minimise  sum I[l, k] delta[l, k]   over binary I,   with  sum_k I[l, k] = 1  and  sum I[l, k] pi[l, k] >= budget
 
-where ``pi[l, k]`` is what layer l saves at k bits against the reference precision (which has delta = pi = 0).
+where ``pi[l, k]`` is the storage or compute that layer l saves at k bits compared with the reference precision, for
+which delta = pi = 0.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ from refimpl.core.compress.sites import find_sites
 from refimpl.core.errors import OptionError, require
 from refimpl.core.layers import CompressedLayer
 
-SMALLEST_DELTA = 1e-6  # not 0: between equals the program then prefers the reference precision
+SMALLEST_DELTA = 1e-6  # not 0, so that without any loss to gain the program prefers the reference precision
 
 Table = Mapping[str, Mapping[int, float]]  # site name -> bits -> value
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """What `allocate_bits` found.
+    """The result of `allocate_bits`.
 
     Attributes:
         policy: bits of every site.
         delta: sum of the sensitivities: the predicted loss above the reference.
         saved: sum of the savings, at least the budget.
-        bound: optimum when layers may be split between precisions; no policy is below it.
+        bound: the optimum if layers could be split between precisions (0 <= I <= 1); no policy has a smaller delta.
     """
 
     policy: dict[str, int]
@@ -50,13 +51,14 @@ def assemble(models: Mapping[int, nn.Module], policy: Mapping[str, int]) -> nn.M
 
     Args:
         models: copies by bits, all compressed at the same sites.
-        policy: bits of every site. Weight codes, bias, and all ranges of a site come from the same copy.
+        policy: bits of every site. Weight codes, bias and all ranges of a site come from the same copy: they were
+            trained together.
 
     Returns:
-        A new model; the copies are not touched.
+        A new model; the copies do not change.
 
     Raises:
-        OptionError: a site or a precision that is not there, or a site the policy leaves out.
+        OptionError: the policy names a precision without a copy or an unknown site, or lacks a site.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -95,12 +97,12 @@ def _layers(model: nn.Module) -> dict[str, CompressedLayer]:
 def sensitivity(
     models: Mapping[int, nn.Module], loss: Callable[[nn.Module], float], reference: int
 ) -> dict[str, dict[int, float]]:
-    """delta[l, k]: what the network loses when site l alone drops from the reference precision to k bits.
+    """delta[l, k]: increase of the loss when site l alone drops from the reference precision to k bits.
 
     Args:
-        models: copies by bits, all compressed at the same sites; those of other precisions lend their sites.
-        loss: of a model on calibration data: the divergence from the float model, or the cross-entropy.
-        reference: bits of the copy in which one site at a time is swapped.
+        models: copies by bits, all compressed at the same sites.
+        loss: of a model on calibration data, such as the divergence from the float model or the cross-entropy.
+        reference: bits of the copy in which one site at a time is replaced.
 
     Returns:
         By site and bits (the reference left out), at least `SMALLEST_DELTA`.
@@ -135,6 +137,7 @@ def sensitivity(
         for bits, other in models.items():
             if bits == reference:
                 continue
+            # additivity is assumed from here on: each site is measured with all others at the reference precision
             try:
                 setattr(owner, attribute, other.get_submodule(name))
                 delta[name][bits] = max(loss(base) - before, SMALLEST_DELTA)
@@ -144,7 +147,7 @@ def sensitivity(
 
 
 def bytes_saved(models: Mapping[int, nn.Module], reference: int) -> dict[str, dict[int, float]]:
-    """pi[l, k] in bytes, everything that is stored included (codes, scales, zero points, bias).
+    """pi[l, k] in bytes, counting all that is stored: codes, scales, zero points, bias.
 
     Example:
         >>> from refimpl import RTN, compress
@@ -161,7 +164,7 @@ def bytes_saved(models: Mapping[int, nn.Module], reference: int) -> dict[str, di
 
 
 def bit_operations_saved(macs: Mapping[str, float], bits: list[int], reference: int) -> dict[str, dict[int, float]]:
-    """pi[l, k] in bit-operations: multiply-adds of site l times (reference^2 - k^2), weights and inputs both at k bits.
+    """pi[l, k] in bit operations: multiply-adds of site l times (reference^2 - k^2), with weights and inputs at k bits.
 
     Example:
         >>> bit_operations_saved({"conv": 100.0}, [4], reference=8)
@@ -208,6 +211,8 @@ the largest feasible budget
     gain = np.array([savings[name][bits] for name, bits in choices])
     one_each = np.array([[float(name == site) for name, _ in choices] for site in delta])
     required, unit = budget, max(1e-300, float(np.abs(gain).max(initial=0.0)))
+    # minimise sum I delta  subject to  sum_k I[l, k] <= 1  and  sum I pi >= budget; a site without a choice stays at
+    # the reference, which is why the paper's equality over all precisions is an inequality over the others
     while True:
         chosen = _solve(cost, gain / unit, one_each, required / unit, whole=True)
         policy = dict.fromkeys(delta, reference)
@@ -216,7 +221,10 @@ the largest feasible budget
         saved = fsum(savings[name][bits] for name, bits in used)
         if saved >= budget:
             break
-        required += max(budget - saved, 1e-9 * unit)  # the solver allows itself a millionth: insist
+        required += max(
+            budget - saved, 1e-9 * unit
+        )  # the solver tolerates a shortfall of a millionth: ask for that much more
+    # the relaxation I in [0, 1] is never above the integer optimum
     relaxed = _solve(cost, gain / unit, one_each, budget / unit, whole=False)
     return Allocation(policy, float(sum(delta[name][bits] for name, bits in used)), saved, float(cost @ relaxed))
 
@@ -226,7 +234,7 @@ def _solve(cost: np.ndarray, gain: np.ndarray, one_each: np.ndarray, budget: flo
     if not len(cost):
         return cost
     optimize: Any = require("scipy.optimize", "lab")
-    smallest = cost[cost > 0].min(initial=1.0)  # the solver stops at an absolute gap of 1e-6: make that small
+    smallest = cost[cost > 0].min(initial=1.0)  # the solver stops at an absolute gap of 1e-6: small in these units
     constraints = [
         optimize.LinearConstraint(one_each, -np.inf, 1.0),
         optimize.LinearConstraint(gain[None], budget, np.inf),

@@ -1,8 +1,12 @@
-"""Steps 4 and 5: what quantised layers did to the network's statistics, repaired without touching a single code.
+"""Steps 4 and 5: batch-norm tuning and bias tuning, which repair a quantised network without changing any weight code.
 
-Quantised layers shift and shrink what leaves them, and the errors add up over layers. Batch-norm tuning measures the
-new mean and variance of every channel and restores the old ones; bias tuning moves nothing but biases, towards the
-float network's answers.
+Quantised layers shift and shrink their outputs, and the errors add up over layers. Batch-norm tuning measures the new
+mean mu and variance sigma^2 of every channel and restores the old ones, beta and gamma^2:
+
+    y  ->  (y - mu) sqrt(gamma^2 + eps) / sqrt(sigma^2 + eps) + beta
+
+which is again one factor and one shift per channel, absorbed by the scales and the bias of the convolution. Bias tuning
+trains only biases, towards the float network's class probabilities.
 """
 
 from __future__ import annotations
@@ -23,19 +27,19 @@ from refimpl.core.train.loop import History, Recipe
 def retune_batch_norms(
     model: nn.Module, folded: FoldedNorms, samples: Any, *, momentum: float | None = None, batch_size: int = 50
 ) -> None:
-    """Give every folded convolution the channel means and variances it had in the float network, in place.
+    """Give the outputs of every folded convolution the channel means and variances of the float network, in place.
 
     Args:
         model: with its batch norms folded, its convolutions compressed.
         folded: from `refimpl.core.compress.fold.fold_batch_norms` of the float model.
         samples: calibration samples [n, ...], or an object with them as ``.pixels``.
         momentum: None averages over all batches. A number is the weight of each new batch, as in the authors' code
-            (0.1): after m batches a share 0.9^m of the float statistics is left, 66 % after four.
+            (0.1): after m batches the float statistics still have a weight of 0.9^m, 66 % after four.
         batch_size: samples per batch.
 
     Raises:
         OptionError: no folded batch norms, or those of another model.
-        CalibrationError: fewer samples than 2, of which no variance can be taken.
+        CalibrationError: fewer than 2 samples, which have no variance.
 
     Example:
         >>> from refimpl import RTN, compress
@@ -56,21 +60,24 @@ def retune_batch_norms(
     if len(pixels) < 2:
         raise CalibrationError(f"calibration: {len(pixels)} samples have no variance; pass 2 or more")
     training = model.training
+    # after its own batch norm a channel had mean beta and variance gamma^2: a norm with these statistics, weight
+    # sqrt(gamma^2 + eps) and bias beta is the identity
     folded.reinsert(model)
     norms = [model.get_submodule(norm.name) for norm in folded.norms.values()]
     before = [(norm, norm.momentum) for norm in norms if isinstance(norm, nn.BatchNorm2d)]
     try:
         model.eval()
         for norm, _ in before:
-            norm.train()
+            norm.train()  # mu and sigma^2 of the quantised network replace beta and gamma^2
             norm.momentum = momentum
-        # batches of equal size: a last one of a single image would count as much as all others
+        # batches of equal size: a last batch of one image would weigh as much as each of the others
         for batch in pixels.tensor_split(max(1, len(pixels) // batch_size)):
             run(model, batch)
     finally:
         for norm, old in before:
             norm.momentum = old
         model.train(training)
+        # folding multiplies each channel by sqrt(gamma^2 + eps) / sqrt(sigma^2 + eps): the scales change, no code does
         folded.refold(model)
 
 
@@ -86,13 +93,15 @@ def tune_biases(
 ) -> History:
     """Train all biases, and nothing else, towards the float network's class probabilities, in place.
 
+    The loss is KL(softmax(float logits) || softmax(quantised logits)), so no labels are needed.
+
     Args:
         model: a compressed classifier.
         samples: calibration samples [n, ...], or an object with them as ``.pixels``.
         target: the float network's logits on them, [n, classes] (`refimpl.baselines.qat.all_logits`).
-        recipe: default: 200 updates of plain SGD at 0.1, down along a cosine (the authors: 0.1, then 0.01).
+        recipe: by default 200 updates of plain SGD, from 0.1 to 0 along a cosine (the authors: 0.1, then 0.01).
         batch_size: samples per update.
-        keep_best: end with the iterate of least divergence on these samples.
+        keep_best: keep the iterate with the least divergence on these samples.
         progress: show a bar.
 
     Raises:

@@ -302,7 +302,7 @@ def test_modules_that_cannot_be_replaced_are_left_with_the_reason(images) -> Non
     assert [site.name for site in find_sites(model)] == ["head"]
     left = skipped_modules(model, find_sites(model))
     assert left["stem"] == "Standardised: it has a forward of its own"
-    assert left["shared"] == "Linear: it stands at 2 places of the model"
+    assert left["shared"] == "Linear: it is used at 2 places of the model"
     assert "MultiheadAttention reads its weight" in left["mixer.self_attn.out_proj"]
     assert "TransformerEncoderLayer reads its weight" in left["mixer.linear1"]
     compress(model, GPTQ(4, None), images(4), progress=False)

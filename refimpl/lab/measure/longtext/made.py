@@ -1,8 +1,8 @@
 """Long contexts with questions, made from real articles: every choice follows from a hash, nothing is drawn at random.
 
 A context has exactly as many tokens as asked for, so contexts can be read in one batch without padding, and a budget of
-bytes per token means the same for each. What is asked about stands in it as a sentence, between two sentences of the
-article; where (the depth) is known.
+bytes per token means the same for each. The fact asked about is a sentence in it, between two sentences of the
+article, at a known place (the depth).
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from refimpl.lab.measure.tasks.made import _COMMON, NOUNS, draw, number
 
 @dataclass(frozen=True)
 class Question:
-    """What a reader of a context is asked, in tokens.
+    """A question about a context, in tokens.
 
     Attributes:
         id: ``article#name``; questions of one article differ in what follows the ``#``.
-        ask: the question. It may stand inside the prompt, or come after the prompt has been compressed.
-        lead: what the answer continues. Read after compression in either case, so that no token of the answer can be
-            had from the uncompressed prompt.
+        ask: the question. It may be part of the prompt, or come after the prompt has been compressed.
+        lead: the beginning of the sentence that the answer continues. It is read after compression in either case, so that
+            no token of the answer can be predicted from the uncompressed prompt.
         answer: the right continuation.
-        rivals: tokens that could stand at each place of the answer, the right ones included.
-        depth: where in the context the answer stands: 0 its start, 1 its end.
+        rivals: possible tokens at each place of the answer, including the right one.
+        depth: place of the answer in the context, from 0 (its start) to 1 (its end).
     """
 
     id: str
@@ -191,7 +191,7 @@ def passkeys(
             fact: writer.question(f"{document.title}#{place}", f"\n\n{fact[1]}", f"\n{fact[0]}", value, depth)
             for place, (fact, value, depth) in enumerate(zip(order, values, depths, strict=True))
         }
-        # questions about the same fact stand side by side in a batch: they are equally long
+        # questions about the same fact are next to each other in a batch: they are equally long
         contexts.append(Context(document.title, tuple(whole), tuple(questions[fact] for fact in FACTS)))
     return contexts
 
@@ -382,13 +382,13 @@ def articles(
 ) -> list[Article]:
     """The beginning of an article and what follows, with the words at ends of clauses that must be remembered.
 
-    Such a word has at least four letters, is none of the commonest, ends with a full stop, a comma or the like, stands
-    in the context, and has not been said within the last ``apart`` tokens.
+    Such a word has at least four letters, is not among the commonest, is followed by a full stop, a comma or the like,
+    occurs in the context, and has not occurred within the last ``apart`` tokens.
 
     Args:
         documents, tokenizer, count, length: as for `passkeys`.
         rest: tokens of the continuation.
-        apart: tokens within which the word must not stand.
+        apart: number of preceding tokens among which the word must not occur.
 
     Raises:
         As `passkeys`.

@@ -1,12 +1,12 @@
-"""Read a long context once, compress what is left of it in any way, and see what can still be answered.
+"""Read a long context once, compress its cache in any way, and measure which questions can still be answered.
 
 A cache is made by a function of the model, ``lambda model: SnapKV().cache(model, budget=0.2, length=2048)``, so any
-way of compressing takes part. Caches that take a prompt in exactly see the same keys, values and queries whatever
+way of compressing can be measured. Caches that read a prompt exactly get the same keys, values and queries, whatever
 they keep of them: the model reads a context once (`Reading`), and each cache takes what it needs from that.
 
-Everything after the prompt counts as decoded: each token is compressed as it comes, as in ``generate``. Answers are
-given by the task, not by the model, so an answer costs one short pass: if every token of it is the likeliest, greedy
-decoding writes it; if not, it does not.
+Everything after the prompt counts as decoded: each token is compressed as it arrives, as in ``generate``. Answers come
+from the task, not from the model, so an answer costs one short pass: greedy decoding would write it if and only if each
+of its tokens is the likeliest.
 """
 
 from __future__ import annotations
@@ -126,11 +126,11 @@ def decode(model: PreTrainedModel, cache: CompressedCache, ids: Tensor, keep: in
 
 @dataclass(frozen=True)
 class Answers:
-    """What was answered to the questions of some contexts; every array is [questions].
+    """Scores of the answers to the questions of some contexts; every array is [questions].
 
     Attributes:
         ids: of the questions.
-        depth: float64, where in its context the answer stands, 0 to 1.
+        depth: float64, place of the answer in its context, 0 to 1.
         free: float64, 1 where greedy decoding writes the answer.
         restricted: float64, 1 where each token of the answer is likelier than its rivals.
         loglik: float64, of the answer, in nats.
@@ -178,7 +178,7 @@ def answer(
         contexts: all with the same number of questions.
         cache: prepared from the reading, without any question: each question continues a copy of it.
         factory: instead of a cache: `Question.ask` becomes the end of the prompt, and each question gets a cache of its
-            own, whose method could look at the question before it chose what to keep.
+            own, whose method could use the question when it chose what to keep.
 
     Raises:
         OptionError: both or none of cache and factory; or a factory, and questions that are not equally long.
@@ -289,10 +289,10 @@ def _nll(logits: Tensor, target: Tensor) -> Tensor:
 def by_position(
     model: PreTrainedModel, factory: Factory, tokens: Tokens, edges: Sequence[int], batch_size: int = 4
 ) -> dict[str, Perplexity]:
-    """Perplexity of tokens at different distances from the beginning, every query feeling the compression.
+    """Perplexity of tokens at different distances from the beginning, with every query reading the compressed cache.
 
-    The cache takes the text in as it would take decoded tokens ("streamed"). One exact reading would show no loss at
-    all: whatever is dropped is dropped after it has been looked at.
+    The cache reads the text as it would read decoded tokens ("streamed"). One exact reading would show no loss at all,
+    because tokens would be dropped only after they had been attended to.
 
     Args:
         model: a decoder.

@@ -1,4 +1,4 @@
-"""What a model can still do: six tasks for models of a hundred million weights, beyond perplexity.
+"""Abilities of a compressed model beyond perplexity: six tasks for models of a hundred million weights.
 
 - cloze: facts of general knowledge.
 - last_word: the last word of a passage, which occurred in it far back.

@@ -1,6 +1,6 @@
-"""Items: a prompt, the answer that continues it, and what else could have stood there.
+"""Items: a prompt, the answer that continues it, and wrong answers in its place.
 
-Two of the six tasks are files of our own text (data/tasks), two are cut from test documents into the cache, two are
+Two of the six tasks are files of text written for this book (data/tasks), two are cut from test documents into the cache, two are
 drawn from word lists. None depends on a tokenizer, so every model reads the same text.
 """
 
@@ -31,8 +31,8 @@ class Item:
         id: ``topic/name#k``; the topic and ``#k`` may be missing. Items that differ only in ``#k`` are about the same
             text, so intervals resample them together.
         prompt: text up to the answer, without a space at its end.
-        answer: what continues it.
-        distractors: what could stand there and is wrong.
+        answer: the text that continues it.
+        distractors: wrong answers.
     """
 
     id: str
@@ -62,7 +62,7 @@ def topic(id: str) -> str:
 
 
 def group(id: str) -> str:
-    """What an item shares its text with; the unit that intervals resample.
+    """The group of items that share a text; the unit that intervals resample.
 
     Example:
         >>> group("ships/marlen#2"), group("ships/marlen")

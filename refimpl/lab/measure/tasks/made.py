@@ -1,6 +1,6 @@
-"""Items that nobody wrote by hand: drawn from word lists, or cut from test documents.
+"""Items not written by hand: drawn from word lists, or cut from test documents.
 
-Every choice is made by a hash of what is chosen, so the items are the same in every process and Python version; the
+Every choice follows from a hash of what is chosen, so the items are the same in every process and Python version; the
 standard library, from which `code` is cut, is not.
 """
 
@@ -191,7 +191,7 @@ _NOT_NAMES = {*keyword.kwlist, *keyword.softkwlist, *dir(builtins), "self", "cls
 def code(documents: Sequence[Document], each: int = 192) -> list[Draft]:
     """The next identifier in a source file of the standard library.
 
-    It has occurred in the lines shown and stands after a space; the candidates are other identifiers in those lines.
+    It has occurred in the lines shown and follows a space; the candidates are other identifiers in those lines.
     """
     found: list[tuple[int, Draft]] = []
     for document in documents:

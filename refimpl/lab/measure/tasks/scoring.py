@@ -1,7 +1,7 @@
 """Log-likelihoods of candidates after a prompt, each prompt read once.
 
-Prompts are padded on the left, so all end in one column: the scores of one-token candidates are there after a single
-pass, and longer candidates go on from its cache. Text is cut into tokens as EleutherAI's lm-eval does it (prompt and
+Prompts are padded on the left, so all end in one column: a single pass gives the scores of one-token
+candidates, and longer candidates continue from its cache. Text is cut into tokens as in EleutherAI's lm-eval (prompt and
 candidate encoded together, then cut where the prompt's own tokens end), so that its scores agree.
 """
 
@@ -42,7 +42,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model did on each item of one task.
+    """Scores of a model on each item of one task.
 
     Attributes:
         ids: of the items.
