@@ -168,6 +168,27 @@ def test_docstrings_cannot_turn_into_markup() -> None:
     assert lines == ["Scores \\|x\\| \\* y, `name`\\ s and ``a * b``.", "", ">>> 2 * 3", "6"]
 
 
+def test_indented_steps_of_a_module_stand_as_they_are() -> None:
+    lines = [
+        "The steps:",
+        "",
+        "    a = b * c",
+        "      and |d|",
+        "",
+        "    e",
+        "",
+        "Then *x*.",
+        "",
+        "1. One",
+        "",
+        "   more",
+        "",
+    ]
+    extension.docstring_lines(None, "module", "m", None, None, lines)
+    steps, listed = ["::", "", "    a = b * c", "      and |d|", "", "    e", ""], ["1. One", "", "   more", ""]
+    assert lines == ["The steps:", "", *steps, "Then \\*x\\*.", "", *listed]
+
+
 def test_versions_are_published_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     from publish import publish
