@@ -104,11 +104,15 @@ def test_ledger_page_escapes_filters_and_counts(monkeypatch: pytest.MonkeyPatch)
         "scale": "s",
         "mde": 0.1,
         "rule": "r",
+        "started": "2026-01-02T03:04:05Z",
+        "stands_as_of": None,
         "stale": ["refimpl.core.files.io"],
         "problems": [],
     }
-    monkeypatch.setattr(pages, "ledger_rows", lambda: (row, {**row, "id": "b", "verdict": "partly", "stale": []}))
+    other = {**row, "id": "b", "verdict": "partly", "stale": [], "stands_as_of": "2026-02-03T04:05:06Z"}
+    monkeypatch.setattr(pages, "ledger_rows", lambda: (row, other))
     text = pages.ledger_page()
+    assert "<dd>2026-01-02</dd>" in text and "<dd>2026-01-02; stands as of 2026-02-03</dd>" in text
     assert "2 &lt; 3" in text and text.count("stale:") == 1
     assert text.count('<section class="claim"') == 2 and 'data-part="lowrank" data-verdict="partly"' in text
     assert '<form class="ledger-filter" hidden>' in text, "without scripts there is no filter that does nothing"
