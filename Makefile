@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help book test plain env models site student clean distclean
+.PHONY: help book test plain env models site student generated clean distclean
 
 # The package asks for a lower bound only. The book's own environment names the version that its numbers were made with.
 TORCH := torch==2.13.0
@@ -71,6 +71,9 @@ plain:  ## run the tests that touch models once more, as on a plain processor (A
 
 student: $(READY)  ## the notebooks without their solutions, in _build/student/
 	@$(BIN)/python scripts/student.py _build/student
+
+generated: $(READY)  ## write the files that follow from papers.toml, _config.yml and the cards of models
+	@$(BIN)/python -m refimpl_book.generate --write
 
 clean:  ## remove what was built; the environment and the model cache stay
 	rm -rf _build dist .pytest_cache .mypy_cache .ruff_cache

@@ -10,25 +10,29 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+# Hosts and baselines; the names of papers follow below. `make generated` takes over what is added here.
 if TYPE_CHECKING:
     from refimpl.baselines import GPTQ, RTN, ActSVD, LoftQ, Magnitude, PlainSVD, SparseGPT, Wanda
     from refimpl.baselines.activations import QuantizeActivations
     from refimpl.baselines.adaround import AdaRound
     from refimpl.baselines.kvcache import H2O, KIVI, SnapKV, StreamingLLM, ThinK
-    from refimpl.continual import ContinualPretraining, ReplayBuffer, Reptile
     from refimpl.core.compress.driver import Plan, Report, compress, plan
     from refimpl.core.files.export import export_compressed_tensors, export_dense, export_peft
     from refimpl.core.files.io import load, save
     from refimpl.core.files.serve import serve
-    from refimpl.kvcache import CSKV, MatryoshkaKV
-    from refimpl.lowrank import EoRA
     from refimpl.methods import METHODS, POLICIES
-    from refimpl.quantization import AdaQuant
-    from refimpl.training_data import RS2, LossReweighting
 
 __version__ = "0.1.0"
 
-# Loaded when first asked for: torch takes a second, and a command line that lists papers does not need it.
+# -- written by `make generated` from papers.toml and the imports above --
+if TYPE_CHECKING:
+    from refimpl.continual import ContinualPretraining, ReplayBuffer, Reptile
+    from refimpl.kvcache import CSKV, MatryoshkaKV
+    from refimpl.lowrank import EoRA
+    from refimpl.pruning import GradualMagnitude
+    from refimpl.quantization import AdaQuant
+    from refimpl.training_data import RS2, LossReweighting
+
 _WHERE = {
     "baselines": ("GPTQ", "RTN", "ActSVD", "LoftQ", "Magnitude", "PlainSVD", "SparseGPT", "Wanda"),
     "baselines.activations": ("QuantizeActivations",),
@@ -39,13 +43,13 @@ _WHERE = {
     "core.files.export": ("export_compressed_tensors", "export_dense", "export_peft"),
     "core.files.io": ("load", "save"),
     "core.files.serve": ("serve",),
-    "training_data": ("RS2", "LossReweighting"),
     "kvcache": ("CSKV", "MatryoshkaKV"),
     "lowrank": ("EoRA",),
     "methods": ("METHODS", "POLICIES"),
+    "pruning": ("GradualMagnitude",),
     "quantization": ("AdaQuant",),
+    "training_data": ("RS2", "LossReweighting"),
 }
-_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
     "CSKV",
@@ -61,6 +65,7 @@ __all__ = [
     "AdaRound",
     "ContinualPretraining",
     "EoRA",
+    "GradualMagnitude",
     "LoftQ",
     "LossReweighting",
     "Magnitude",
@@ -85,6 +90,10 @@ __all__ = [
     "save",
     "serve",
 ]
+# -- to here --
+
+# Loaded when first asked for: torch takes a second, and a command line that lists papers does not need it.
+_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

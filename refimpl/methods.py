@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping
 from dataclasses import fields
+from importlib import import_module
 from typing import Any
 
 from refimpl.baselines import GPTQ, RTN, ActSVD, LoftQ, Magnitude, PlainSVD, SparseGPT, Wanda
@@ -14,17 +15,22 @@ from refimpl.baselines.kvcache import H2O, KIVI, Full, SnapKV, StreamingLLM, Thi
 from refimpl.core.cache import Policy
 from refimpl.core.compress.method import Method
 from refimpl.core.errors import OptionError, nearest
-from refimpl.kvcache import CSKV, MatryoshkaKV
-from refimpl.lowrank import EoRA
-from refimpl.quantization import AdaQuant
+from refimpl.papers import papers
 
+
+def _of_papers(host: str) -> list[Any]:
+    """What the papers with this host export, in the book's order."""
+    mine = [paper for paper in papers() if paper.host == host]
+    return [getattr(import_module(paper.module), name) for paper in mine for name in paper.exports]
+
+
+#: Baselines, then the papers' own, as papers.toml lists them.
 METHODS: dict[str, type[Method]] = {
     method.__name__: method
     for method in (
         RTN,
         GPTQ,
         AdaRound,
-        AdaQuant,
         QuantizeActivations,
         Magnitude,
         Wanda,
@@ -32,12 +38,12 @@ METHODS: dict[str, type[Method]] = {
         PlainSVD,
         ActSVD,
         LoftQ,
-        EoRA,
+        *_of_papers("compress"),
     )
 }
 
 POLICIES: dict[str, type[Policy]] = {
-    policy.__name__: policy for policy in (Full, StreamingLLM, H2O, SnapKV, KIVI, ThinK, CSKV, MatryoshkaKV)
+    policy.__name__: policy for policy in (Full, StreamingLLM, H2O, SnapKV, KIVI, ThinK, *_of_papers("cache"))
 }
 
 

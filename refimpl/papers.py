@@ -27,7 +27,7 @@ PARTS = {
     "kvcache": "Key-value caches",
     "prompting": "Prompting and adapting",
     "distillation": "Distillation",
-    "data": "Data",
+    "data": "Training data",
     "continual": "Continual learning",
     "communication": "Communication",
     "codec": "Learned codecs",
@@ -50,6 +50,7 @@ class Paper:
         status: ``"chapter"`` when notebook, code, tests and study exist, else ``"planned"``.
         files: the method's own files, relative to the package.
         kernels: names of the kernels it calls.
+        exports: names that `from refimpl import ...` offers of it.
         objectives: what a reader can do afterwards.
         prerequisites: what a reader should know before.
         minutes: reading and running time of the chapter, in minutes.
@@ -73,6 +74,7 @@ class Paper:
     prerequisites: tuple[str, ...]
     minutes: int
     difficulty: int
+    exports: tuple[str, ...] = ()
     builds_on: tuple[str, ...] = ()
     gpu: bool = False
 
@@ -80,6 +82,11 @@ class Paper:
     def package(self) -> str:
         """The package that holds the method, such as ``refimpl.lowrank``."""
         return package(self.part)
+
+    @property
+    def module(self) -> str:
+        """The file or folder of the method itself, such as ``refimpl.lowrank.eora``."""
+        return f"{self.package}.{self.slug}"
 
     @property
     def notebook(self) -> str:

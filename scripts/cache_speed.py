@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
+from refimpl import markdown
 from refimpl.baselines.kvcache import KIVI, Full, SnapKV
 from refimpl.core.cache import NAME, CompressedCache, cache_argument
 from refimpl.core.files.io import data_path, write_json
@@ -49,7 +50,7 @@ def caches(model: Any, profile: str) -> dict[str, Callable[[int], Any]]:
     """How each cache is made for a context of so many tokens."""
     with tempfile.TemporaryDirectory() as folder:
         low_rank = cskv.fitted(model, profile, folder, "closed form")
-        nested = matryoshka_kv.fitted(model, profile, "PCA")
+        nested = matryoshka_kv.fitted(model, profile, folder, "PCA")
     four_bits = replace(low_rank, bits=4)
     return {
         LIBRARY: lambda length: DynamicCache(config=model.config),
@@ -151,15 +152,13 @@ def crossover(found: dict[str, Any], name: str) -> int | None:
 
 def table(found: dict[str, Any]) -> str:
     """Tokens a second, and how many times the full cache's (the median of the rounds)."""
-    lines = [
-        "| cache | " + " | ".join(f"{context} tokens" for context in found) + " | faster from |",
-        "| --- |" + " ---: |" * (len(found) + 1),
-    ]
+    rows = []
     for name in next(iter(found.values())):
-        rows = [row[name] for row in found.values()]
-        cells = [f"{1e3 / median(row['milliseconds']):.1f}/s, {median(row['ratio']):.2f}x" for row in rows]
-        lines.append(f"| {name} | {' | '.join(cells)} | {crossover(found, name) or ''} |")
-    return "\n".join(lines)
+        here = [row[name] for row in found.values()]
+        cells = [f"{1e3 / median(row['milliseconds']):.1f}/s, {median(row['ratio']):.2f}x" for row in here]
+        rows.append([name, *cells, crossover(found, name) or ""])
+    header = ["cache", *(f"{context} tokens" for context in found), "faster from"]
+    return markdown.table(header, rows, align="l" + "r" * (len(found) + 1))
 
 
 def main() -> None:

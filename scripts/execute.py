@@ -8,28 +8,14 @@ current source.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "book" / "_ext"))
 
-
-def key(notebook: Path) -> str:
-    """Hash of the notebook's sources and of the package: what decides its outputs."""
-    cells = json.loads(notebook.read_text(encoding="utf8"))["cells"]
-    digest = hashlib.sha256(json.dumps([cell["source"] for cell in cells]).encode())
-    for path in sorted((ROOT / "refimpl").rglob("*.py")):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
-def executed_path(notebook: Path) -> Path:
-    """Where the live version of a notebook of this checkout is kept."""
-    return ROOT / "_build" / "executed" / notebook.resolve().relative_to(ROOT)
+from refimpl_book.live import executed_path, key
 
 
 def main(notebook: Path) -> int:

@@ -1,14 +1,16 @@
 """How long .ci/run would take with all chapters: the fixed part, plus each chapter's share times the number of papers.
 
-A chapter's share is the measured time of its notebook, its tests (tests/<part>/test_<slug>*.py, tests/studies) and its
-page, read in a browser included. Tests run on several cores: their times add up to more than the step takes, and each
-counts for the step's own time (idle cores at its end included) in proportion.
+A chapter's share is the measured time of its notebook, its tests (tests/<part>/test_<slug>*.py, tests/studies), the
+cases of other tests that are there because of it (its exercises, the examples in its files, its method in tests of all
+methods) and its page, read in a browser included. Tests run on several cores: their times add up to more than the step
+takes, and each counts for the step's own time (idle cores at its end included) in proportion.
 
     python scripts/projection.py steps.tsv tests.xml
 """
 
 from __future__ import annotations
 
+import re
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -20,9 +22,17 @@ HARD_LIMIT_MINUTES = 90  # a slow or busy machine must not fail a change; a suit
 
 
 def belongs(case: ET.Element, paper: Paper) -> bool:
+    """Whether a test case is there because of a paper."""
     place = (case.get("file") or "").replace("\\", "/")
-    own = (f"tests/{paper.package.removeprefix('refimpl.')}/test_{paper.slug}", f"tests/studies/test_{paper.slug}")
-    return place == paper.notebook or place.startswith(own)
+    folders = (paper.package.removeprefix("refimpl."), "studies")
+    if place == paper.notebook or re.match(rf"tests/({'|'.join(folders)})/test_{paper.slug}[_.]", place):
+        return True
+    # a test of all exercises, modules or methods names this one in brackets
+    _, _, arguments = (case.get("name") or "").rstrip("]").partition("[")
+    return any(
+        word in (paper.slug, *paper.exports) or word == paper.module or word.startswith(f"{paper.module}.")
+        for word in arguments.split("-")
+    )
 
 
 def seconds_of(case: ET.Element) -> float:

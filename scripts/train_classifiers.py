@@ -28,6 +28,7 @@ from refimpl.core.train.loop import History, Recipe, batches, train
 from refimpl.lab.data.images import IMAGE_SIZE, MEAN_STD, SIZES, SPLITS, images
 from refimpl.lab.measure.classify import Scores, classify, cross_entropy_loss, flops
 from refimpl.lab.models.classifiers import resnet, vit
+from refimpl.markdown import table
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 50
@@ -162,9 +163,12 @@ def card(name: str, plan: Plan, model: Any, history: History, scores: dict[str, 
     mean, std = MEAN_STD[plan.dataset]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     operations = sum(flops(model, images(plan.dataset, "train")).values())
-    rows = "\n".join(
-        f"| {split} | {len(found.units)} | {found.loss.mean():.4f} | {found.accuracy:.2%} |"
-        for split, found in scores.items()
+    measured = table(
+        ["split", "images", "loss (nats)", "accuracy"],
+        [
+            [split, len(found.units), f"{found.loss.mean():.4f}", f"{found.accuracy:.2%}"]
+            for split, found in scores.items()
+        ],
     )
     moved = (
         f"Training images were moved at random by up to {plan.shift} pixels each way, the border repeated. "
@@ -197,9 +201,7 @@ those for known hands. {LICENCES[plan.dataset]}
 
 Of the weights as shipped:
 
-| split | images | loss (nats) | accuracy |
-| --- | --- | --- | --- |
-{rows}
+{measured}
 
 The validation split chose the recipe and the epoch; the test split chose nothing.
 

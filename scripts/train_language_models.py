@@ -28,6 +28,7 @@ from refimpl.lab.data.text import documents
 from refimpl.lab.data.windows import windows
 from refimpl.lab.measure.bits import bits_per_byte, language_model_loss
 from refimpl.lab.models.lstm import LSTMLanguageModel
+from refimpl.markdown import table
 
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS = "wikipedia"
@@ -216,6 +217,7 @@ def card(
     recipe = plan.recipe
     found = {split: documents(CORPUS, split) for split in scores}
     tokens = f"a byte-level BPE of {VOCABULARY} tokens, trained on the same split; `{END}` never occurred in training"
+    symbol = "byte" if plan.bytes_only else "token"
     return CARD.format(
         name=name,
         kind="An LSTM" if plan.bytes_only else "A Llama",
@@ -224,13 +226,14 @@ def card(
         tied="" if plan.bytes_only else ", tied embeddings",
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         alphabet="UTF-8 bytes, all 256" if plan.bytes_only else tokens,
-        symbol="byte" if plan.bytes_only else "token",
+        symbol=symbol,
         articles=len(found["calibration"]),
         size=sum(len(document.text.encode()) for document in found["calibration"]),
         corpus=CORPUS,
         context=CONTEXT,
-        rows="\n".join(
-            f"| {split} | {len(found[split])} | {loss:.4f} | {bits:.4f} |" for split, (loss, bits) in scores.items()
+        measured=table(
+            ["split", "documents", f"loss (nats per {symbol})", "bits per byte"],
+            [[split, len(found[split]), f"{loss:.4f}", f"{bits:.4f}"] for split, (loss, bits) in scores.items()],
         ),
         batch=plan.batch,
         windows=training_windows,
@@ -265,9 +268,7 @@ The weights are under CC BY-SA 4.0 too, so whether weights are an adaptation of 
 
 Of the weights as shipped, over all whole windows of {context} {symbol}s, each read from an empty context:
 
-| split | documents | loss (nats per {symbol}) | bits per byte |
-| --- | --- | --- | --- |
-{rows}
+{measured}
 
 The validation split chose the step; the test split was read once, at the end.
 

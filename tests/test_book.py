@@ -6,38 +6,23 @@ import importlib
 import inspect
 import json
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import yaml
+from refimpl_book import extension, generate, listing, live, pages
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch):
-    """Import a module of scripts/ or book/_ext/."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    monkeypatch.syspath_prepend(str(ROOT / "book" / "_ext"))
-
-    def load(name: str) -> ModuleType:
-        sys.modules.pop(name, None)
-        return importlib.import_module(name)
-
-    return load
-
-
-def test_every_marker_has_a_maker_and_the_reverse(script) -> None:
+def test_every_marker_has_a_maker_and_the_reverse() -> None:
     used = set()
     for page in (ROOT / "book").rglob("*.md"):
         used |= set(re.findall(r"<!-- generated: (\w+) -->", page.read_text()))
-    assert used == set(script("pages").GENERATED)
+    assert used == set(pages.GENERATED)
 
 
-def test_pages_say_so_while_nothing_is_recorded(script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pages = script("pages")
+def test_pages_say_so_while_nothing_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages, "data_path", lambda *parts: tmp_path.joinpath(*parts))
     monkeypatch.setattr(pages, "ledger_rows", lambda: ())
     assert pages.ledger_page() == pages.NOTHING and pages.ledger_totals() == pages.NOTHING
@@ -46,8 +31,7 @@ def test_pages_say_so_while_nothing_is_recorded(script, tmp_path: Path, monkeypa
     assert pages.bench(lambda spec, text: "") == pages.NOTHING
 
 
-def test_bench_splits_what_one_chart_cannot_show(script, monkeypatch: pytest.MonkeyPatch) -> None:
-    pages = script("pages")
+def test_bench_splits_what_one_chart_cannot_show(monkeypatch: pytest.MonkeyPatch) -> None:
     Point = pages.plots.Point
     points = [Point(f"m{i}", 3.0 + i, 20.0 + i, 19.0, 29.0 + i) for i in range(9)]
     points += [Point("dense", 16.0, 18.0), Point("source", 5.0, 18.3, source=True)]
@@ -57,18 +41,17 @@ def test_bench_splits_what_one_chart_cannot_show(script, monkeypatch: pytest.Mon
     assert len(drawn) == 2 and text.count("| m") == 9
 
 
-def test_address_is_used_everywhere_or_named_as_undecided(script, monkeypatch: pytest.MonkeyPatch) -> None:
-    extension, install = script("refimpl_book"), script("install_cell")
+def test_address_is_used_everywhere_or_named_as_undecided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "repository", lambda: "")
     assert "not decided" in extension.run_line("notebooks/tour.ipynb")
     assert "http" not in extension.run_line("notebooks/tour.ipynb")
     monkeypatch.setattr(extension, "repository", lambda: "https://github.com/someone/book")
     line = extension.run_line("notebooks/tour.ipynb")
     assert "colab.research.google.com/github/someone/book/blob/main/notebooks/tour.ipynb" in line
-    monkeypatch.setattr(install.yaml, "safe_load", lambda text: {"repository": {"url": ""}})
-    assert "not decided" in install.install_cell() and "git+" not in install.install_cell()
-    monkeypatch.setattr(install.yaml, "safe_load", lambda text: {"repository": {"url": "https://example.org/b"}})
-    assert "git+https://example.org/b" in install.install_cell()
+    monkeypatch.setattr(generate.yaml, "safe_load", lambda text: {"repository": {"url": ""}})
+    assert "not decided" in generate.install_cell() and "git+" not in generate.install_cell()
+    monkeypatch.setattr(generate.yaml, "safe_load", lambda text: {"repository": {"url": "https://example.org/b"}})
+    assert "git+https://example.org/b" in generate.install_cell()
 
 
 def test_only_one_file_holds_the_address() -> None:
@@ -76,26 +59,24 @@ def test_only_one_file_holds_the_address() -> None:
     assert [p.name for p in holders if p.suffix in {".yml", ".toml", ".cff"}] == ["_config.yml"]
 
 
-def test_charts_carry_their_description_and_cannot_end_the_script(script) -> None:
-    html = script("refimpl_book").chart({"data": "</script>"}, 'a "quoted" text')
+def test_charts_carry_their_description_and_cannot_end_the_script() -> None:
+    html = extension.chart({"data": "</script>"}, 'a "quoted" text')
     assert html.count("</script>") == 1
     assert 'aria-label="a &quot;quoted&quot; text"' in html
 
 
-def test_a_notebook_is_executed_again_when_its_code_changes(script, tmp_path: Path) -> None:
-    execute = script("execute")
+def test_a_notebook_is_executed_again_when_its_code_changes(tmp_path: Path) -> None:
     path = tmp_path / "n.ipynb"
 
     def key(source: str, outputs: str) -> str:
         path.write_text(f'{{"cells": [{{"source": "{source}", "outputs": ["{outputs}"]}}]}}')
-        return execute.key(path)
+        return live.key(path)
 
     assert key("1 + 1", "2") == key("1 + 1", "")
     assert key("1 + 1", "2") != key("1 + 2", "2")
 
 
-def test_maps_hold_every_paper_of_their_part_and_only_methods_that_exist(script) -> None:
-    pages = script("pages")
+def test_maps_hold_every_paper_of_their_part_and_only_methods_that_exist() -> None:
     for part, drawn in pages.maps().items():
         names = {method["name"] for method in drawn["methods"]}
         slugs = {paper.slug for paper in pages.papers() if paper.part == part}
@@ -104,12 +85,11 @@ def test_maps_hold_every_paper_of_their_part_and_only_methods_that_exist(script)
         for method in drawn["methods"]:
             assert method["column"] < len(drawn["columns"]) and method["row"] < len(drawn["rows"]), method
         assert pages.part_map(part).count('class="method ') == len(drawn["methods"]) + 3  # and the key
-    chapters = {paper.part for paper in pages.chapters()}
+    chapters = {paper.part for paper in listing.chapters()}
     assert chapters <= set(pages.maps()), "a part with a chapter has a map"
 
 
-def test_ledger_page_escapes_filters_and_counts(script, monkeypatch: pytest.MonkeyPatch) -> None:
-    pages = script("pages")
+def test_ledger_page_escapes_filters_and_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     row = {
         "id": "a",
         "paper": "eora",
@@ -135,15 +115,13 @@ def test_ledger_page_escapes_filters_and_counts(script, monkeypatch: pytest.Monk
     assert "<b>2 claims</b></a> of 1 papers" in pages.ledger_totals()
 
 
-def test_doors_lead_to_pages_of_the_contents(script, monkeypatch: pytest.MonkeyPatch) -> None:
-    pages = script("pages")
+def test_doors_lead_to_pages_of_the_contents(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(any(pages.in_contents(page) for page in door.pages) for door in pages.DOORS)
     monkeypatch.setattr(pages, "in_contents", lambda page: page != "book/choosing_a_method")
     assert 'href="language_models.html"' in pages.doors() and "choosing" not in pages.doors()
 
 
-def test_every_public_module_is_in_the_reference(script) -> None:
-    pages = script("pages")
+def test_every_public_module_is_in_the_reference() -> None:
     shown = {module.__name__ for page in pages.API for module in pages.documented(page)}
     for package in ("core", "baselines", "kernels", "lab", *pages.PARTS):
         for path in (ROOT / "refimpl" / package).rglob("[!_]*.py"):
@@ -152,9 +130,8 @@ def test_every_public_module_is_in_the_reference(script) -> None:
             assert name in shown or not pages.public(module), name
 
 
-def test_what_readers_call_has_a_docstring_with_an_example(script) -> None:
+def test_what_readers_call_has_a_docstring_with_an_example() -> None:
     """Everything public has a docstring; exports of `refimpl`, and functions of hosts and methods, have an example."""
-    pages = script("pages")
     undocumented, without_example = [], []
     for page in pages.API:
         for module in pages.documented(page):
@@ -175,8 +152,7 @@ def test_what_readers_call_has_a_docstring_with_an_example(script) -> None:
     assert not without_example, without_example
 
 
-def test_pages_link_to_their_source_once_the_address_is_known(script, monkeypatch: pytest.MonkeyPatch) -> None:
-    extension = script("refimpl_book")
+def test_pages_link_to_their_source_once_the_address_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "repository", lambda: "")
     assert extension.page_links("book/ledger") == ""
     monkeypatch.setattr(extension, "repository", lambda: "https://github.com/someone/book")
@@ -186,14 +162,16 @@ def test_pages_link_to_their_source_once_the_address_is_known(script, monkeypatc
     assert extension.page_links("search") == "", "pages without a source have nothing to edit"
 
 
-def test_docstrings_cannot_turn_into_markup(script) -> None:
+def test_docstrings_cannot_turn_into_markup() -> None:
     lines = ["Scores |x| * y, `name`s and ``a * b``.", "", ">>> 2 * 3", "6"]
-    script("refimpl_book").docstring_lines(None, "function", "f", None, None, lines)
+    extension.docstring_lines(None, "function", "f", None, None, lines)
     assert lines == ["Scores \\|x\\| \\* y, `name`\\ s and ``a * b``.", "", ">>> 2 * 3", "6"]
 
 
-def test_versions_are_published_side_by_side(script, tmp_path: Path) -> None:
-    publish = script("publish").publish
+def test_versions_are_published_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from publish import publish
+
     book, site = tmp_path / "html", tmp_path / "pages"
     book.mkdir()
     (book / "index.html").write_text("first")
@@ -223,9 +201,8 @@ def test_workflow_renders_reads_and_publishes() -> None:
     assert steps[0]["with"]["fetch-depth"] == 0, "the ledger checks commits"
 
 
-def test_official_codes_belong_to_papers(script) -> None:
-    pages = script("pages")
+def test_official_codes_belong_to_papers() -> None:
     codes = pages.tomllib.loads((ROOT / "book" / "codes.toml").read_text())
     assert set(codes) <= {paper.slug for paper in pages.papers()}
-    assert {paper.slug for paper in pages.chapters()} <= set(codes), "a chapter names the licence of its paper's code"
+    assert {paper.slug for paper in listing.chapters()} <= set(codes), "a chapter names the licence of its paper's code"
     assert pages.code_table().count("\n") == len(codes) + 1

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
+from refimpl_book import caches as pages
 
 from refimpl.lab.measure.metrics import Perplexity
 from refimpl.lab.study.records import Record, Results
 
-ROOT = Path(__file__).resolve().parent.parent
 ARTICLES = [f"article {k}" for k in range(4)]
-
-
-@pytest.fixture
-def pages(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    sys.modules.pop("cache_pages", None)
-    import cache_pages
-
-    return cache_pages
 
 
 def put(results: Results, arm: str, cost: float, right: int, perplexity: float | None) -> None:
@@ -39,7 +28,7 @@ def put(results: Results, arm: str, cost: float, right: int, perplexity: float |
 
 
 @pytest.fixture
-def results(pages: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Results:
+def results(monkeypatch: pytest.MonkeyPatch) -> Results:
     found = Results("caches.json", {"paper": "caches"})
     put(found, "full", 1000.0, 6, 20.0)
     put(found, "KIVI 20%", 190.0, 5, 22.0)
@@ -61,7 +50,7 @@ def draw(spec: dict, alt: str) -> str:
     return alt
 
 
-def test_tables_have_a_row_for_each_method_and_a_column_for_each_budget(pages, results) -> None:
+def test_tables_have_a_row_for_each_method_and_a_column_for_each_budget(results) -> None:
     text = pages.perplexity_table(draw)
     assert cells(text, "Kept") == ["As it comes", "50 %", "20 %", "5 %"]
     assert cells(text, "full") == ["20.00", "", "", ""]
@@ -74,7 +63,7 @@ def test_tables_have_a_row_for_each_method_and_a_column_for_each_budget(pages, r
     assert cells(pages.workload_table(draw), "KIVI 20%")[:2] == ["83 / 100", "83 / 100"]
 
 
-def test_charts_show_the_four_bit_form_beside_the_plain_one(pages, results) -> None:
+def test_charts_show_the_four_bit_form_beside_the_plain_one(results) -> None:
     perplexity, retrieval = pages.budget_charts(draw).split("\n\n")
     assert "CSKV-trained-4bit: 90" in perplexity and "CSKV-trained: 900" in perplexity
     assert "SnapKV+question" in retrieval and "SnapKV+question" not in perplexity
@@ -83,7 +72,7 @@ def test_charts_show_the_four_bit_form_beside_the_plain_one(pages, results) -> N
     assert "KIVI: 100 at 8.33" in depth and "KIVI: 0 at 91.7" in depth
 
 
-def test_nothing_is_said_before_anything_is_recorded(pages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_said_before_anything_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages, "data_path", lambda *parts: tmp_path.joinpath(*parts))
     for name, make in pages.GENERATED.items():
         if name != "cache_verdicts":
@@ -104,7 +93,7 @@ def test_nothing_is_said_before_anything_is_recorded(pages, tmp_path: Path, monk
     assert cells(text, "full")[-1] == "" and cells(text, "PCA") == ["1.25"]
 
 
-def test_what_is_advised_is_beaten_by_nothing(pages: ModuleType, results: Results) -> None:
+def test_what_is_advised_is_beaten_by_nothing(results: Results) -> None:
     put(results, "H2O 20%", 200.0, 4, 23.0)  # worse than KIVI in both
     put(results, "SnapKV 20%", 200.0, 1, 21.0)  # finds less, and reads better
     rows = [line.split("|")[1].strip() for line in pages.choosing_table(lambda *_: "").splitlines()[2:]]

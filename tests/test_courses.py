@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,20 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from refimpl_book import courses
 
 from refimpl.papers import papers
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = [paper for paper in papers() if paper.status == "chapter"]
-
-
-@pytest.fixture
-def courses(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    sys.modules.pop("courses", None)
-    import courses
-
-    return courses
 
 
 @pytest.fixture
@@ -50,7 +43,7 @@ def test_what_a_paper_builds_on_is_a_paper_and_never_itself() -> None:
         before(slug)
 
 
-def test_planner_has_a_row_for_each_chapter_and_links_what_it_builds_on(courses, monkeypatch) -> None:
+def test_planner_has_a_row_for_each_chapter_and_links_what_it_builds_on(monkeypatch) -> None:
     rows = courses.planner().splitlines()[2:]
     assert len(rows) == len(CHAPTERS)
     assert all(f"../{paper.notebook}" in "\n".join(rows) for paper in CHAPTERS)
@@ -64,7 +57,7 @@ def test_planner_has_a_row_for_each_chapter_and_links_what_it_builds_on(courses,
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 7, 20])
-def test_syllabus_has_twelve_weeks_and_grows_with_the_chapters(courses, monkeypatch, count: int) -> None:
+def test_syllabus_has_twelve_weeks_and_grows_with_the_chapters(monkeypatch, count: int) -> None:
     entries = [
         dataclasses.replace(paper, status="chapter" if k < count else "planned") for k, paper in enumerate(papers())
     ]
@@ -83,14 +76,14 @@ def test_syllabus_has_twelve_weeks_and_grows_with_the_chapters(courses, monkeypa
     assert linked == {paper.slug for paper in entries if paper.status == "chapter"}, "planned papers have no link"
 
 
-def test_syllabus_links_only_pages_that_are_in_the_contents(courses) -> None:
+def test_syllabus_links_only_pages_that_are_in_the_contents() -> None:
     for text in (courses.syllabus(), courses.exercises(), courses.planner()):
         for target in re.findall(r"\]\((?!https:)([^)]+)\)", text):
             assert (ROOT / "book" / target).is_file(), target
     assert "](ledger.md)" in courses.syllabus()
 
 
-def test_every_exercise_of_the_notebooks_is_listed_once_at_its_level(courses) -> None:
+def test_every_exercise_of_the_notebooks_is_listed_once_at_its_level() -> None:
     opened = 0
     for path in (ROOT / "notebooks").rglob("*.ipynb"):
         cells = json.loads(path.read_text())["cells"]
@@ -199,6 +192,7 @@ def test_exercises_of_the_copy_still_tell_right_from_wrong(
 
 
 def test_the_script_runs_and_says_how() -> None:
-    script = ROOT / "scripts" / "courses.py"
-    done = subprocess.run([sys.executable, script, "planner"], capture_output=True, text=True, check=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "refimpl_book.courses", "planner"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.startswith("| Chapter |")

@@ -28,6 +28,7 @@ from refimpl.cli.models import (
     tokenizer_of,
 )
 from refimpl.core.errors import CheckpointError, OptionError, nearest
+from refimpl.papers import papers
 
 if TYPE_CHECKING:
     import torch
@@ -37,8 +38,9 @@ if TYPE_CHECKING:
 
 # For help and completion, which must not wait for the imports that know these names; tests compare them.
 METHODS = (
-    *("RTN", "GPTQ", "AdaRound", "AdaQuant", "QuantizeActivations", "Magnitude", "Wanda", "SparseGPT"),
-    *("PlainSVD", "ActSVD", "LoftQ", "EoRA"),
+    *("RTN", "GPTQ", "AdaRound", "QuantizeActivations", "Magnitude", "Wanda", "SparseGPT"),
+    *("PlainSVD", "ActSVD", "LoftQ"),
+    *(name for paper in papers() if paper.host == "compress" for name in paper.exports),
 )
 CALL = "refimpl-call.json"
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import refimpl.kernels
+from refimpl import markdown
 from refimpl.kernels.launch import Launch
 
 NVIDIA = {"sm_75": 75, "sm_80": 80, "sm_90": 90}
@@ -550,9 +551,8 @@ def table(rows: Iterable[Row]) -> str:
         >>> print(table([row]).splitlines()[2])
         | demo | fp16 64->64 | sm_80 | 32 | 0 | 512 | w | 128 | 0 | 200 | 70 |
     """
-    lines = ["| " + " | ".join(_HEAD) + " |", "|" + " --- |" * 3 + " ---: |" * 3 + " --- |" + " ---: |" * 4]
-    for row in rows:
-        cells = (
+    cells = [
+        (
             row.kernel,
             row.variant,
             row.target,
@@ -565,5 +565,6 @@ def table(rows: Iterable[Row]) -> str:
             row.instructions,
             "" if row.per_load is None else f"{row.per_load:.0f}",
         )
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        for row in rows
+    ]
+    return markdown.table(_HEAD, cells, align="lllrrrlrrrr")

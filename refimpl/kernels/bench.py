@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from refimpl import markdown
 from refimpl.kernels import cross_entropy
 from refimpl.kernels.audit import all_kernels, launches, versions, write_json
 from refimpl.kernels.launch import Launch
@@ -433,14 +434,16 @@ def table(rows: Iterable[Row]) -> str:
         >>> print(table([row]).splitlines()[-1])
         | demo | fp16 64->64 | 12.5 | 80 % | 100.0 | 50.0 | 40.0 |
     """
-    lines = [
-        "| kernel | launch | kernel, us | of the roofline | torch, us | torch.compile, us | dense, us |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    arms = ("torch", "torch.compile", "dense")
+    cells = [
+        [
+            row.kernel,
+            row.variant,
+            f"{1e3 * row.times['kernel']:.1f}",
+            f"{100 * row.fraction:.0f} %",
+            *(f"{1e3 * row.times[arm]:.1f}" if arm in row.times else "" for arm in arms),
+        ]
+        for row in rows
     ]
-    for row in rows:
-        arms = ("torch", "torch.compile", "dense")
-        rest = " | ".join(f"{1e3 * row.times[arm]:.1f}" if arm in row.times else "" for arm in arms)
-        lines.append(
-            f"| {row.kernel} | {row.variant} | {1e3 * row.times['kernel']:.1f} | {100 * row.fraction:.0f} % | {rest} |"
-        )
-    return "\n".join(lines)
+    header = ["kernel", "launch", "kernel, us", "of the roofline", *(f"{arm}, us" for arm in arms)]
+    return markdown.table(header, cells, align="llrrrrr")

@@ -9,7 +9,6 @@ out of the L2, and the ratio says how often.
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 from collections import Counter
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from refimpl import markdown
 from refimpl.kernels.audit import all_kernels, elsewhere, fingerprint, keep, launches
 from refimpl.kernels.launch import Launch
 
@@ -247,14 +247,14 @@ def table(rows: Iterable[Row]) -> str:
         >>> print(table([row]).splitlines()[-1])
         | demo | fp16 64->64 | 2.500 | 3.000 | 1.200 |
     """
-    head = ["| kernel | launch | minimum, MB | moved, MB | ratio |", "| --- | --- | ---: | ---: | ---: |"]
-    return "\n".join(
-        itertools.chain(
-            head,
-            (
-                f"| {row.kernel} | {row.variant} | {row.traffic.minimum / 1e6:.3f} | {row.traffic.total / 1e6:.3f} "
-                f"| {row.traffic.ratio:.3f} |"
-                for row in rows
-            ),
-        )
-    )
+    cells = [
+        [
+            row.kernel,
+            row.variant,
+            f"{row.traffic.minimum / 1e6:.3f}",
+            f"{row.traffic.total / 1e6:.3f}",
+            f"{row.traffic.ratio:.3f}",
+        ]
+        for row in rows
+    ]
+    return markdown.table(["kernel", "launch", "minimum, MB", "moved, MB", "ratio"], cells, align="llrrr")

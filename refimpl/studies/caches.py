@@ -14,41 +14,25 @@ so there is one arm: "full".
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
+import torch
 
 from refimpl.baselines.kvcache import H2O, KIVI, Full, SnapKV, StreamingLLM, ThinK
 from refimpl.core.cache import CompressedCache, Policy
 from refimpl.core.errors import OptionError
-from refimpl.lab import models, wheels
+from refimpl.lab import models
 from refimpl.lab.data import text
 from refimpl.lab.measure import longtext
-from refimpl.lab.measure.metrics import Perplexity
 from refimpl.lab.measure.statistics import Interval, compare, difference, paired_bootstrap
 from refimpl.lab.measure.tasks.items import group
-from refimpl.lab.study.claims import Claim, Outcome, Verdict, judge
-from refimpl.lab.study.jobs import in_processes
-from refimpl.lab.study.precision import declares
-from refimpl.lab.study.records import Record, Results
+from refimpl.lab.study.claims import Claim, Outcome, grade
+from refimpl.lab.study.records import Results
+from refimpl.lab.study.study import Job, Row, Run, Stages, Study, documents
 from refimpl.studies import cskv, matryoshka_kv
-
-# What computes the numbers. The host of caches is left out as in the chapters' studies: tests compare it with plain
-# attention, and a new message there must not make the results stale.
-DEPENDS = [
-    "refimpl.kvcache.cskv",
-    "refimpl.baselines.kvcache.kivi",
-    "refimpl.baselines.svd",
-    *matryoshka_kv.DEPENDS,
-    "refimpl.studies.cskv",
-    "refimpl.studies.matryoshka_kv",
-    *(f"refimpl.baselines.kvcache.{name}" for name in ("full", "h2o", "snapkv", "streaming", "think")),
-    "refimpl.lab.measure.longtext",
-    "refimpl.lab.measure.tasks.made",
-]
 
 SCALE = "SmolLM2, 135M weights, 3 key/value heads of 64 channels, 2048 tokens"
 BUDGETS = (0.5, 0.2, 0.05)
@@ -83,7 +67,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Size:
-    """What a profile spends.
+    """Size of the experiment.
 
     Attributes:
         layers: blocks of the model.
@@ -91,7 +75,6 @@ class Size:
         contexts: of each workload, by its name; "positions" are documents.
         rest, lines, asked: of `longtext.articles` and `longtext.key_values`.
         batch: contexts read together.
-        workers: processes; None for one per core.
         methods: all if None.
     """
 
@@ -102,21 +85,12 @@ class Size:
     lines: int = 32
     asked: int = 6
     batch: int = 4
-    workers: int | None = None
     methods: tuple[str, ...] | None = None
     budgets: tuple[float, ...] = BUDGETS
 
 
 SIZES = {
     "study": Size(None, 2048, {"passkeys": 4, "key_values": 4, "articles": 4, "positions": 4, "variables": 4}),
-    "live": Size(
-        None,
-        1024,
-        {"passkeys": 4, "articles": 4},
-        rest=128,
-        methods=("full", "KIVI", "SnapKV", "StreamingLLM", "CSKV-closed-form"),
-        budgets=(MAIN,),
-    ),
     "quick": Size(
         1,
         256,
@@ -125,7 +99,6 @@ SIZES = {
         lines=8,
         asked=2,
         batch=2,
-        workers=1,
         budgets=(MAIN,),
         methods=(
             "full",
@@ -146,34 +119,30 @@ SIZES = {
 
 # -- the arms --
 
-Make = Callable[[Any, str, float], Policy]  # model, profile, budget
-
-
-def _folder(profile: str) -> Path:
-    return wheels.cache_folder() / "studies" / "caches" / profile
+Make = Callable[[Any, str, str | Path, float], Policy]  # model, profile, folder of fits, budget
 
 
 def _cskv(factors: str, bits: int) -> Make:
-    def make(model: Any, profile: str, budget: float) -> Policy:
-        base = cskv.fitted(model, profile, _folder(profile), "closed form")
+    def make(model: Any, profile: str, folder: str | Path, budget: float) -> Policy:
+        base = cskv.fitted(model, profile, folder, "closed form")
         found = _within(replace(base, bits=bits), model, profile, budget)
         assert isinstance(found, type(base))
         if factors == "closed form":
             return found
-        return cskv.fitted(model, profile, _folder(profile), factors, found.density, bits)
+        return cskv.fitted(model, profile, folder, factors, found.density, bits)
 
     return make
 
 
 def _matryoshka(kind: str) -> Make:
-    def make(model: Any, profile: str, budget: float) -> Policy:
-        return _within(matryoshka_kv.fitted(model, profile, kind), model, profile, budget)
+    def make(model: Any, profile: str, folder: str | Path, budget: float) -> Policy:
+        return _within(matryoshka_kv.fitted(model, profile, folder, kind), model, profile, budget)
 
     return make
 
 
 def _plain(policy: Policy) -> Make:
-    return lambda model, profile, budget: _within(policy, model, profile, budget)
+    return lambda model, profile, folder, budget: _within(policy, model, profile, budget)
 
 
 def _within(policy: Policy, model: Any, profile: str, budget: float) -> Policy:
@@ -231,21 +200,21 @@ def arms(profile: str) -> list[Arm]:
     return [arm for arm in chosen if size.methods is None or arm.method in size.methods]
 
 
-def policy(arm: Arm, model: Any, profile: str) -> Policy:
-    """What an arm keeps.
+def policy(arm: Arm, model: Any, profile: str, folder: str | Path) -> Policy:
+    """What an arm keeps; what is fitted for it is kept in a folder.
 
     Raises:
         OptionError: it cannot keep so little.
     """
     if arm.budget is None:
-        return AS_THEY_COME.get(arm.method) or METHODS[arm.method](model, profile, 1.0)
-    return METHODS[arm.method](model, profile, arm.budget)
+        return AS_THEY_COME.get(arm.method) or METHODS[arm.method](model, profile, folder, 1.0)
+    return METHODS[arm.method](model, profile, folder, arm.budget)
 
 
-def least(arm: Arm, model: Any, profile: str) -> float:
+def least(arm: Arm, model: Any, profile: str, folder: str | Path) -> float:
     """Fewest bytes per token that the method of an arm can keep."""
     length = SIZES[profile].length
-    base = METHODS[arm.method](model, profile, 1.0)
+    base = METHODS[arm.method](model, profile, folder, 1.0)
     shapes = [CompressedCache.layer_shape(model, index) for index in range(model.config.num_hidden_layers)]
     if base.knob is None:
         return sum(base.nbytes(shape, length) for shape in shapes) / length
@@ -285,12 +254,9 @@ def _cskv_keeps(results: Results) -> Outcome:
     control, gap = min(gaps.items(), key=lambda item: item[1].estimate)
     better = [g.low > 0 for g in gaps.values()]
     half = _gap(ours, retrieval(results, "full"), 0.5).estimate >= 0
-    verdict = Verdict.DOES_NOT_HOLD
-    if any(better):
-        verdict = Verdict.HOLDS if all(better) and half else Verdict.PARTLY
     return Outcome.of(
         gap,
-        verdict,
+        grade(all(better) and half, any(better)),
         scale=f"{SCALE}; the paper: 7B, 4k tokens",
         control=_main(control),
         quantity="retrieval: share right, CSKV - the best control",
@@ -302,11 +268,10 @@ def _eviction(results: Results) -> Outcome:
     ratios = {name: compare(results.perplexity(_main(name), "wikipedia"), full) for name in EVICTING}
     lost = {name: _gap(retrieval(results, _main(name)), whole, 0.5) for name in EVICTING}
     found = [ratios[name].high < NEAR and lost[name].high < 0 for name in EVICTING]
-    verdict = Verdict.HOLDS if all(found) else Verdict.PARTLY if any(found) else Verdict.DOES_NOT_HOLD
     best = min(EVICTING, key=lambda name: ratios[name].estimate)
     gap = _gap(retrieval(results, _main(best)), whole)
     quantity = f"retrieval: share right, {best} (perplexity {ratios[best].estimate:.3f} times) - full"
-    return Outcome.of(gap, verdict, scale=SCALE, control="full", quantity=quantity)
+    return Outcome.of(gap, grade(all(found), any(found)), scale=SCALE, control="full", quantity=quantity)
 
 
 def _crossing(results: Results) -> Outcome:
@@ -314,9 +279,8 @@ def _crossing(results: Results) -> Outcome:
     ratio = compare(results.perplexity(channel, "wikipedia"), results.perplexity(tokens, "wikipedia"))
     gap = _gap(retrieval(results, channel), retrieval(results, tokens))
     found = [ratio.low > 1, gap.low > 0]
-    verdict = Verdict.HOLDS if all(found) else Verdict.PARTLY if any(found) else Verdict.DOES_NOT_HOLD
     quantity = f"retrieval: share right, CSKV (perplexity {ratio.estimate:.3f} times) - SnapKV"
-    return Outcome.of(gap, verdict, scale=SCALE, control=tokens, quantity=quantity)
+    return Outcome.of(gap, grade(all(found), any(found)), scale=SCALE, control=tokens, quantity=quantity)
 
 
 def _one_question(results: Results) -> Outcome:
@@ -324,9 +288,10 @@ def _one_question(results: Results) -> Outcome:
     unknown = _gap(inside, retrieval(results, _main("SnapKV"), "passkeys"))
     second = _gap(inside, retrieval(results, _main("SnapKV+question"), "second_turns"))
     found = [unknown.low > 0, second.low > 0]
-    verdict = Verdict.HOLDS if all(found) else Verdict.PARTLY if any(found) else Verdict.DOES_NOT_HOLD
     quantity = "passkeys: share right, the question in the prompt - another one in the next turn"
-    return Outcome.of(second, verdict, scale=SCALE, control="the next question", quantity=quantity)
+    return Outcome.of(
+        second, grade(all(found), any(found)), scale=SCALE, control="the next question", quantity=quantity
+    )
 
 
 CLAIMS = [
@@ -370,28 +335,42 @@ CLAIMS = [
 ]
 
 
-# -- the run --
+# -- what is measured --
 
-#: Arm, condition, metric -> cost, value of each unit.
-Values = dict[tuple[str, str, str], tuple[float | None, dict[str, float]]]
-#: Profile, workload, arms.
-Job = tuple[str, str, tuple[Arm, ...]]
-TOGETHER = 8  # arms that share a reading: more share more, fewer lose less when a run is interrupted
+
+@dataclass(frozen=True)
+class Task:
+    """An arm on the contexts of a workload.
+
+    Attributes:
+        arm: a method at a budget.
+        workload: of `Size.contexts`; "" where the method cannot keep so little.
+        condition: that is recorded last, or alone.
+    """
+
+    arm: Arm
+    workload: str
+    condition: str
+
+    @property
+    def name(self) -> str:
+        """Of the arm."""
+        return self.arm.name
 
 
 @functools.lru_cache(maxsize=1)
-def _model(profile: str) -> Any:
-    return models.smollm2(layers=SIZES[profile].layers)
+def _model(profile: str, dtype: str) -> Any:
+    return models.smollm2(getattr(torch, dtype), layers=SIZES[profile].layers)
 
 
 _tokenizer = functools.cache(models.tokenizer)
 
 
 @functools.cache
-def _policy(arm: Arm, profile: str) -> Policy | None:
+def _policy(arm: Arm, profile: str, dtype: str, folder: str) -> Policy | None:
     """None if the method cannot keep so little."""
     try:
-        return policy(arm, _model(profile), profile)
+        return policy(arm, _model(profile, dtype), profile, folder)
     except OptionError as error:
         if not str(error).startswith("budget"):
             raise
@@ -402,7 +381,7 @@ def _policy(arm: Arm, profile: str) -> Policy | None:
 def _contexts(profile: str, workload: str) -> list[list[Any]]:
     """The batches of a workload."""
     size, tokenizer = SIZES[profile], _tokenizer()
-    documents = text.documents("wikipedia", "test")
+    articles = text.documents("wikipedia", "test")
     count = size.contexts[workload]
     if workload == "positions":
         rows = text.evaluation("wikipedia", sequences=count, length=size.length)
@@ -412,76 +391,73 @@ def _contexts(profile: str, workload: str) -> list[list[Any]]:
         ]
     made: list[Any]
     if workload == "articles":
-        made = longtext.articles(documents, tokenizer, count, size.length, size.rest, apart=size.length // 8)
+        made = longtext.articles(articles, tokenizer, count, size.length, size.rest, apart=size.length // 8)
     elif workload == "key_values":
-        made = longtext.key_values(documents, tokenizer, count, size.length, size.lines, size.asked)
+        made = longtext.key_values(articles, tokenizer, count, size.length, size.lines, size.asked)
     else:
         made = {"passkeys": longtext.passkeys, "variables": longtext.variables}[workload](
-            documents, tokenizer, count, size.length
+            articles, tokenizer, count, size.length
         )
     return longtext.batches(made, size.batch)
 
 
-def _measure(job: Job) -> Values:
-    """Some arms on all contexts of a workload."""
-    profile, workload, chosen = job
-    found: Values = {}
-    for contexts in _contexts(profile, workload):
-        if workload == "positions":
-            for arm in chosen:
-                _positions(found, arm, profile, contexts[0])
-            continue
-        reading = longtext.read(_model(profile), contexts)
-        for arm in chosen:
-            _ask(found, arm, profile, workload, reading, contexts)
-    return found
+@functools.lru_cache(maxsize=1)
+def _readings(profile: str, dtype: str, workload: str) -> list[tuple[longtext.Reading, list[Any]]]:
+    """The batches of a workload, read once for all arms of a process."""
+    model = _model(profile, dtype)
+    return [(longtext.read(model, contexts), contexts) for contexts in _contexts(profile, workload)]
 
 
-def _ask(found: Values, arm: Arm, profile: str, workload: str, reading: longtext.Reading, contexts: list[Any]) -> None:
-    kept = _policy(arm, profile)
+def measure(job: Job) -> Iterator[Row]:
+    """An arm on all contexts of a workload."""
+    arm, workload = job.arm.arm, job.arm.workload
+    if not workload:
+        yield Row("least bytes per token", least(arm, _model(job.profile, job.dtype), job.profile, job.folder))
+        return
+    kept = _policy(arm, job.profile, job.dtype, job.folder)
     assert kept is not None
+    if workload == "positions":
+        for contexts in _contexts(job.profile, workload):
+            yield from _positions(kept, _model(job.profile, job.dtype), contexts[0])
+        return
+    for reading, contexts in _readings(job.profile, job.dtype, workload):
+        yield from _ask(arm, kept, workload, reading, contexts)
+
+
+def _ask(arm: Arm, kept: Policy, workload: str, reading: longtext.Reading, contexts: list[Any]) -> Iterator[Row]:
     factory = functools.partial(_cache, kept)
     cache = reading.cache(factory)
     cost = cache.bytes_per_token
     if workload == "articles":
         continued = longtext.read_on(reading.model, contexts, cache)
-        _add(found, arm, "last_word", continued.words, cost)
-        _add_perplexity(found, arm, "wikipedia", continued.perplexity, cost)
+        yield from _answers("last_word", continued.words, cost)
+        yield from documents(continued.perplexity, cost, condition="wikipedia")
         return
     inside = arm.method.endswith("+question")
     given: dict[str, Any] = {"factory": factory} if inside else {"cache": cache}
-    _add(found, arm, workload, longtext.answer(reading, contexts, **given), cost)
+    yield from _answers(workload, longtext.answer(reading, contexts, **given), cost)
     if workload == "passkeys" and (arm.method == "full" or (arm.method in CONVERSATION and arm.budget == MAIN)):
-        documents = text.documents("wikipedia", "validation")
-        second = longtext.second_turns(contexts, documents, _tokenizer(), words=30)
-        _add(found, arm, "second_turns", longtext.answer(reading, second, **given), cost)
+        others = text.documents("wikipedia", "validation")
+        second = longtext.second_turns(contexts, others, _tokenizer(), words=30)
+        yield from _answers("second_turns", longtext.answer(reading, second, **given), cost)
 
 
 def _cache(kept: Policy, model: Any, prefill: str | None = None) -> CompressedCache:
     return kept.cache(model, prefill=prefill)
 
 
-def _positions(found: Values, arm: Arm, profile: str, tokens: text.TokenSet) -> None:
-    kept = _policy(arm, profile)
-    assert kept is not None
+def _positions(kept: Policy, model: Any, tokens: text.TokenSet) -> Iterator[Row]:
     length, rows = tokens.ids.shape[1], len(tokens.ids)
     edges = [1, *range(length // 8, length + 1, length // 8)]
     factory = functools.partial(_cache, kept, prefill="streamed")
-    for bin, part in longtext.by_position(_model(profile), factory, tokens, edges, rows).items():
-        _add_perplexity(found, arm, f"positions {bin}", part, None)
+    for bin, part in longtext.by_position(model, factory, tokens, edges, rows).items():
+        yield from documents(part, condition=f"positions {bin}")
 
 
-def _add(found: Values, arm: Arm, workload: str, answers: longtext.Answers, cost: float) -> None:
+def _answers(workload: str, answers: longtext.Answers, cost: float) -> Iterator[Row]:
     for metric in ("free", "restricted", "loglik", "depth", "chance"):
-        values = dict(zip(answers.ids, getattr(answers, metric).tolist(), strict=True))
-        found.setdefault((arm.name, f"task {workload}", metric), (cost, {}))[1].update(values)
-
-
-def _add_perplexity(found: Values, arm: Arm, condition: str, result: Perplexity, cost: float | None) -> None:
-    result = result.by_unit()
-    for metric, values in (("nll", result.nll), ("tokens", result.counts)):
-        units = zip(result.units, map(float, values), strict=True)
-        found.setdefault((arm.name, condition, metric), (cost, {}))[1].update(units)
+        for unit, value in zip(answers.ids, getattr(answers, metric).tolist(), strict=True):
+            yield Row(metric, value, unit, condition=f"task {workload}", cost=cost)
 
 
 def _takes_part(arm: Arm, workload: str) -> bool:
@@ -494,58 +470,51 @@ def _takes_part(arm: Arm, workload: str) -> bool:
     return True
 
 
-def _jobs(results: Results, profile: str) -> Iterator[Job]:
-    """What the results lack. What does not need the common reading is on its own."""
-    length = SIZES[profile].length
-    for workload in SIZES[profile].contexts:
-        condition = {"articles": "wikipedia", "positions": f"positions 1-{length // 8 - 1}"}.get(
-            workload, f"task {workload}"
-        )
-        shared: list[Arm] = []
-        for arm in arms(profile):
-            kept = _policy(arm, profile)
-            if kept is None or not _takes_part(arm, workload) or results.has(arm.name, condition):
-                continue
-            if kept.prefills[0] == "streamed" or workload == "positions":
-                yield profile, workload, (arm,)
-            else:
-                shared.append(arm)
-        for first in range(0, len(shared), TOGETHER):
-            yield profile, workload, tuple(shared[first : first + TOGETHER])
+def _condition(workload: str, profile: str) -> str:
+    first = f"positions 1-{SIZES[profile].length // 8 - 1}"
+    return {"articles": "wikipedia", "positions": first}.get(workload, f"task {workload}")
 
 
-@declares("bfloat16")
-def run(out: Path, profile: str = "study") -> Results:
-    """Measure every arm on what the results file lacks, and judge the claims.
+def _fit(jobs: Sequence[Job]) -> list[bool]:
+    """Which arms can keep so little; what is fitted for them is kept for the processes that measure."""
+    return [_policy(job.arm.arm, job.profile, job.dtype, job.folder) is not None for job in jobs]
 
-    Args:
-        out: results file; an interrupted run goes on where it stopped.
-        profile: "study" (recorded; the rules must be committed), "live" or "quick".
-    """
-    data = {"wikipedia": text.corpus_hash("wikipedia"), "smollm2": models.smollm2_hash()}
-    dtype = str(models.compute_dtype()).removeprefix("torch.")
-    results = Results.start(
-        out,
-        paper="caches",
-        study=__name__,
-        depends=DEPENDS,
-        data=data,
-        profile=profile,
-        dtype=dtype,
-        provisional=profile != "study",
-    )
-    for arm in tqdm(arms(profile), desc=f"caches ({profile}): methods", unit="arm"):
-        # fitted here, once, and kept on disk for the processes below
-        if _policy(arm, profile) is None and not results.has(arm.name, "cannot"):
-            value = least(arm, _model(profile), profile)
-            results.add(Record("caches", arm.name, "cannot", 0, "", "least bytes per token", value))
-    jobs = list(_jobs(results, profile))
-    running = in_processes(_measure, jobs, SIZES[profile].workers)
-    for _, found in tqdm(running, desc=f"caches ({profile})", total=len(jobs), unit="job"):
-        for (arm, condition, metric), (cost, values) in found.items():
-            results.add(*(Record("caches", arm, condition, 0, unit, metric, v, cost) for unit, v in values.items()))
-        results.save()
-    if profile == "study":
-        results.claims = judge(results, CLAIMS)
-    results.save()
-    return results
+
+def stages(run: Run) -> Stages:
+    """First what is fitted, which also tells what cannot be; then every arm on every workload that it takes part in."""
+    results, profile = run.results, run.profile
+    conditions = {workload: _condition(workload, profile) for workload in SIZES[profile].contexts}
+    chosen = arms(profile)
+    tasks = {arm: [Task(arm, w, c) for w, c in conditions.items() if _takes_part(arm, w)] for arm in chosen}
+    impossible = {arm: Task(arm, "", "cannot") for arm in chosen if results.has(arm.name, "cannot")}
+    lacking = [
+        run.job(task[0], 0)
+        for arm, task in tasks.items()
+        if arm not in impossible and not all(results.has(t.name, t.condition) for t in task)
+    ]
+    if lacking:
+        (can,) = run.each(_fit, [lacking], "methods")
+        impossible |= {
+            job.arm.arm: Task(job.arm.arm, "", "cannot") for job, fits in zip(lacking, can, strict=True) if not fits
+        }
+    yield [run.job(task, 0) for task in impossible.values()]
+    yield [  # by workload: one reading serves all arms
+        run.job(task, 0)
+        for workload in conditions
+        for arm in chosen
+        for task in tasks[arm]
+        if task.workload == workload and arm not in impossible
+    ]
+
+
+STUDY = Study(
+    slug="caches",
+    claims=CLAIMS,
+    measure=measure,
+    arms=arms,
+    seeds=lambda arm, profile: (0,),
+    data=lambda: {"wikipedia": text.corpus_hash("wikipedia"), "smollm2": models.smollm2_hash()},
+    stages=stages,
+    kind=lambda task: f"{task.arm.method}, {task.workload or 'cannot'}",
+    dtype="bfloat16",
+)

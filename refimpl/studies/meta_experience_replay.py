@@ -16,7 +16,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm.auto import tqdm
 
 from refimpl.continual.meta_experience_replay import (
     ReplayBuffer,
@@ -39,27 +38,11 @@ from refimpl.continual.meta_experience_replay import (
 from refimpl.core.train.loop import Recipe, train
 from refimpl.lab.data.domains import DOMAINS, domain_hash, llama, measured, windows
 from refimpl.lab.measure.bits import language_model_loss
-from refimpl.lab.measure.statistics import t_interval
-from refimpl.lab.study.claims import Claim, Outcome, Verdict, judge
-from refimpl.lab.study.jobs import in_processes
-from refimpl.lab.study.records import Record, Results
+from refimpl.lab.study.claims import ABOVE_ZERO, BELOW_ZERO, Bound, Claim, Every, Gap, Outcome, Provided, grade
+from refimpl.lab.study.records import Results
+from refimpl.lab.study.study import TUNING_SEED, Job, Row, Run, Stages, Study, curves, place
 
-DEPENDS = [
-    "refimpl.continual.meta_experience_replay.buffer",
-    "refimpl.continual.meta_experience_replay.stream",
-    "refimpl.continual.meta_experience_replay.reptile",
-    "refimpl.continual.meta_experience_replay.measures",
-    "refimpl.core.train.loop",
-    "refimpl.core.train.outer",
-    "refimpl.core.train.sampling",
-    "refimpl.lab.data.domains",
-    "refimpl.lab.models.lstm",
-    "refimpl.lab.data.text",
-]
-
-SLUG = "meta_experience_replay"
 SEEDS = (1, 2, 3, 4, 5)
-TUNING_SEED = 0
 LR = 2e-3  # for the first stage the best of 2e-3, 5e-3 and 1.25e-2 in a pilot, on validation text
 # Of the rate in the later stages. A first tuning had a third, 1 and 3, on validation text: a third was the worst for
 # every arm, and 3 the best for every chain, so merges could not make up for what they take away. A second had 1, 3 and
@@ -79,31 +62,39 @@ SCALE = "a Llama of 0.17M weights, four stages of 50 to 100 thousand tokens; the
 
 @dataclass(frozen=True)
 class Size:
-    """What a profile spends: steps of the first stage and of each later one, windows of each domain measured, pairs
-    of batches whose gradients are compared.
+    """Size of the experiment at a profile.
+
+    Attributes:
+        first, later: steps of the first stage, and of each later one.
+        windows: of each domain, measured.
+        pairs: of batches whose gradients are compared.
     """
 
-    first: int
-    later: int
-    windows: int
-    pairs: int
+    first: int = 200
+    later: int = 100
+    windows: int = 40
+    pairs: int = 3
 
 
-SIZES = {"study": Size(200, 100, 40, 3), "live": Size(200, 100, 32, 2), "quick": Size(5, 5, 4, 1)}
+SIZES = {"study": Size(), "quick": Size(5, 5, 4, 1)}
+
+
+# -- arms --
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What is trained.
+    """A way to train on the chain.
 
     Attributes:
         name: in the records.
         replay: share of replayed rows from the second stage on.
-        epsilon, every: of the merges from the second stage on.
+        epsilon, every: of the merges from the second stage on. Merging after every update shortens it to that share.
         joint: the rows of all stages, shuffled, instead of the chain.
         model: sizes of the network.
         batch: rows.
-        matched: the arm whose rate this one shares and whose way through the weights it must be as long as.
+        matched: the arm whose rate this one shares and whose way through the weights it must be as long as; its epsilon
+            is found for that.
         tuned_as: the arm whose rate this one shares; its own by default.
     """
 
@@ -116,6 +107,17 @@ class Arm:
     batch: int = BATCH
     matched: str | None = None
     tuned_as: str | None = None
+    condition = CHAIN
+
+    @property
+    def shares_start(self) -> bool:
+        """Whether it goes on from the first stage that the arms of a seed have in common."""
+        return not (self.joint or self.model)
+
+    @property
+    def kind(self) -> str:
+        """The arm that runs the same code."""
+        return self.tuned_as or self.name.partition(",")[0]
 
 
 SEQUENTIAL = Arm("sequential")
@@ -150,56 +152,81 @@ def swept() -> list[Arm]:
     return arms
 
 
+def arms(profile: str) -> tuple[Arm, ...]:
+    return (*ARMS, BIGGEST, *swept()) if profile == "study" else ARMS
+
+
+def seeds(arm: Arm, profile: str) -> Sequence[int]:
+    return SEEDS if profile == "study" and arm in ARMS else SEEDS[:1]
+
+
+def tuned_as(arm: Arm) -> Arm:
+    """The arm that has the same rate."""
+    name = arm.matched or arm.tuned_as or arm.name
+    return next(other for other in ARMS if other.name == name)
+
+
+def stages(run: Run) -> Stages:
+    """Rates, then how much shorter the updates of the controls must be, then the arms."""
+    every = arms(run.profile)
+    rates: dict[Arm, Any] = dict.fromkeys(every, 1.0)
+    found = {arm: replace(arm, epsilon=EPSILON) for arm in every if arm.matched}
+    if run.profile == "study":
+        rates |= yield from run.tuning(every)
+        for arm in found:
+            found[arm] = yield from matched(run, arm, rates[arm])
+    yield [run.job(found.get(arm, arm), seed, rates[arm]) for arm in every for seed in seeds(arm, run.profile)]
+
+
+def matched(run: Run, control: Arm, rate: float) -> Generator[Sequence[Job], None, Arm]:
+    """A control, every update shortened so that it moves as far as its arm, with the seed of the tuning.
+
+    The distance grows with a power of the share: two tries tell which.
+    """
+
+    def distance(job: Job) -> float:
+        return run.results.whole(*place(job))["displacement"]
+
+    wanted = distance(run.job(tuned_as(control), TUNING_SEED, rate, "validation"))
+    logs: list[tuple[float, float]] = []
+    share = EPSILON
+    for number in (1, 2):
+        job = run.job(replace(control, name=f"{control.name}, try {number}", epsilon=share), TUNING_SEED, rate)
+        yield [job]
+        logs.append((math.log(share), math.log(distance(job) / wanted)))
+        slope = 1.0
+        if number == 2 and abs(logs[1][0] - logs[0][0]) > 1e-3:
+            slope = (logs[1][1] - logs[0][1]) / (logs[1][0] - logs[0][0])
+        share = min(1.0, share * math.exp(-logs[-1][1] / max(slope, 0.25)))
+    return replace(control, epsilon=share)
+
+
 # -- the rules, written before the run --
 
 
-def _over_seeds(results: Results, arm: str, metric: str) -> np.ndarray:
-    return np.array([results.values(arm, CHAIN, seed, metric=metric)[""] for seed in SEEDS])
+def _every(
+    metric: str, pairs: Sequence[tuple[Arm, Arm]], bound: Bound, control: str, quantity: str, words: str = ""
+) -> Every:
+    gaps = tuple(Gap(*pair, metric, seeds=SEEDS) for pair in pairs)
+    return Every(gaps, bound, "any", control=control, quantity=quantity, scale=SCALE, arms=words)
 
 
-def _gap(results: Results, arm: str, other: str, metric: str) -> Any:
-    return t_interval(_over_seeds(results, arm, metric) - _over_seeds(results, other, metric))
-
-
-def _verdict(good: Sequence[bool]) -> Verdict:
-    return Verdict.HOLDS if all(good) else Verdict.PARTLY if any(good) else Verdict.DOES_NOT_HOLD
-
-
-def _lower(
-    metric: str, pairs: Sequence[tuple[Arm, Arm]], control: str, quantity: str, raised: bool = False
-) -> Callable[[Results], Outcome]:
-    """A metric of the first of each pair minus the second; good where it lies below 0 (above 0 if `raised`).
-
-    Nothing can be said of a pair of which the second was to move as far as the first, and did not.
-    """
-
-    def outcome(results: Results) -> Outcome:
-        gaps = [_gap(results, a.name, b.name, metric) for a, b in pairs]
-        good = [gap.low > 0 if raised else gap.high < 0 for gap in gaps]
-        worst = min(gaps, key=lambda gap: gap.low) if raised else max(gaps, key=lambda gap: gap.high)
-        verdict = _verdict(good)
-        if not all(_as_far(results, a, b) for a, b in pairs if b.matched == a.name):
-            verdict = Verdict.CANNOT_BE_TESTED
-        label = f"worst of {len(gaps)}: {quantity}" if len(gaps) > 1 else quantity
-        return Outcome.of(worst, verdict, scale=SCALE, control=control, quantity=label)
-
-    return outcome
-
-
-def _as_far(results: Results, arm: Arm, control: Arm) -> bool:
-    ratio = _over_seeds(results, control.name, "displacement") / _over_seeds(results, arm.name, "displacement")
-    return bool(0.9 < ratio.mean() < 1.1)
+def _at_equal_distance(metric: str, bound: Bound, quantity: str) -> Provided:
+    """With merges against the controls, of which nothing can be said if they did not move as far."""
+    pairs = [(REPTILE, SLOWER), (MER, QUARTER_SLOWER)]
+    words = (
+        f"with merges (epsilon {EPSILON}, k = {EVERY}) minus the same training with every update shortened until the "
+        "weights end as far from the first stage's, without replay and with 25 %"
+    )
+    far = tuple(Gap(control, arm, "displacement", "mean ratio", SEEDS) for arm, control in pairs)
+    return Provided(_every(metric, pairs, bound, "as short a way, no merges", quantity, words), far, Bound(0.9, 1.1))
 
 
 def _better_at_equal_learning(results: Results) -> Outcome:
-    gap = _gap(results, MER.name, QUARTER.name, "retained")
-    learned = _gap(results, MER.name, QUARTER.name, "learned")
-    verdict = Verdict.DOES_NOT_HOLD
-    if gap.high < 0:
-        verdict = Verdict.HOLDS if learned.high < MARGIN else Verdict.PARTLY
+    gap, learned = (Gap(MER, QUARTER, metric, seeds=SEEDS).interval(results) for metric in ("retained", "learned"))
     return Outcome.of(
         gap,
-        verdict,
+        grade(gap.high < 0 and learned.high < MARGIN, gap.high < 0),
         scale=SCALE,
         control="replay alone, 25 %, at its own best rate",
         quantity="retained loss, bits per byte, MER minus replay",
@@ -207,11 +234,10 @@ def _better_at_equal_learning(results: Results) -> Outcome:
 
 
 def _like_joint(results: Results) -> Outcome:
-    gap = _gap(results, MER.name, JOINT.name, "retained")
-    verdict = Verdict.HOLDS if gap.high < MARGIN else Verdict.PARTLY if gap.low < MARGIN else Verdict.DOES_NOT_HOLD
+    gap = Gap(MER, JOINT, "retained", seeds=SEEDS).interval(results)
     return Outcome.of(
         gap,
-        verdict,
+        grade(gap.high < MARGIN, gap.low < MARGIN),
         scale=SCALE,
         control="the rows of all stages shuffled, as many steps",
         quantity="retained loss, bits per byte, MER minus joint training",
@@ -225,28 +251,19 @@ CLAIMS = [
         "mer-replay",
         "Replay cuts forgetting.",
         "560M, three languages: validation loss at the end about 3.3 without replay, 3.0 with 50 %",
-        _lower(
+        _every(
             "forgetting",
             [(QUARTER, SEQUENTIAL), (HALF, SEQUENTIAL)],
+            BELOW_ZERO,
             "no replay, as many steps and rows",
             "forgetting, bits per byte, replay minus sequential",
         ),
-        f"Forgetting in bits per byte on test text after four stages, with replay minus sequential, {_OVER}: holds if "
-        "it lies below 0 for 25 and for 50 %, partly if for one.",
     ),
     Claim(
         "mer-reptile",
         "Reptile forgets less, and not because its steps are smaller.",
         "Reptile lowers forgetting at every size; no control that moves as little",
-        _lower(
-            "forgetting",
-            [(REPTILE, SLOWER), (MER, QUARTER_SLOWER)],
-            "as short a way, no merges",
-            "forgetting, bits per byte, Reptile minus its control",
-        ),
-        "Forgetting, with merges (epsilon 0.3, k = 5) minus the same training with every update shortened until the "
-        f"weights end as far from the first stage's, {_OVER}: holds if it lies below 0 without replay and with 25 %, "
-        "partly if for one; cannot be tested if the mean distance is off by a tenth.",
+        _at_equal_distance("forgetting", BELOW_ZERO, "forgetting, bits per byte, Reptile minus its control"),
     ),
     Claim(
         "mer-whole",
@@ -261,29 +278,21 @@ CLAIMS = [
         "mer-alignment",
         "Reptile makes gradients of old and new rows point more the same way.",
         "the motivation of the method; not measured",
-        _lower(
-            "alignment",
-            [(REPTILE, SLOWER), (MER, QUARTER_SLOWER)],
-            "as short a way, no merges",
-            "mean cosine, Reptile minus its control",
-            raised=True,
-        ),
-        "Mean cosine between gradients of old and new batches at two points of each later stage, with merges minus "
-        f"the control that moves as far, {_OVER}: holds if it lies above 0 without replay and with 25 %, partly if for "
-        "one; cannot be tested if the mean distance is off by a tenth.",
+        _at_equal_distance("alignment", ABOVE_ZERO, "mean cosine, Reptile minus its control"),
     ),
     Claim(
         "mer-size",
         "Compute spent on replay is worth more than compute spent on a larger model.",
         "560M with 50 % replay is close to 1B without; from 0 to 25 % replay is worth more than a bigger model",
-        _lower(
+        _every(
             "retained",
             [(QUARTER, BIGGER)],
+            BELOW_ZERO,
             "a larger model of equal compute",
             "retained loss, bits per byte, replay minus larger model",
+            "25 % replay minus a model of 4/3 the arithmetic for each row, on as many new rows of the later stages and "
+            "none replayed",
         ),
-        "Mean loss at the end, 25 % replay minus a model of 4/3 the arithmetic for each row, on as many new rows of "
-        f"the later stages and none replayed, {_OVER}: holds if it lies below 0.",
     ),
     Claim(
         "mer-joint",
@@ -299,29 +308,8 @@ CLAIMS = [
 # -- trainings --
 
 
-@dataclass(frozen=True)
-class Job:
-    """One training.
-
-    Attributes:
-        arm, seed, size: what is trained.
-        factor: of the learning rate after the first stage (of the whole rate for joint training).
-        share: epsilon of a control, which has been matched; None takes the arm's own.
-        split: "test", or "validation" to choose by.
-        starts: folder of the first stages that were trained already; "" trains everything.
-    """
-
-    arm: Arm
-    seed: int
-    factor: float
-    size: Size
-    share: float | None = None
-    split: str = "test"
-    starts: str = ""
-
-
 def recipe_for(size: Size, seed: int, factor: float, after: int) -> Recipe:
-    """One cosine over the whole chain; behind its first steps (`after`) the rate is `factor` times as large.
+    """One cosine over the whole chain; after its first steps (`after`) the rate is `factor` times as large.
 
     The factor is none of the recipe's fields, which a checkpoint remembers: whatever it is, the runs have their first
     steps in common and go on from one checkpoint.
@@ -381,27 +369,42 @@ class _Stop(Exception):
     """The first stage is over."""
 
 
+def start_before(run: Run, jobs: Sequence[Job]) -> None:
+    """The first stages that some jobs go on from."""
+    firsts = {_start(job): replace(job, arm=SEQUENTIAL) for job in jobs if job.arm.shares_start}
+    run.each(started, [job for folder, job in firsts.items() if not folder.exists()], "first stages")
+
+
 def started(job: Job) -> None:
-    """Train the first stage of a seed, and leave its checkpoint in ``job.starts``."""
+    """Train the first stage of a seed, and leave its checkpoint in ``job.folder``."""
     model = llama(context=LENGTH, seed=job.seed)
-    folder = _start(job)
+    first, start = SIZES[job.profile].first, _start(job)
+    start.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=start.parent) as temporary:
+        folder = Path(temporary) / "run"
 
-    def stop(step: int, model: nn.Module) -> None:
-        if step == job.size.first:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(_weights(model), folder / "weights.safetensors")
-        if step > job.size.first:
-            raise _Stop
+        def stop(step: int, model: nn.Module) -> None:
+            if step == first:
+                folder.mkdir(exist_ok=True)
+                save_file(_weights(model), folder / "weights.safetensors")
+            if step > first:
+                raise _Stop
 
-    try:
-        _train(job, model, folder, stop, checkpoint_every=job.size.first)
-    except _Stop:
-        return
+        try:
+            _train(job, model, folder, stop, checkpoint_every=first)
+        except _Stop:
+            folder.rename(start)  # whole or not at all
+            return
     raise AssertionError("the first stage is the whole chain")
 
 
 def _start(job: Job) -> Path:
-    return Path(job.starts) / f"{job.split}-{job.seed}"
+    return Path(job.folder) / f"first stage {job.seed}"
+
+
+def _split(job: Job) -> str:
+    """What rates and shares are chosen by, or test text."""
+    return "validation" if job.seed == TUNING_SEED else "test"
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -409,18 +412,18 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _train(job: Job, model: Any, folder: Path | None, *hooks: Any, checkpoint_every: int) -> Any:
-    arm, size = job.arm, job.size
-    epsilon = arm.epsilon if job.share is None else job.share
-    merges = Reptile(epsilon, arm.every, start=size.first).attach(model)
+    assert job.rate is not None
+    arm, size = job.arm, SIZES[job.profile]
+    merges = Reptile(arm.epsilon, arm.every, start=size.first).attach(model)
     watch = _Watch(job)
     history = train(
         model,
         loader_for(arm, size, job.seed),
         language_model_loss,
-        recipe_for(size, job.seed, job.factor, after=0 if arm.joint else size.first),
+        recipe_for(size, job.seed, job.rate, after=0 if arm.joint else size.first),
         after_step=[merges, watch, *hooks],
         evaluate=watch.evaluate,
-        evaluate_every=size.later if job.split == "validation" or size.later < 10 else size.later // 2,
+        evaluate_every=size.later if _split(job) == "validation" or size.later < 10 else size.later // 2,
         folder=folder,
         checkpoint_every=checkpoint_every,
         progress=False,
@@ -439,13 +442,13 @@ class _Watch:
         self.step = step
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        job = self.job
+        job, size, split = self.job, SIZES[self.job.profile], _split(self.job)
         values = {}
         for domain in DOMAINS:
-            values[domain] = measured(model, *_windows(domain, job.split, job.size.windows)).value
-        stage = math.ceil((self.step - job.size.first) / job.size.later)
-        if stage > 0 and job.split == "test" and not job.arm.joint:
-            old, new = compared_batches(stage, job.size.pairs)
+            values[domain] = measured(model, *_windows(domain, split, size.windows)).value
+        stage = math.ceil((self.step - size.first) / size.later)
+        if stage > 0 and split == "test" and not job.arm.joint:
+            old, new = compared_batches(stage, size.pairs)
             values["alignment"] = float(gradient_alignment(model, language_model_loss, old, new).mean())
         return values
 
@@ -471,12 +474,12 @@ def compared_batches(stage: int, pairs: int) -> tuple[list[Tensor], list[Tensor]
     return draw(DOMAINS[:stage], stage), draw([DOMAINS[stage]], 100 + stage)
 
 
-def trained(job: Job) -> list[Record]:
-    """Train and measure one arm."""
-    arm, size = job.arm, job.size
-    results = Results("", {"paper": SLUG})
+def measure(job: Job) -> Iterator[Row]:
+    """Train one arm: what it forgets, retains and learns, how far it moves, and its cost."""
+    arm, size, rate = job.arm, SIZES[job.profile], job.rate
+    assert rate is not None
     model = llama(context=LENGTH, seed=job.seed, **dict(arm.model))
-    shared = bool(job.starts) and not arm.joint and not arm.model
+    shared = bool(job.folder) and arm.shares_start
     start = time.process_time()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"
@@ -484,24 +487,24 @@ def trained(job: Job) -> list[Record]:
             shutil.copytree(_start(job), folder)
         steps = size.first + 3 * size.later
         history = _train(job, model, folder if shared else None, checkpoint_every=steps)
-    values = {"cpu seconds": time.process_time() - start, "flops": _flops(model, arm.batch) * steps}
+    yield Row("cpu seconds", time.process_time() - start)
+    yield Row("flops", _flops(model, arm.batch) * steps)
     if shared:
         before = load_file(_start(job) / "weights.safetensors")
         moved = sum(float((p.double() - before[n].double()).square().sum()) for n, p in _weights(model).items())
-        values["displacement"] = math.sqrt(moved)
-    values |= _scores(size, history)
+        yield Row("displacement", math.sqrt(moved))
+    yield from (Row(*score) for score in _scores(size, history).items())
+    yield from (Row("factor", rate), Row("epsilon", arm.epsilon))
     counts = [loader_for(arm, size, job.seed).counts(step) for step in range(steps)]
-    values |= {"factor": job.factor, "epsilon": arm.epsilon if job.share is None else job.share}
-    values |= {"new rows": sum(new for new, _ in counts), "replayed rows": sum(old for _, old in counts)}
-    results.add(*(Record(SLUG, arm.name, CHAIN, job.seed, "", name, float(v)) for name, v in values.items()))
+    yield Row("new rows", sum(new for new, _ in counts))
+    yield Row("replayed rows", sum(old for _, old in counts))
     for entry in history.evaluations:
         where = entry["step"] - size.first
         if where in (-size.first, *(k * size.later for k in range(len(DOMAINS)))):
             condition = "before" if where < 0 else f"after {DOMAINS[round(where / size.later)]}"
-            results.add(*(Record(SLUG, arm.name, condition, job.seed, d, "bits per byte", entry[d]) for d in DOMAINS))
+            yield from (Row("bits per byte", entry[domain], domain, condition=condition) for domain in DOMAINS)
     if job.seed == SEEDS[0]:
-        results.add_history(arm.name, "training", job.seed, history, every=max(1, steps // 50))
-    return list(results.records())
+        yield from curves(history, "", max(1, steps // 50), "training")
 
 
 def _scores(size: Size, history: Any) -> dict[str, float]:
@@ -522,112 +525,21 @@ def _flops(model: Any, batch: int) -> int:
     return counter.get_total_flops()
 
 
-# -- the run --
+def _data() -> dict[str, str]:
+    return {domain: domain_hash(domain) for domain in DOMAINS}
 
 
-class _Study:
-    """One call of `run`: jobs, and what has been recorded."""
-
-    def __init__(self, results: Results, profile: str, starts: str) -> None:
-        self.results, self.profile, self.size, self.starts = results, profile, SIZES[profile], starts
-        self.workers = 1 if profile == "quick" else None
-
-    def train(self, jobs: Sequence[Job], what: str) -> None:
-        """Train what has not been recorded, first stages first."""
-        todo = [job for job in jobs if not self.results.has(job.arm.name, CHAIN, job.seed)]
-        firsts = {
-            _start(job): replace(job, arm=SEQUENTIAL, share=None)
-            for job in todo
-            if not (job.arm.joint or job.arm.model)
-        }
-        missing = [job for folder, job in firsts.items() if not folder.exists()]
-        bar = tqdm(total=len(todo) + len(missing), desc=f"{SLUG}: {what}", unit="training")
-        with bar:
-            for _ in in_processes(started, missing, self.workers):
-                bar.update()
-            for _, records in in_processes(trained, todo, self.workers):
-                self.results.add(*records)
-                self.results.save()
-                bar.update()
-
-    def value(self, arm: str, seed: int, metric: str) -> float:
-        return self.results.values(arm, CHAIN, seed, metric=metric)[""]
-
-    def job(self, arm: Arm, factor: float, **more: Any) -> Job:
-        return Job(arm, factor=factor, size=self.size, starts=self.starts, **more)
-
-    def tuned(self, arms: Sequence[Arm]) -> dict[str, float]:
-        """The factor of every arm, by the mean loss at the end on validation text."""
-        own = [arm for arm in arms if not (arm.matched or arm.tuned_as)]
-        tries = {(arm.name, f): replace(arm, name=_try(arm.name, f)) for arm in own for f in FACTORS}
-        self.train(
-            [self.job(arm, f, seed=TUNING_SEED, split="validation") for (_, f), arm in tries.items()], "learning rates"
-        )
-        factors = {}
-        for arm in own:
-            loss = {f: self.value(_try(arm.name, f), TUNING_SEED, "retained") for f in FACTORS}
-            factors[arm.name] = min(loss, key=loss.__getitem__)
-        return factors
-
-    def matched(self, control: Arm, factor: float) -> float:
-        """The share of every update with which the control moves as far as its arm, with the seed of the tuning.
-
-        The distance grows with a power of the share: two tries tell which.
-        """
-        assert control.matched is not None
-        wanted = self.value(_try(control.matched, factor), TUNING_SEED, "displacement")
-        logs: list[tuple[float, float]] = []
-        share = EPSILON
-        for number in (1, 2):
-            arm = replace(control, name=f"{control.name}, try {number}")
-            self.train([self.job(arm, factor, seed=TUNING_SEED, split="validation", share=share)], "as far")
-            logs.append((math.log(share), math.log(self.value(arm.name, TUNING_SEED, "displacement") / wanted)))
-            slope = 1.0
-            if number == 2 and abs(logs[1][0] - logs[0][0]) > 1e-3:
-                slope = (logs[1][1] - logs[0][1]) / (logs[1][0] - logs[0][0])
-            share = min(1.0, share * math.exp(-logs[-1][1] / max(slope, 0.25)))
-        return share
-
-
-def _try(arm: str, factor: float) -> str:
-    return f"{arm} at {factor:.2g}"
-
-
-def run(out: Path, profile: str = "study") -> Results:
-    """Train every arm that the results file lacks, and judge the claims.
-
-    Args:
-        out: results file; an interrupted run goes on where it stopped, training by training.
-        profile: "study" (recorded; the rules must be committed), "live" or "quick".
-    """
-    data = {domain: domain_hash(domain) for domain in DOMAINS}
-    results = Results.start(
-        out, paper=SLUG, study=__name__, depends=DEPENDS, data=data, profile=profile, provisional=profile != "study"
-    )
-    with tempfile.TemporaryDirectory() as starts:
-        study = _Study(results, profile, starts)
-        if profile == "study":
-            _study(study)
-            results.claims = judge(results, CLAIMS)
-        else:
-            arms = ARMS if profile == "quick" else (SEQUENTIAL, QUARTER, MER, QUARTER_SLOWER)
-            study.train(
-                [study.job(arm, 1.0, seed=SEEDS[0], share=EPSILON if arm.matched else None) for arm in arms], profile
-            )
-    results.save()
-    return results
-
-
-def _study(study: _Study) -> None:
-    factors = study.tuned(ARMS)
-    shares: dict[str, float] = {}
-    for control in (SLOWER, QUARTER_SLOWER):
-        assert control.matched is not None
-        factors[control.name] = factors[control.matched]
-        shares[control.name] = study.matched(control, factors[control.name])
-    study.train(
-        [study.job(arm, factors[arm.name], seed=seed, share=shares.get(arm.name)) for seed in SEEDS for arm in ARMS],
-        "five seeds",
-    )
-    single = [study.job(arm, factors[arm.tuned_as or arm.name], seed=SEEDS[0]) for arm in (BIGGEST, *swept())]
-    study.train(single, "sweeps")
+STUDY = Study(
+    slug="meta_experience_replay",
+    claims=CLAIMS,
+    measure=measure,
+    arms=arms,
+    seeds=seeds,
+    data=_data,
+    rates=FACTORS,
+    tuned_as=tuned_as,
+    score=lambda values: -values["retained"],
+    stages=stages,
+    before=start_before,
+    kind=lambda arm: arm.kind,
+)

@@ -18,15 +18,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from refimpl.continual.continual_pretraining import ContinualPretraining, next_token_loss, replay_loader
 from refimpl.continual.meta_experience_replay import ReplayBuffer, ReplayLoader, Reptile, Stage
@@ -38,32 +36,12 @@ from refimpl.lab import models
 from refimpl.lab.data import domains, text
 from refimpl.lab.measure.bits import BitsPerByte, bits_per_byte
 from refimpl.lab.measure.statistics import Interval, difference, paired_bootstrap
-from refimpl.lab.study.claims import Claim, Outcome, Verdict, judge
-from refimpl.lab.study.jobs import in_processes
-from refimpl.lab.study.precision import declares
-from refimpl.lab.study.records import Record, Results
+from refimpl.lab.study.claims import ABOVE_ZERO, BELOW_ZERO, Bound, Claim, Every, Gap, Provided
+from refimpl.lab.study.records import Results
+from refimpl.lab.study.study import Job, Row, Study, curves
 from refimpl.training_data.loss_reweighting import LossReweighting
 from refimpl.training_data.rs2 import RS2, steps, subset_size
 
-DEPENDS = [
-    "refimpl.continual.continual_pretraining",
-    "refimpl.continual.meta_experience_replay.buffer",
-    "refimpl.continual.meta_experience_replay.stream",
-    "refimpl.continual.meta_experience_replay.reptile",
-    "refimpl.core.train.loop",
-    "refimpl.core.train.losses",
-    "refimpl.core.train.outer",
-    "refimpl.core.train.sampling",
-    "refimpl.core.train.schedules",
-    "refimpl.training_data.loss_reweighting",
-    "refimpl.training_data.rs2",
-    "refimpl.lab.data.domains",
-    "refimpl.lab.models.lstm",
-    "refimpl.lab.models.language",
-    "refimpl.lab.data.text",
-]
-
-SLUG = "smollm2"
 OLD, NEW = "wikipedia", "cpp"
 CHAIN = ("prose", "python", "cpp")
 # C++ after 32 updates, validation text, bits per byte: 1.039 at this rate, 1.042 at 3e-4, 1.183 at 1e-3
@@ -80,7 +58,7 @@ CPT, MER, WEIGHTS, POOL = "continual_pretraining", "meta_experience_replay", "lo
 
 @dataclass(frozen=True)
 class Size:
-    """What a profile spends.
+    """Size of the experiment at a profile.
 
     Attributes:
         layers: blocks of the model; None: all.
@@ -104,44 +82,57 @@ class Size:
     measured: int
 
 
-SIZES = {
-    "study": Size(None, 128, 32, 12, (8, 32), 240, 192, 4, 32),
-    "live": Size(None, 128, 8, 4, (2, 32), 80, 64, 2, 8),
-    "quick": Size(1, 16, 2, 4, (2, 8), 80, 16, 1, 2),
-}
+SIZES = {"study": Size(None, 128, 32, 12, (8, 32), 240, 192, 4, 32), "quick": Size(1, 16, 2, 4, (2, 4), 80, 16, 1, 2)}
+
+
+# -- arms --
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What is done to the model.
+    """A way to go on training the model.
 
     Attributes:
-        chapter: slug of the paper it belongs to.
-        name: what differs from the other arms of the chapter.
+        condition: slug of the chapter it belongs to; `BEFORE` for the model as it came.
+        method: where it differs from the other arms of the chapter.
         faster: factor of the peak rate.
     """
 
-    chapter: str
-    name: str
+    condition: str
+    method: str
     faster: float = 1.0
 
     @property
-    def label(self) -> str:
-        """Its name in the records."""
-        return self.name if self.faster == 1 else f"{self.name}, {self.faster:g} x rate"
+    def name(self) -> str:
+        """Of the arm in the records.
+
+        Example:
+            >>> Arm("rs2", "rs2").name, Arm("meta_experience_replay", "MER 25 %", 10.0).name
+            ('rs2', 'MER 25 %, 10 x rate')
+        """
+        return self.method if self.faster == 1 else f"{self.method}, {self.faster:g} x rate"
 
 
-ARMS = (
-    *(Arm(CPT, name) for name in ("constant low", "re-warm 0 %", "re-warm 25 %")),
-    *(Arm(CPT, name, TENFOLD) for name in ("re-warm 0 %", "re-warm 25 %")),
-    *(Arm(MER, name, FASTER) for name in ("sequential", "replay 25 %")),
-    Arm(MER, "MER 25 %", TENFOLD),  # with its merges about as far as the others
-    *(Arm(WEIGHTS, name) for name in ("uniform", "linupper", "quadratic")),
-    *(Arm(POOL, name) for name in ("rs2", "fixed random", "fixed highest loss", "fixed lowest loss")),
-)
-QUICK = tuple({arm.chapter: arm for arm in ARMS}.values())  # what a test trains: an arm of each chapter
 BEFORE = "SmolLM2"
 """The arm of the model as it came."""
+UNTOUCHED = Arm(f"{BEFORE}, {OLD}", BEFORE)  # it has no numbers but those of each kind of text
+RE_WARMED, REPLAYED = (Arm(CPT, f"re-warm {share} %", TENFOLD) for share in (0, 25))
+REPLAY = Arm(MER, "replay 25 %", FASTER)
+MERGED = Arm(MER, "MER 25 %", TENFOLD)  # with its merges about as far as the others
+UNIFORM, *REWEIGHTED = (Arm(WEIGHTS, name) for name in ("uniform", "linupper", "quadratic"))
+REDRAWN, *FIXED = (Arm(POOL, name) for name in ("rs2", "fixed random", "fixed highest loss", "fixed lowest loss"))
+ARMS = (
+    *(Arm(CPT, name) for name in ("constant low", "re-warm 0 %", "re-warm 25 %")),
+    *(RE_WARMED, REPLAYED),
+    *(Arm(MER, "sequential", FASTER), REPLAY, MERGED),
+    *(UNIFORM, *REWEIGHTED),
+    *(REDRAWN, *FIXED),
+)
+QUICK = (ARMS[0], REPLAYED, MERGED, REWEIGHTED[1], FIXED[1])  # whatever runs other code
+
+
+def arms(profile: str) -> tuple[Arm, ...]:
+    return (UNTOUCHED, *(ARMS if profile == "study" else QUICK))
 
 
 # -- the rules, written before the run --
@@ -153,7 +144,7 @@ def measured(results: Results, chapter: str, arm: str, kinds: Sequence[str]) -> 
     Args:
         results: of this study.
         chapter: slug, or `BEFORE` for the model as it came.
-        arm: its label.
+        arm: its name.
         kinds: among `refimpl.lab.data.domains.DOMAINS`.
     """
     found = [
@@ -177,107 +168,91 @@ def _place(chapter: str, kind: str) -> str:
     return f"{chapter}, {kind}"
 
 
-def _label(name: str, faster: float = 1.0) -> str:
-    return Arm("", name, faster).label
+@dataclass(frozen=True)
+class Spent(Gap):
+    """Of bits per byte on the test documents of some kinds of text."""
+
+    metric: str = "bits per byte"
+    kinds: Sequence[str] = domains.DOMAINS
+
+    @property
+    def method(self) -> str:
+        """How the interval is made, in words."""
+        return "paired bootstrap over test documents, one training each"
+
+    def interval(self, results: Results) -> Interval:
+        """The estimate with its 95 % interval."""
+        assert self.b is not None
+        return gap(results, self.a.condition, self.a.name, self.b.name, self.kinds)
 
 
-def _verdict(good: Sequence[bool]) -> Verdict:
-    return Verdict.HOLDS if all(good) else Verdict.PARTLY if any(good) else Verdict.DOES_NOT_HOLD
+def _below_zero(ours: Sequence[Arm], others: Sequence[Arm], kinds: Sequence[str], **words: str) -> Every:
+    gaps = tuple(Spent(arm, other, kinds=kinds) for arm in ours for other in others)
+    return Every(gaps, BELOW_ZERO, "any", scale=SCALE, **words)
 
 
-def _replay(results: Results) -> Outcome:
-    without, replayed = (_label(f"re-warm {r} %", TENFOLD) for r in (0, 25))
-    forgotten = gap(results, CPT, without, BEFORE, [OLD])
-    saved = gap(results, CPT, replayed, without, [OLD])
-    verdict = Verdict.HOLDS if saved.high < 0 else Verdict.DOES_NOT_HOLD
-    if forgotten.low <= 0:  # nothing was forgotten, so nothing can be saved
-        verdict = Verdict.CANNOT_BE_TESTED
-    return Outcome.of(
-        saved,
-        verdict,
-        scale=SCALE,
-        control="re-warming without replay, as many updates",
-        quantity="bits per byte of Wikipedia, 25 % replay minus none",
-    )
-
-
-def _merges(results: Results) -> Outcome:
-    merged, control = _label("MER 25 %", TENFOLD), _label("replay 25 %", FASTER)
-    found = gap(results, MER, merged, control, domains.DOMAINS)
-    way = [results.values(arm, MER, metric="displacement")[""] for arm in (merged, control)]
-    verdict = Verdict.HOLDS if found.high < 0 else Verdict.DOES_NOT_HOLD
-    if not 0.8 < way[1] / way[0] < 1.25:
-        verdict = Verdict.CANNOT_BE_TESTED
-    return Outcome.of(
-        found,
-        verdict,
-        scale=SCALE,
-        control="replay at 0.3 of the rate, which moves about as far",
-        quantity="bits per byte of all four kinds of text, MER minus replay",
-    )
-
-
-def _weights(results: Results) -> Outcome:
-    gaps = [gap(results, WEIGHTS, arm, "uniform", domains.DOMAINS) for arm in ("linupper", "quadratic")]
-    worst = max(gaps, key=lambda each: each.high)
-    return Outcome.of(
-        worst,
-        _verdict([each.high < 0 for each in gaps]),
-        scale=SCALE,
-        control="the plain mean",
-        quantity="worst of 2: bits per byte of all four kinds of text, weighted minus plain",
-    )
-
-
-def _subsets(results: Results) -> Outcome:
-    others = [arm.label for arm in ARMS if arm.chapter == POOL and arm.name != "rs2"]
-    gaps = [gap(results, POOL, "rs2", other, [NEW]) for other in others]
-    worst = max(gaps, key=lambda each: each.high)
-    return Outcome.of(
-        worst,
-        _verdict([each.high < 0 for each in gaps]),
-        scale=SCALE,
-        control="subsets chosen once: at random, of the highest and of the lowest losses",
-        quantity="worst of 3: bits per byte of C++, RS2 minus fixed subset",
-    )
-
-
-_OVER = "interval over test documents, one training each"
 CLAIMS = [
     Claim(
         "smollm2-replay",
         "A pre-trained model that goes on with another kind of text forgets less with a quarter of replay.",
         "405M, English to German: average loss 2.34 without replay, 1.75 with 25 %",
-        _replay,
-        "SmolLM2 on C++ headers at ten times the rate that is best for C++, Wikipedia as the old text, bits per byte "
-        f"of Wikipedia, 25 % replay minus none, {_OVER}: holds if it lies below 0; cannot be tested if nothing is "
-        "forgotten without replay (its rise over the model as it came does not lie above 0).",
+        Provided(
+            _below_zero(
+                [REPLAYED],
+                [RE_WARMED],
+                [OLD],
+                control="re-warming without replay, as many updates",
+                quantity="bits per byte of Wikipedia, 25 % replay minus none",
+                arms="SmolLM2 on C++ headers at ten times the rate that is best for C++, Wikipedia as the old text",
+            ),
+            (Spent(RE_WARMED, UNTOUCHED, "bits per byte of Wikipedia", kinds=[OLD]),),  # if nothing was forgotten
+            ABOVE_ZERO,  # nothing can be saved
+        ),
     ),
     Claim(
         "smollm2-merges",
         "Replay with Reptile retains more than replay whose steps are as short.",
         "560M, 25 %: downstream average 67.5 against 66.4",
-        _merges,
-        "SmolLM2 on documentation, Python, C++, buffer of Wikipedia, bits per byte of all four kinds at the end, MER "
-        f"at ten times the rate minus replay at three times, {_OVER}: holds if it lies below 0; cannot be tested if "
-        "the ways of the two from the start are further than 0.8 to 1.25 of each other.",
+        Provided(
+            _below_zero(
+                [MERGED],
+                [REPLAY],
+                domains.DOMAINS,
+                control="replay at 0.3 of the rate, which moves about as far",
+                quantity="bits per byte of all four kinds of text, MER minus replay",
+                arms="SmolLM2 on documentation, Python, C++, buffer of Wikipedia, at the end, MER at ten times the rate "
+                "minus replay at three times",
+            ),
+            (Gap(REPLAY, MERGED, "displacement", "mean ratio", (0,)),),
+            Bound(0.8, 1.25),
+        ),
     ),
     Claim(
         "smollm2-weights",
         "Weights by loss give a better model than the plain mean at equal steps.",
         "lower held-out perplexity from 124M to 7B; no table was available to us",
-        _weights,
-        "SmolLM2 on four kinds of text in equal parts, batches of 32, bits per byte of all four, LinUpper and "
-        f"Quadratic minus the plain mean, {_OVER}: holds if both lie below 0, partly if one does.",
+        _below_zero(
+            REWEIGHTED,
+            [UNIFORM],
+            domains.DOMAINS,
+            control="the plain mean",
+            quantity="bits per byte of all four kinds of text, weighted minus plain",
+            arms="SmolLM2 on four kinds of text in equal parts, batches of 32, LinUpper and Quadratic minus the plain mean",
+        ),
     ),
     Claim(
         "smollm2-rs2",
         "A subset redrawn every round beats subsets chosen once.",
         "CIFAR-10, 10 %: 91.7 against 85.0 (best other) and 78.4 (random); a language model in the repository only",
-        _subsets,
-        f"SmolLM2, ten rounds over a tenth of 240 rows of C++, bits per byte of other C++, RS2 minus a random tenth, "
-        f"the tenth of the highest and of the lowest losses, {_OVER}: holds if all three lie below 0, partly if one or "
-        "two do.",
+        _below_zero(
+            [REDRAWN],
+            FIXED,
+            [NEW],
+            control="subsets chosen once: at random, of the highest and of the lowest losses",
+            quantity="bits per byte of C++, RS2 minus fixed subset",
+            arms="SmolLM2, ten rounds over a tenth of 240 rows of C++, other C++ measured, RS2 minus a random tenth and the "
+            "tenths of the highest and of the lowest losses",
+        ),
     ),
 ]
 
@@ -305,13 +280,14 @@ def rows(kind: str, size: Size, count: int | None = None) -> Tensor:
     return ids[order if count is None else order[:count]]
 
 
-def spent(model: nn.Module, size: Size, count: int) -> dict[str, BitsPerByte]:
+def spent(model: nn.Module, job: Job, count: int) -> dict[str, BitsPerByte]:
     """Bits per byte of each kind of text, on windows evenly spaced over the test documents."""
     found = {}
+    size = SIZES[job.profile]
     for kind in domains.DOMAINS:
         ids, units = _windows(kind, "test", size.length)
         chosen = [k * len(units) // count for k in range(count)]
-        with _precise():
+        with _precise(job):
             found[kind] = bits_per_byte(model, ids[chosen], [units[k] for k in chosen], _tokenizer(), BATCH)
     return found
 
@@ -321,9 +297,9 @@ def _tokenizer() -> Any:
     return models.tokenizer()
 
 
-def _precise() -> contextlib.AbstractContextManager[Any]:
-    """The precision of the training: weights in fp32, products in bf16 where that is fast."""
-    if models.compute_dtype() is torch.bfloat16:
+def _precise(job: Job) -> contextlib.AbstractContextManager[Any]:
+    """The precision of the training: weights in fp32, products in the job's dtype."""
+    if job.dtype == "bfloat16":
         return torch.autocast("cpu", torch.bfloat16)
     return contextlib.nullcontext()
 
@@ -331,45 +307,46 @@ def _precise() -> contextlib.AbstractContextManager[Any]:
 # -- trainings --
 
 
-@dataclass(frozen=True)
-class Job:
-    """One training."""
+def peak(arm: Arm) -> float:
+    """Its highest rate.
 
-    arm: Arm
-    size: Size
+    Example:
+        >>> peak(Arm("rs2", "rs2", 3.0)) == 3 * RATE
+        True
+    """
+    return RATE * arm.faster
 
-    @property
-    def peak(self) -> float:
-        """Its highest rate."""
-        return RATE * self.arm.faster
 
-    def recipe(self, schedule: Schedule) -> Scheduled:
-        """What all arms have in common."""
-        precision = "bf16" if models.compute_dtype() is torch.bfloat16 else "fp32"
-        return Scheduled.of(schedule, betas=(0.9, 0.95), weight_decay=0.1, clip=1.0, precision=precision)
+def recipe_for(job: Job, schedule: Schedule) -> Scheduled:
+    """What all arms have in common."""
+    precision = "bf16" if job.dtype == "bfloat16" else "fp32"
+    return Scheduled.of(schedule, betas=(0.9, 0.95), weight_decay=0.1, clip=1.0, precision=precision)
 
-    def cosine(self, updates: int) -> Scheduled:
-        """Warm-up over a twentieth, then down to a tenth."""
-        return self.recipe(Cosine(updates, self.peak, LOW * self.peak, max(1, updates // 20)))
 
-    def watched(self, updates: int) -> dict[str, Any]:
-        """Arguments of `train` that draw the curves."""
+def cosine(job: Job, updates: int) -> Scheduled:
+    """Warm-up over a twentieth, then down to a tenth."""
+    high = peak(job.arm)
+    return recipe_for(job, Cosine(updates, high, LOW * high, max(1, updates // 20)))
 
-        def look(model: nn.Module) -> dict[str, float]:
-            return {kind: one.value for kind, one in spent(model, self.size, self.size.look).items()}
 
-        return {"progress": False, "evaluate": look, "evaluate_every": max(1, updates // 4)}
+def watched(job: Job, updates: int) -> dict[str, Any]:
+    """Arguments of `train` that draw the curves."""
+
+    def look(model: nn.Module) -> dict[str, float]:
+        return {kind: one.value for kind, one in spent(model, job, SIZES[job.profile].look).items()}
+
+    return {"progress": False, "evaluate": look, "evaluate_every": max(1, updates // 4)}
 
 
 def _continued(job: Job, model: nn.Module, note: Callable[[str, float], None]) -> History:
-    size = job.size
+    size = SIZES[job.profile]
     new, old = rows(NEW, size), rows(OLD, size)
-    if job.arm.name == "constant low":
-        recipe = job.recipe(Constant(size.steps, LOW * job.peak))
+    if job.arm.method == "constant low":
+        recipe = recipe_for(job, Constant(size.steps, LOW * peak(job.arm)))
         data = replay_loader(new, [old], 0.0, BATCH, size.steps)
-        return train(model, data, next_token_loss, recipe, **job.watched(size.steps))
-    method = ContinualPretraining(job.peak, replay=0.25 if job.arm.name.endswith("25 %") else 0.0, warmup=0.05)
-    precision = job.cosine(size.steps).precision
+        return train(model, data, next_token_loss, recipe, **watched(job, size.steps))
+    method = ContinualPretraining(peak(job.arm), replay=0.25 if job.arm.method.endswith("25 %") else 0.0, warmup=0.05)
+    precision = cosine(job, size.steps).precision
     return method.train(
         model,
         new,
@@ -377,34 +354,36 @@ def _continued(job: Job, model: nn.Module, note: Callable[[str, float], None]) -
         steps=size.steps,
         batch_size=BATCH,
         recipe={"precision": precision},
-        **job.watched(size.steps),
+        **watched(job, size.steps),
     )
 
 
 def _chained(job: Job, model: nn.Module, note: Callable[[str, float], None]) -> History:
-    size, updates = job.size, len(CHAIN) * job.size.stage
+    size = SIZES[job.profile]
+    updates = len(CHAIN) * size.stage
     stages = [Stage(rows(kind, size), size.stage) for kind in CHAIN]
     buffer = ReplayBuffer(size.kept + updates * BATCH, (size.length + 1,), dtype="int32")
     buffer.add(rows(OLD, size, size.kept))
-    replay = 0.0 if job.arm.name == "sequential" else 0.25
+    replay = 0.0 if job.arm.method == "sequential" else 0.25
     data = ReplayLoader(stages, BATCH, replay, buffer, begin=0)
-    merging = job.arm.name.startswith("MER")
+    merging = job.arm.method.startswith("MER")
     merges = Reptile(EPSILON if merging else 1.0, size.stage // MERGES).attach(model)
-    options = job.watched(updates) | {"evaluate_every": size.stage}
-    history = train(model, data, next_token_loss, job.cosine(updates), after_step=[merges], **options)
+    options = watched(job, updates) | {"evaluate_every": size.stage}
+    history = train(model, data, next_token_loss, cosine(job, updates), after_step=[merges], **options)
     merges.close()
     return history
 
 
 def _weighted(job: Job, model: nn.Module, note: Callable[[str, float], None]) -> History:
-    updates, batch = job.size.weighted
+    size = SIZES[job.profile]
+    updates, batch = size.weighted
     # the last column says where a row is from
     sources = [
-        torch.cat([rows(kind, job.size), torch.full((len(rows(kind, job.size)), 1), number)], 1)
+        torch.cat([rows(kind, size), torch.full((len(rows(kind, size)), 1), number)], 1)
         for number, kind in enumerate(domains.DOMAINS)
     ]
     data = mixture_loader(sources, [1 / len(sources)] * len(sources), batch, updates)
-    weighted = Weighted(model, sequence_losses, LossReweighting(job.arm.name, TEMPERATURE))
+    weighted = Weighted(model, sequence_losses, LossReweighting(job.arm.method, TEMPERATURE))
     shares: list[Tensor] = []
 
     def loss(model: nn.Module, given: Any) -> Tensor:
@@ -414,7 +393,7 @@ def _weighted(job: Job, model: nn.Module, note: Callable[[str, float], None]) ->
         shares.append(torch.zeros(len(sources)).index_add_(0, ids[:, -1], weights))
         return value
 
-    history = train(model, data, loss, job.cosine(updates), **job.watched(updates))
+    history = train(model, data, loss, cosine(job, updates), **watched(job, updates))
     for kind, share in zip(domains.DOMAINS, torch.stack(shares).mean(0).tolist(), strict=True):
         note(f"share of the weight, {kind}", share)
     note("concentration", float(np.mean([entry["concentration"] for entry in weighted.history()])))
@@ -423,7 +402,7 @@ def _weighted(job: Job, model: nn.Module, note: Callable[[str, float], None]) ->
 
 
 def _from_a_pool(job: Job, model: nn.Module, note: Callable[[str, float], None]) -> History:
-    size, name = job.size, job.arm.name
+    size, name = SIZES[job.profile], job.arm.method
     pool = rows(NEW, size, size.pool)
     k = subset_size(size.pool, R)
     rounds = round(1 / R)
@@ -434,12 +413,12 @@ def _from_a_pool(job: Job, model: nn.Module, note: Callable[[str, float], None])
         if name == "fixed random":
             kept = torch.randperm(size.pool, generator=torch.Generator().manual_seed(1))[:k]
         else:
-            with torch.inference_mode(), _precise():
+            with torch.inference_mode(), _precise(job):
                 losses = torch.cat([sequence_losses(model, part) for part in pool.split(BATCH)])
             kept = losses.argsort(descending=name == "fixed highest loss")[:k]
         data = loader(pool[kept], Shuffled(k), BATCH)
-    history = train(model, data, next_token_loss, job.cosine(updates), **job.watched(updates))
-    with torch.inference_mode(), _precise():
+    history = train(model, data, next_token_loss, cosine(job, updates), **watched(job, updates))
+    with torch.inference_mode(), _precise(job):
         note("training loss", float(torch.cat([sequence_losses(model, part) for part in pool.split(BATCH)]).mean()))
     return history
 
@@ -447,76 +426,37 @@ def _from_a_pool(job: Job, model: nn.Module, note: Callable[[str, float], None])
 _TRAININGS = {CPT: _continued, MER: _chained, WEIGHTS: _weighted, POOL: _from_a_pool}
 
 
-def trained(job: Job) -> list[Record]:
-    """Train and measure one arm."""
-    model = models.smollm2(torch.float32, job.size.layers)
-    before = [p.detach().clone() for p in model.parameters()]
-    results = Results("", {"paper": SLUG})
-
-    def note(metric: str, value: float) -> None:
-        results.add(Record(SLUG, job.arm.label, job.arm.chapter, 0, "", metric, value))
-
-    model.train()
-    history = _TRAININGS[job.arm.chapter](job, model, note)
-    moved = sum(float((p.detach() - q).square().sum()) for p, q in zip(model.parameters(), before, strict=True))
-    note("displacement", math.sqrt(moved))
-    note("rate", job.peak)
-    note("updates", len(history.steps))
-    _add(results, job.arm.chapter, job.arm.label, spent(model, job.size, job.size.measured))
-    results.add_history(job.arm.label, f"{job.arm.chapter} curve", 0, history)
-    return list(results.records())
-
-
-def untouched(size: Size) -> list[Record]:
-    """Measure the model as it comes."""
-    results = Results("", {"paper": SLUG})
-    _add(results, BEFORE, BEFORE, spent(models.smollm2(torch.float32, size.layers), size, size.measured))
-    return list(results.records())
-
-
-def _add(results: Results, chapter: str, arm: str, found: dict[str, BitsPerByte]) -> None:
-    for kind, one in found.items():
+def measure(job: Job) -> Iterator[Row]:
+    """Train one arm: how far it moves, and what it spends on each kind of text."""
+    size, arm = SIZES[job.profile], job.arm
+    model = models.smollm2(torch.float32, size.layers)
+    if arm != UNTOUCHED:
+        before = [p.detach().clone() for p in model.parameters()]
+        noted: list[Row] = []
+        model.train()
+        history = _TRAININGS[arm.condition](job, model, lambda metric, value: noted.append(Row(metric, value)))
+        yield from noted
+        moved = sum(float((p.detach() - q).square().sum()) for p, q in zip(model.parameters(), before, strict=True))
+        yield from map(Row, ("displacement", "rate", "updates"), (math.sqrt(moved), peak(arm), len(history.steps)))
+        yield from curves(history)
+    chapter = BEFORE if arm == UNTOUCHED else arm.condition
+    for kind, one in spent(model, job, size.measured).items():
         for unit, bits, count in zip(one.units, one.bits, one.counts, strict=True):
             for metric, value in (("bits", bits), ("bytes", count)):
-                results.add(Record(SLUG, arm, _place(chapter, kind), 0, unit, metric, float(value)))
+                yield Row(metric, float(value), unit, condition=_place(chapter, kind))
 
 
-# -- the run --
+def _data() -> dict[str, str]:
+    return {"smollm2": models.smollm2_hash()} | {kind: domains.domain_hash(kind) for kind in domains.DOMAINS}
 
 
-@declares("bfloat16")
-def run(out: Path, profile: str = "study") -> Results:
-    """Train every arm that the results file lacks, and judge the claims.
-
-    Args:
-        out: results file; an interrupted run goes on where it stopped, training by training.
-        profile: "study" (recorded; the rules must be committed), "live" or "quick".
-    """
-    size = SIZES[profile]
-    data = {"smollm2": models.smollm2_hash()} | {kind: domains.domain_hash(kind) for kind in domains.DOMAINS}
-    dtype = str(models.compute_dtype()).removeprefix("torch.")
-    results = Results.start(
-        out,
-        paper=SLUG,
-        study=__name__,
-        depends=DEPENDS,
-        data=data,
-        profile=profile,
-        dtype=dtype,
-        provisional=profile != "study",
-    )
-    if not results.has(BEFORE, _place(BEFORE, OLD)):
-        results.add(*untouched(size))
-        results.save()
-    arms = [arm for arm in ARMS if profile != "quick" or arm in QUICK]
-    todo = [Job(arm, size) for arm in arms if not results.has(arm.label, arm.chapter)]
-    workers = 1 if profile == "quick" else None
-    with tqdm(total=len(todo), desc=f"{SLUG} ({profile})", unit="training") as bar:
-        for _, records in in_processes(trained, todo, workers):
-            results.add(*records)
-            results.save()
-            bar.update()
-    if profile == "study":
-        results.claims = judge(results, CLAIMS)
-    results.save()
-    return results
+STUDY = Study(
+    slug="smollm2",
+    claims=CLAIMS,
+    measure=measure,
+    arms=arms,
+    seeds=lambda arm, profile: (0,),
+    data=_data,
+    kind=lambda arm: arm.condition,
+    dtype="bfloat16",
+)

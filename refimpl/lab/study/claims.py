@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Literal, Protocol
 
@@ -177,7 +177,8 @@ class Gap:
         a, b: the arms, paired by seed, document, item or image. Without b, the mean of a over seeds ("difference").
         metric: in the records ("nll" and "tokens" for perplexities).
         kind: "difference" (t interval over seeds), "ratio" (the same of logarithms), "perplexity" (ratio, bootstrap over
-            documents) or "units" (difference of means, bootstrap over the units of one seed).
+            documents), "units" (difference of means, bootstrap over the units of one seed) or "mean ratio" (mean over seeds,
+            without an interval; for a condition of `Provided`).
         seeds: which of them; for "perplexity" and "units" the first counts.
 
     Raises:
@@ -194,7 +195,7 @@ class Gap:
     a: Arm
     b: Arm | None = None
     metric: str = "accuracy"
-    kind: Literal["difference", "ratio", "perplexity", "units"] = "difference"
+    kind: Literal["difference", "ratio", "perplexity", "units", "mean ratio"] = "difference"
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
 
     def __post_init__(self) -> None:
@@ -227,6 +228,9 @@ class Gap:
                 )
             return paired_bootstrap([one[unit] for unit in two], list(two.values()), statistic=difference)
         x, y = (self.numbers(results, arm) for arm in (self.a, self.b))
+        if self.kind == "mean ratio":
+            mean = float((x / y).mean())
+            return Interval(mean, mean, mean, mde=0.0, n=len(x))
         return seeds_ratio(x, y) if self.kind == "ratio" else t_interval(x - y)
 
     def __str__(self) -> str:
@@ -241,6 +245,7 @@ _INTERVALS = {
     "ratio": "t interval of the logarithm over {n} seeds",
     "perplexity": "paired bootstrap over documents",
     "units": "paired bootstrap over units",
+    "mean ratio": "mean over seeds",
 }
 
 
@@ -347,6 +352,39 @@ class Both:
         kinds = dict.fromkeys(gap.method for gap, _ in self.conditions)
         parts = " and ".join(f"{gap.metric}, {gap}, lies {bound}" for gap, bound in self.conditions)
         return f"{self.quantity}; {', '.join(kinds)}: holds if {parts}, partly if one of the two does."
+
+
+@dataclass(frozen=True)
+class Provided:
+    """A rule that says something only under a condition; where that is not met, the claim cannot be tested.
+
+    Attributes:
+        rule: applied in any case; its numbers are shown.
+        needs: gaps that must all meet the bound.
+        bound: for them.
+
+    Example:
+        >>> ours, control = Place("Reptile"), Place("slower")
+        >>> rule = Every((Gap(ours, control, "forgetting"),), BELOW_ZERO)
+        >>> as_far = Gap(control, ours, "distance", "mean ratio")
+        >>> str(Provided(rule, (as_far,), Bound(0.9, 1.1))).partition("; cannot")[2]
+        ' be tested unless distance, slower / Reptile (mean over seeds), lies between 0.9 and 1.1.'
+    """
+
+    rule: Every
+    needs: tuple[Gap, ...]
+    bound: Bound
+
+    def __call__(self, results: Results) -> Outcome:
+        outcome = self.rule(results)
+        if all(self.bound.met(gap.interval(results)) for gap in self.needs):
+            return outcome
+        return replace(outcome, verdict=Verdict.CANNOT_BE_TESTED)
+
+    def __str__(self) -> str:
+        needs = " and ".join(f"{gap.metric}, {gap} ({gap.method})," for gap in self.needs)
+        lie = "lie" if len(self.needs) > 1 else "lies"
+        return f"{str(self.rule).removesuffix('.')}; cannot be tested unless {needs} {lie} {self.bound}."
 
 
 def grade(holds: bool, partly: bool) -> Verdict:

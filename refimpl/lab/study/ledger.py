@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from refimpl import markdown as md
 from refimpl.core.errors import FetchError, MissingExtra
 from refimpl.core.files.io import data_path
 from refimpl.lab import wheels
@@ -159,10 +160,7 @@ def markdown(rows: Iterable[Mapping[str, Any]]) -> str:
         >>> print(markdown([]).splitlines()[0])
         | Claim | Paper | Ours, 95 % interval | Verdict | Control, scale, smallest visible effect |
     """
-    lines = [
-        "| Claim | Paper | Ours, 95 % interval | Verdict | Control, scale, smallest visible effect |",
-        "|---|---|---|---|---|",
-    ]
+    lines = []
     for row in rows:
         verdict = f"**{row['verdict']}**"
         if row["stale"]:
@@ -176,5 +174,6 @@ def markdown(rows: Iterable[Mapping[str, Any]]) -> str:
             verdict,
             f"{row['control']}; {row['scale']}; {row['mde']:.2g}",
         ]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    header = ["Claim", "Paper", "Ours, 95 % interval", "Verdict", "Control, scale, smallest visible effect"]
+    return md.table(header, lines) + "\n"

@@ -254,9 +254,8 @@ class Results:
             now: the sources to compare with; those that run by default.
         """
         now = now or _tree()
-        return [
-            f"{module}.{name}" for module, name, digest in self.functions() if now.locate(module, name, digest) is None
-        ]
+        rows = [row for row in self.functions() if row != _GONE]
+        return [f"{module}.{name}" for module, name, digest in rows if now.locate(module, name, digest) is None]
 
     def kinds_resting_on(self, names: Iterable[str]) -> dict[str, list[str]]:
         """For each kind of arm, which of some functions ("module.name") it used."""

@@ -78,8 +78,11 @@ def compare(then: dict[str, Any], now: dict[str, Any]) -> Comparison:
         >>> after = {"values": [row], "trainings": [{**run, "weights": "b"}], "functions": []}
         >>> compare(before, before).differences, compare(before, after).differences
         ([], ['training 1 of 1: final weights'])
+        >>> third, rounded = ([*row[:5], value.hex()] for value in (1 / 3, 0.333333))
+        >>> compare({**before, "values": [third, rounded]}, {**before, "values": [third]}).differences
+        []
     """
-    old, new = ({tuple(row[:5]): row[5] for row in side["values"] if not CLOCK.search(row[4])} for side in (then, now))
+    old, new = (_unrounded(side["values"]) for side in (then, now))
     found = [f"{_said(key)}: gone" for key in old if key not in new]
     found += [f"{_said(key)}: new" for key in new if key not in old]
     for key in old.keys() & new.keys():
@@ -100,6 +103,11 @@ def compare(then: dict[str, Any], now: dict[str, Any]) -> Comparison:
         digest=hashlib.sha256(told.encode()).hexdigest()[:16],
         functions={(module, name) for module, name in now["functions"]},
     )
+
+
+def _unrounded(values: Sequence[Sequence[Any]]) -> dict[tuple[Any, ...], str]:
+    """By what was measured. Studies once gathered records in one `Results` for another, which rounds: the first counts."""
+    return {tuple(row[:5]): row[5] for row in reversed(values) if not CLOCK.search(row[4])}
 
 
 def _said(key: tuple[Any, ...]) -> str:

@@ -97,7 +97,6 @@ def test_no_pickles():
 
 
 def test_table_agrees_with_the_cards():
-    subprocess.run([sys.executable, ROOT / "scripts" / "models_table.py"], check=True)
     table = (io.data_path("models") / "README.md").read_text(encoding="utf8")
     for name in small.names():
         assert f"| [{name}]({name}/README.md) |" in table

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from refimpl_book import pages
 
 from refimpl.core.errors import OptionError
 from refimpl.lab.measure.classify import Scores, score_rows
@@ -158,19 +159,18 @@ def test_axes_that_do_not_exist_are_refused():
 # -- the page --
 
 
-def page(script, monkeypatch, folder):
-    pages = script("pages")
+def page(monkeypatch, folder):
     monkeypatch.setattr(pages, "data_path", lambda *parts: folder)
     drawn: list[dict] = []
     return pages.GENERATED["classifiers"](lambda spec, text: drawn.append(spec) or f"[{text[:40]}]"), drawn
 
 
-def test_page_says_so_while_nothing_is_recorded(script, monkeypatch, tmp_path):
-    text, drawn = page(script, monkeypatch, tmp_path)
-    assert text == script("pages").NOTHING and not drawn
+def test_page_says_so_while_nothing_is_recorded(monkeypatch, tmp_path):
+    text, drawn = page(monkeypatch, tmp_path)
+    assert text == pages.NOTHING and not drawn
 
 
-def test_page_brings_studies_together(script, monkeypatch, tmp_path):
+def test_page_brings_studies_together(monkeypatch, tmp_path):
     for slug, arms in {
         "gradual_magnitude": {"cubic 94%": {"flops": 100.0}, "small 0.25": {"flops": 120.0}},
         "layerwise_calibration": {"AdaQuant W4A4": {"bit_operations": 9.0}},
@@ -182,7 +182,7 @@ def test_page_brings_studies_together(script, monkeypatch, tmp_path):
         for arm, costs in arms.items():
             record(study, arm, 0.85, nbytes=300, **costs)
         study.save()
-    text, drawn = page(script, monkeypatch, tmp_path)
+    text, drawn = page(monkeypatch, tmp_path)
     assert text.startswith("## Residual network, MNIST") and "digits" not in text
     # bytes, FLOPs of all; bit operations of those that have them
     assert len(drawn) == 3

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from refimpl import markdown
 from refimpl.core.errors import OptionError, nearest
 from refimpl.core.files.io import atomic_write
 from refimpl.lab import models, wheels
@@ -119,7 +120,7 @@ class ScoreCard:
             for name in columns:
                 header += [name, f"dense {name}", "difference, 95 %"]
             header.append("chance")
-        lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+        lines = []
         for label, card, task in shown:
             cells = [label, str(len(card.scores[task].ids))]
             for name in columns:
@@ -132,7 +133,7 @@ class ScoreCard:
                     cells.append(f"{100 * reference.on(card, task).mean(task, name):.1f}")
                     cells.append(f"{100 * gap.estimate:+.1f} ({100 * gap.low:+.1f} to {100 * gap.high:+.1f})")
             lines.append([*cells, f"{100 * card.mean(task, 'chance'):.1f}"])
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return markdown.table(header, lines, align="l" + "r" * (len(header) - 1))
 
     def _only(self, task: str, name: str) -> ScoreCard:
         scores = self.scores[task]

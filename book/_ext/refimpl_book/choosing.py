@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from refimpl.markdown import table
+
 Entry = Any  # a point of a bench
 
 
@@ -26,7 +28,7 @@ def name(point: Entry) -> str:
     return f"{point.method} {point.label}".strip()
 
 
-def language_table(points: Sequence[Entry], scores: dict[str, float], table: Callable[..., str]) -> str:
+def language_table(points: Sequence[Entry], scores: dict[str, float]) -> str:
     """Compressed language models on the frontier of bits and perplexity, with the tasks' mean score where known."""
     best = frontier(
         [p for p in points if p.method not in ("dense", "source")], lambda p: p.bits, lambda p: p.perplexity
@@ -45,7 +47,7 @@ def language_table(points: Sequence[Entry], scores: dict[str, float], table: Cal
     return table(["Model", "Bits per weight", "Perplexity", "Times the dense model's", "Tasks, mean"], rows)
 
 
-def classifier_table(points: Sequence[Entry], table: Callable[..., str]) -> str:
+def classifier_table(points: Sequence[Entry]) -> str:
     """Compressed classifiers on the frontier of bytes and test loss."""
     dense = [p for p in points if p.method == "dense"]
     best = frontier([p for p in points if p.method != "dense"], lambda p: p.bytes, lambda p: p.loss)

@@ -13,6 +13,7 @@ from refimpl.lab.show import plots
 from refimpl.lab.study import ledger
 from refimpl.lab.study.ledger import markdown
 from refimpl.lab.study.records import Results
+from refimpl.markdown import table
 from refimpl.studies import tasks as study
 
 Chart = Callable[[dict, str], str]
@@ -27,11 +28,6 @@ NAMES = {
     "code": "code",
 }
 FAMILIES = {"RTN": "rounded", "GPTQ": "rounded", "Wanda": "pruned", "SparseGPT": "pruned"}
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
 
 
 @cache

@@ -1,6 +1,6 @@
 """What lecturers need, as Markdown from refimpl/papers.toml and the notebooks: a planner, a syllabus, exercises.
 
-python scripts/courses.py planner|syllabus|exercises    print one of them
+python -m refimpl_book.courses planner|syllabus|exercises    print one of them
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from pathlib import Path
 
 import yaml
 
+from refimpl.markdown import table
 from refimpl.papers import PARTS, Paper, papers
+from refimpl_book.live import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 LEVELS = ("easy", "medium", "hard")
 EXERCISE = re.compile(r"\*\*(\d+) \((\w+)\)\.\*\*\s*(.+?)(?=\n\n\*\*\d+ \(|\n\n#|\Z)", flags=re.DOTALL)
 DETAILS = re.compile(r"<details>.*?</details>", flags=re.DOTALL)
@@ -30,11 +31,6 @@ def chapters() -> list[Paper]:
 def link(paper: Paper) -> str:
     """A chapter as a link from a page in book/; the name alone while there is none."""
     return f"[{paper.name}](../{paper.notebook})" if paper.status == "chapter" else f"{paper.name} (no chapter yet)"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    cells = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells)
 
 
 # -- the planner --
@@ -311,5 +307,5 @@ GENERATED: dict[str, Callable[[], str]] = {"planner": planner, "syllabus": sylla
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1] not in GENERATED:
-        sys.exit(f"usage: python scripts/courses.py {'|'.join(GENERATED)}")
+        sys.exit(f"usage: python -m refimpl_book.courses {'|'.join(GENERATED)}")
     print(GENERATED[sys.argv[1]]())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -16,6 +16,7 @@ from refimpl.lab.show import plots
 from refimpl.lab.study import ledger
 from refimpl.lab.study.ledger import markdown
 from refimpl.lab.study.records import Results
+from refimpl.markdown import table
 from refimpl.studies import caches as study
 
 Chart = Callable[[dict, str], str]
@@ -42,11 +43,6 @@ SHOWN = (
 )
 #: Budgets in the order of the tables, and how they are written.
 BUDGETS = {budget: f"{100 * budget:.0f} %" for budget in study.BUDGETS}
-
-
-def table(header: list[str], rows: Iterable[list[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
 
 
 def results() -> Results | None:

@@ -16,67 +16,26 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import quote_plus
 
-import cache_pages
-import choosing
-import courses
-import task_pages
-
 import refimpl
 from refimpl.core.files.io import data_path
 from refimpl.lab.show import plots
 from refimpl.lab.study import ledger
+from refimpl.lab.study.claims import Verdict
 from refimpl.lab.study.records import Results
+from refimpl.markdown import table
 from refimpl.papers import PARTS, Paper, package, papers
+from refimpl_book import caches, choosing, courses, tasks
+from refimpl_book.listing import chapter_table, part_table, planned_list, state
+from refimpl_book.live import ROOT
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:  # the standard library has a reader since 3.11
     import tomli as tomllib
 
-ROOT = Path(__file__).resolve().parent.parent
 
 #: Draws a chart: (Vega-Lite specification, text for those who do not see it) -> HTML.
 Chart = Callable[[dict, str], str]
-
-
-def chapters() -> list[Paper]:
-    return [paper for paper in papers() if paper.status == "chapter"]
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    cells = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells)
-
-
-def chapter_table(prefix: str) -> str:
-    """The chapters, with links to the notebooks relative to `prefix`."""
-    rows = [
-        [
-            PARTS[paper.part],
-            f"[{paper.name}]({prefix}{paper.notebook})",
-            f"[{paper.title}]({paper.url}), {paper.year}",
-            f"{paper.minutes} min",
-            f"{paper.difficulty} of 3",
-        ]
-        for paper in chapters()
-    ]
-    return table(["Part", "Chapter", "Paper", "Time", "Difficulty"], rows)
-
-
-def planned_list() -> str:
-    """What is planned, by part; named as planned."""
-    lines = []
-    for part, title in PARTS.items():
-        names = [paper.name for paper in papers() if paper.part == part and paper.status == "planned"]
-        if names:
-            lines.append(f"- {title}: {', '.join(names)}.")
-    return "\n".join(lines)
-
-
-def state() -> str:
-    done = len(chapters())
-    return f"{done} of {len(papers())} papers {'has' if done == 1 else 'have'} a chapter so far."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,20 +111,6 @@ def part_map(part: str) -> str:
     )
 
 
-def part_table(part: str) -> str:
-    """The methods of a part and what each optimises, with their state."""
-    rows = [
-        [
-            f"[{paper.name}](../{paper.notebook})" if paper.status == "chapter" else paper.name,
-            f"[{paper.title}]({paper.url}), {paper.year}",
-            "chapter" if paper.status == "chapter" else "planned",
-        ]
-        for paper in papers()
-        if paper.part == part
-    ]
-    return table(["Method", "Paper", "State"], rows)
-
-
 NOTHING = "*No results are recorded yet.*"
 #: A study joins the bench by recording a dense arm and costs in bits per weight under this condition.
 BENCH_CONDITION = "wikipedia"
@@ -216,7 +161,7 @@ def claim_card(row: dict[str, Any], paper: Paper) -> str:
         "Compared with": row["control"],
         "Scale": row["scale"],
         "Smallest visible effect": f"{row['mde']:.2g}",
-        **({"Why not tested": why_blind(row)} if row["verdict"] == ledger.Verdict.CANNOT_BE_TESTED.value else {}),
+        **({"Why not tested": why_blind(row)} if row["verdict"] == Verdict.CANNOT_BE_TESTED.value else {}),
         "Rule": row["rule"],
     }
     shown = "".join(f"<div><dt>{name}</dt><dd>{html.escape(text)}</dd></div>" for name, text in facts.items())
@@ -443,14 +388,14 @@ def task_scores() -> dict[str, float]:
 
 def choosing_language() -> str:
     points = bench_points()
-    return choosing.language_table(points, task_scores(), table) if points else NOTHING
+    return choosing.language_table(points, task_scores()) if points else NOTHING
 
 
 def choosing_classifiers() -> str:
     parts = []
     for condition, title in CLASSIFIERS.items():
         if points := classifier_bench_points(condition):
-            parts += [f"**{title}**", choosing.classifier_table(points, table)]
+            parts += [f"**{title}**", choosing.classifier_table(points)]
     return "\n\n".join(parts) or NOTHING
 
 
@@ -519,22 +464,16 @@ def reference_overview() -> str:
     return table(["Name", "What it is"], rows)
 
 
+def _of_part(make: Callable[[str], str], part: str) -> Callable[[Chart], str]:
+    return lambda chart: make(part)
+
+
 GENERATED: dict[str, Callable[[Chart], str]] = {
     "state": lambda chart: state(),
     "chapters": lambda chart: chapter_table("../"),
     "planned": lambda chart: planned_list(),
-    "pruning": lambda chart: part_table("pruning"),
-    "quantization": lambda chart: part_table("quantization"),
-    "lowrank": lambda chart: part_table("lowrank"),
-    "kvcache": lambda chart: part_table("kvcache"),
-    "data": lambda chart: part_table("data"),
-    "continual": lambda chart: part_table("continual"),
-    "map_pruning": lambda chart: part_map("pruning"),
-    "map_quantization": lambda chart: part_map("quantization"),
-    "map_lowrank": lambda chart: part_map("lowrank"),
-    "map_kvcache": lambda chart: part_map("kvcache"),
-    "map_data": lambda chart: part_map("data"),
-    "map_continual": lambda chart: part_map("continual"),
+    **{part: _of_part(part_table, part) for part in maps()},
+    **{f"map_{part}": _of_part(part_map, part) for part in maps()},
     "ledger": lambda chart: ledger_page(),
     "doors": lambda chart: doors(),
     "totals": lambda chart: ledger_totals(),
@@ -547,8 +486,8 @@ GENERATED: dict[str, Callable[[Chart], str]] = {
     "exercises": lambda chart: courses.exercises(),
     "choosing_language": lambda chart: choosing_language(),
     "choosing_classifiers": lambda chart: choosing_classifiers(),
-    **task_pages.GENERATED,
-    **cache_pages.GENERATED,
+    **tasks.GENERATED,
+    **caches.GENERATED,
     "api": lambda chart: reference_overview(),
     "api_core": lambda chart: reference("core"),
     "api_methods": lambda chart: reference("methods"),
