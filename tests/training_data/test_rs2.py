@@ -353,7 +353,7 @@ def test_labels_are_checked():
         RS2(4, 0.5, "stratified")
     with pytest.raises(OptionError, match="not 3"):
         RS2(4, 0.5, "stratified", torch.zeros(3, dtype=torch.int64))
-    with pytest.raises(OptionError, match="does not look at them"):
+    with pytest.raises(OptionError, match="does not use them"):
         RS2(4, 0.5, "with", torch.zeros(4, dtype=torch.int64))
 
 

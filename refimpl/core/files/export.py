@@ -670,7 +670,7 @@ def _whole(folder: str | Path) -> Iterator[Path]:
     ours = card.is_file() and _MARK in card.read_text(errors="replace")
     if folder.is_file() or (not ours and (card.exists() or any(next(folder.glob(p), None) for p in _MODEL_FILES))):
         raise CheckpointError(
-            f"folder={str(folder)!r} holds something that is no export of ours; choose another folder"
+            f"folder={str(folder)!r} holds something that refimpl did not export; choose another folder"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))

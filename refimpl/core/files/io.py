@@ -221,7 +221,9 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     folder = Path(folder)
     ours = is_compressed(folder) or (folder / _SAVING).exists()
     if any(folder.glob("*.safetensors")) and not ours:
-        raise CheckpointError(f"folder={str(folder)!r} holds a checkpoint that is not ours; choose another folder")
+        raise CheckpointError(
+            f"folder={str(folder)!r} holds a checkpoint that refimpl did not write; choose another folder"
+        )
     with experts_put_back(model, always=True):
         unfuse_experts(model)  # one format, whether any expert was compressed or not
         _save(model, folder)

@@ -533,7 +533,7 @@ def test_exports_are_replaced_and_nothing_else_is_touched(tiny_llama: Factory, t
         else:
             tiny_llama().save_pretrained(other) if theirs == "dense" else save(tiny_llama(), other)
         before = {path.name: path.read_bytes() for path in other.iterdir()}
-        with pytest.raises(CheckpointError, match="no export of ours; choose another folder"):
+        with pytest.raises(CheckpointError, match="refimpl did not export; choose another folder"):
             export_dense(model, other)
         assert before == {path.name: path.read_bytes() for path in other.iterdir()}
     (tmp_path / "empty").mkdir()

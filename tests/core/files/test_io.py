@@ -124,7 +124,7 @@ def test_saving_again_replaces_and_never_touches_what_is_not_ours(tiny_llama: Fa
     assert same(state(load(tmp_path / "a")), state(second))
     first.save_pretrained(tmp_path / "theirs")
     before = {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
-    with pytest.raises(CheckpointError, match="not ours; choose another folder"):
+    with pytest.raises(CheckpointError, match="refimpl did not write; choose another folder"):
         save(first, tmp_path / "theirs")
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
 
