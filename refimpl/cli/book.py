@@ -154,6 +154,9 @@ def restamp(
             typer.echo(f"{slug}: not recorded yet")
             continue
         results = Results.load(path)
+        if check and not results.header.get("functions"):
+            typer.echo(f"{slug}: {replay.NEVER_REPLAYED}")
+            continue
         if check:
             changed = stale(results)
             arms = [kind for kind, names in results.kinds_resting_on(changed).items() if names]
