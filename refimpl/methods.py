@@ -19,7 +19,7 @@ from refimpl.papers import papers
 
 
 def _of_papers(host: str) -> list[Any]:
-    """What the papers with this host export, in the book's order."""
+    """Exports of the papers with this host, in the book's order."""
     mine = [paper for paper in papers() if paper.host == host]
     return [getattr(import_module(paper.module), name) for paper in mine for name in paper.exports]
 

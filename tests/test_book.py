@@ -104,11 +104,15 @@ def test_ledger_page_escapes_filters_and_counts(monkeypatch: pytest.MonkeyPatch)
         "scale": "s",
         "mde": 0.1,
         "rule": "r",
+        "started": "2026-01-02T03:04:05Z",
+        "stands_as_of": None,
         "stale": ["refimpl.core.files.io"],
         "problems": [],
     }
-    monkeypatch.setattr(pages, "ledger_rows", lambda: (row, {**row, "id": "b", "verdict": "partly", "stale": []}))
+    other = {**row, "id": "b", "verdict": "partly", "stale": [], "stands_as_of": "2026-02-03T04:05:06Z"}
+    monkeypatch.setattr(pages, "ledger_rows", lambda: (row, other))
     text = pages.ledger_page()
+    assert "<dd>2026-01-02</dd>" in text and "<dd>2026-01-02; stands as of 2026-02-03</dd>" in text
     assert "2 &lt; 3" in text and text.count("stale:") == 1
     assert text.count('<section class="claim"') == 2 and 'data-part="lowrank" data-verdict="partly"' in text
     assert '<form class="ledger-filter" hidden>' in text, "without scripts there is no filter that does nothing"
@@ -166,6 +170,27 @@ def test_docstrings_cannot_turn_into_markup() -> None:
     lines = ["Scores |x| * y, `name`s and ``a * b``.", "", ">>> 2 * 3", "6"]
     extension.docstring_lines(None, "function", "f", None, None, lines)
     assert lines == ["Scores \\|x\\| \\* y, `name`\\ s and ``a * b``.", "", ">>> 2 * 3", "6"]
+
+
+def test_indented_steps_of_a_module_stand_as_they_are() -> None:
+    lines = [
+        "The steps:",
+        "",
+        "    a = b * c",
+        "      and |d|",
+        "",
+        "    e",
+        "",
+        "Then *x*.",
+        "",
+        "1. One",
+        "",
+        "   more",
+        "",
+    ]
+    extension.docstring_lines(None, "module", "m", None, None, lines)
+    steps, listed = ["::", "", "    a = b * c", "      and |d|", "", "    e", ""], ["1. One", "", "   more", ""]
+    assert lines == ["The steps:", "", *steps, "Then \\*x\\*.", "", *listed]
 
 
 def test_versions_are_published_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,7 @@ class Base:
         return load(self.path, getattr(torch, self.dtype))
 
     def costs(self) -> dict[str, float]:
-        """What its last method took; see `applied`."""
+        """Seconds and memory of its last method; see `applied`."""
         return read_json(self.path / "costs.json")
 
 

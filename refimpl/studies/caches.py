@@ -1,4 +1,4 @@
-"""What is still there at 100, 50, 20 and 5 % of a cache's bytes: all ways of keeping less on one bench.
+"""Language modelling and retrieval at 100, 50, 20 and 5 % of a cache's bytes: all compression policies on one bench.
 
 SmolLM2-135M reads 2048 tokens, the cache keeps what its method keeps within a share of the full cache's bytes (windows,
 sinks, scales and slots included), and the model is asked: what follows in the article, facts hidden in it at some
@@ -201,7 +201,7 @@ def arms(profile: str) -> list[Arm]:
 
 
 def policy(arm: Arm, model: Any, profile: str, folder: str | Path) -> Policy:
-    """What an arm keeps; what is fitted for it is kept in a folder.
+    """Policy of an arm; what is fitted for it is kept in a folder.
 
     Raises:
         OptionError: it cannot keep so little.

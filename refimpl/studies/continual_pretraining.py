@@ -62,7 +62,7 @@ SCALE = "a Llama of 0.17M weights, phases of 1.0M and 0.2M tokens; the paper: 40
 
 @dataclass(frozen=True)
 class Way:
-    """What happens when new text arrives.
+    """A way to go on training when new text arrives.
 
     Attributes:
         r: replayed share.

@@ -126,7 +126,7 @@ ARMS = {
 
 
 def arms(profile: str) -> list[Arm]:
-    """What costs and errors are measured of, and `ARMS`."""
+    """`ARMS`, and the arms whose costs and errors alone are measured."""
     held_out = [Arm(factors, condition="held-out") for factors in (*FITTED, "random fit")]
     return [Arm("forward", condition="cost"), *held_out, *ARMS[profile]]
 

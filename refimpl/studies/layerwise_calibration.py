@@ -354,7 +354,7 @@ CLAIMS = [
 
 
 class Bench:
-    """What the arms on one draw of calibration images have in common."""
+    """Inputs shared by the arms on one draw of calibration images."""
 
     def __init__(self, job: Job) -> None:
         self.job, self.size = job, SIZES[job.profile]
@@ -581,7 +581,7 @@ def in_order(names: Sequence[str], savings: dict[str, dict[int, float]], budget:
 
 
 def _methods(arm: Language, count: int, rate: float | None) -> list[Method]:
-    """What is done to the language model, one after the other."""
+    """Steps on the language model, one after the other."""
     if arm.method == "dense":
         return []
     if arm.method in ACTIVATION_BITS:

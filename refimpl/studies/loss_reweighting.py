@@ -69,7 +69,7 @@ ARMS: dict[str, Callable[[int, int], Any]] = {
 """Rules by name, each made from the steps of burn-in and a seed."""
 TWICE = "uniform, twice the rate"
 LONG = ("uniform", "linupper", "quadratic")
-"""What is trained for longer, too."""
+"""Arms that are trained for longer, too."""
 EXTRA = {False: (2.8e-3, 5.7e-3), True: (5.7e-3, 1.1e-2, 1.6e-2)}
 """More rates for these arms, in the short and in the longer run: between those of the grid, and beyond its end."""
 FIXED = {f"{arm}, rate {lr:g}": lr for extra in EXTRA.values() for arm in LONG for lr in extra}
@@ -520,7 +520,7 @@ def _descended(arm: Toy, size: Size) -> Iterator[Row]:
 
 
 def training_rows(seed: int, steps: int) -> tuple[Tensor, Tensor]:
-    """What a seed trains on, in order; no row of a corpus twice.
+    """Training rows of a seed, in order; no row of a corpus twice.
 
     Args:
         seed: draws windows, copies, noise and the order.

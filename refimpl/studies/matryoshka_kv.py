@@ -117,7 +117,7 @@ class Arm:
 
 
 def arms(profile: str) -> list[Arm]:
-    """What a profile makes and measures, the longest first.
+    """Jobs of a profile, the longest first.
 
     Example:
         >>> [arm.name for arm in arms("quick")]
@@ -355,7 +355,7 @@ Change = Callable[[], Any] | None  # makes the cache of one forward pass
 
 @torch.inference_mode()
 def scores(model: Any, rows: Tensor, change: Change, exact: Sequence[Tensor] | None) -> dict[str, float]:
-    """What a small Llama makes of windows of text.
+    """Scores of a small Llama on windows of text.
 
     Args:
         model: the small Llama.

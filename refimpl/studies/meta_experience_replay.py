@@ -403,7 +403,7 @@ def _start(job: Job) -> Path:
 
 
 def _split(job: Job) -> str:
-    """What rates and shares are chosen by, or test text."""
+    """Validation text, by which rates and shares are chosen, or test text."""
     return "validation" if job.seed == TUNING_SEED else "test"
 
 

@@ -373,7 +373,7 @@ def recipe(T: int, lr: float, seed: int, horizon: int | None = None) -> Recipe:
 
 @functools.cache
 def _warm_up(data: str) -> None:
-    """What is loaded at the first call of anything is no part of a training's time."""
+    """Run everything once: loading at a first call is no part of a training's time."""
     x, labels = _held_out(data, "validation", 40)
     train_proxy(
         lambda seed: network(data, seed),

@@ -139,7 +139,7 @@ def arms(profile: str) -> tuple[Arm, ...]:
 
 
 def measured(results: Results, chapter: str, arm: str, kinds: Sequence[str]) -> BitsPerByte:
-    """What an arm spends on the test documents of some kinds of text, put together.
+    """Bits and bytes of an arm on the test documents of some kinds of text, put together.
 
     Args:
         results: of this study.
@@ -318,7 +318,7 @@ def peak(arm: Arm) -> float:
 
 
 def recipe_for(job: Job, schedule: Schedule) -> Scheduled:
-    """What all arms have in common."""
+    """Settings that all arms share."""
     precision = "bf16" if job.dtype == "bfloat16" else "fp32"
     return Scheduled.of(schedule, betas=(0.9, 0.95), weight_decay=0.1, clip=1.0, precision=precision)
 

@@ -119,15 +119,37 @@ def read_source(app: Any, docname: str, source: list[str]) -> None:
             source[0] = source[0].replace(marker, make(chart))
 
 
-def docstring_lines(app: Any, what: str, name: str, item: Any, options: Any, lines: list[str]) -> None:
-    """Docstrings are plain text with `names` in backticks: what reStructuredText would read as markup is escaped."""
-    verbatim = False
+def with_literal_blocks(lines: list[str]) -> list[str]:
+    """The lines with `::` before each indented paragraph, but for those that belong to a list."""
+    found: list[str] = []
+    start = ""  # the first line of the last paragraph that is not indented
     for k, line in enumerate(lines):
+        opens = bool(line.strip()) and (k == 0 or not lines[k - 1].strip())
+        if opens and not line.startswith(" "):
+            start = line
+        elif opens and not re.match(r"[-*] |\d+\. |::$", start):
+            found += ["::", ""]
+            start = "::"
+        found.append(line)
+    return found
+
+
+def docstring_lines(app: Any, what: str, name: str, item: Any, options: Any, lines: list[str]) -> None:
+    """Docstrings are plain text with `names` in backticks: what reStructuredText would read as markup is escaped.
+
+    What a module's docstring sets off by indentation (steps, equations) is shown as it stands.
+    """
+    if what == "module":
+        lines[:] = with_literal_blocks(lines)
+    verbatim = literal = False
+    for k, line in enumerate(lines):
+        if line.strip():
+            literal = (literal and line.startswith(" ")) or line == "::"
         if line.lstrip().startswith(">>>"):
             verbatim = True
         elif not line.strip():
             verbatim = False
-        if not verbatim:
+        if not verbatim and not literal:
             pieces = re.split(r"(``.*?``|`[^`]*`|:\w+:`[^`]*`)", line)
             for place, piece in enumerate(pieces):
                 if place % 2 == 0:

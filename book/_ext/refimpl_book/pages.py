@@ -163,6 +163,7 @@ def claim_card(row: dict[str, Any], paper: Paper) -> str:
         "Smallest visible effect": f"{row['mde']:.2g}",
         **({"Why not tested": why_blind(row)} if row["verdict"] == Verdict.CANNOT_BE_TESTED.value else {}),
         "Rule": row["rule"],
+        "Recorded": row["started"][:10] + (f"; stands as of {row['stands_as_of'][:10]}" if row["stands_as_of"] else ""),
     }
     shown = "".join(f"<div><dt>{name}</dt><dd>{html.escape(text)}</dd></div>" for name, text in facts.items())
     chapter = f"../{paper.notebook.removesuffix('.ipynb')}.html"

@@ -149,7 +149,7 @@ class Checkpoints:
                     path.unlink()
 
     def runs(self) -> Iterator[dict[str, Any]]:
-        """What says which run this is: "run" of the file of each process that has one; none without a checkpoint.
+        """Fingerprints of the run: "run" of the file of each process that has one; none without a checkpoint.
 
         Each process looks at all files, so that all stop where one is missing.
 
@@ -170,7 +170,7 @@ class Checkpoints:
             yield unpack(_about(path)["run"], {})
 
     def read(self, rank: int = 0) -> dict[str, Any]:
-        """What the file of a process holds, with "step"; its tensors are on the CPU.
+        """Contents of the file of a process, with "step"; its tensors are on the CPU.
 
         Raises:
             CheckpointError: the file is damaged or of another version.

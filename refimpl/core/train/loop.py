@@ -134,7 +134,7 @@ class Recipe:
 
 
 def half_cosine(share: float) -> float:
-    """What is left of the way down from 1 to 0 when this share of the time is over: the cosine of all schedules.
+    """The cosine of all schedules: falls from 1 to 0 while the share of elapsed time grows from 0 to 1.
 
     Example:
         >>> half_cosine(0.0), round(half_cosine(0.5), 3), half_cosine(1.0)
@@ -145,7 +145,7 @@ def half_cosine(share: float) -> float:
 
 @dataclass
 class History:
-    """What happened during training, as each process knows it.
+    """Record of a training, as each process knows it.
 
     Attributes:
         steps: one entry per update: "step" (from 1), "loss" (mean over its micro-batches and, unless each trains on its
@@ -569,7 +569,7 @@ class _Run:
     # -- checkpoints --
 
     def _describe(self, optimizer: str | dict[str, Any]) -> dict[str, Any]:
-        """What makes this run this run, for a later call that wants to go on with it."""
+        """Fingerprint of this run, for a later call that goes on with it."""
         before = self._remembered()
         pack(before, "remember", {})  # what cannot be saved is refused now, not when it is to be saved
         before = deepcopy(before)

@@ -266,7 +266,7 @@ class Weighted:
         self._pending.clear()
 
     def history(self) -> list[dict[str, float]]:
-        """What to log, one entry for each batch this object has seen (not those before an interruption).
+        """Values to log, one entry for each batch this object has seen (not those before an interruption).
 
         "step" (from 1), "loss" (the plain mean over the global batch, comparable between weightings, which the loop's
         own loss is not), "concentration" (M times the largest weight: 1 is uniform, M is one sample) and "effective"

@@ -23,7 +23,7 @@ MakeOptimizer = Callable[[list[dict[str, Any]], "Recipe"], Optimizer]
 def parameter_groups(
     model: nn.Module, parameters: Sequence[dict[str, Any]] | None, recipe: Recipe
 ) -> list[dict[str, Any]]:
-    """What an optimiser is made of.
+    """Class and options of an optimiser.
 
     Args:
         model: gives its trainable parameters: those of two or more dimensions with the recipe's weight decay, and the

@@ -78,7 +78,7 @@ class OuterStep:
 
     @torch.no_grad()
     def __call__(self, step: int, model: nn.Module) -> None:
-        """What `train` calls after update number `step` (from 1)."""
+        """Called by `train` after update number `step` (from 1)."""
         if step % self.every:
             return
         slow, fast = self.slow, [parameter.detach() for parameter in self._fast]

@@ -1,4 +1,4 @@
-"""What a model sees, and in which order: samplers drawn anew each epoch, and mixtures of sources with fixed shares.
+"""The order of training data: samplers drawn anew each epoch, and mixtures of sources with fixed shares.
 
 Everything is a pure function of a seed and of a number (the epoch, or the step), so a run that was interrupted goes on
 with the same rows, for any number of workers. Under torchrun every process takes its strided share: row ``r``,

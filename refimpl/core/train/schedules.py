@@ -31,7 +31,7 @@ COOLDOWNS = ("cosine", "inverse_sqrt")
 
 @dataclass(frozen=True)
 class Schedule:
-    """What all schedules share; a subclass says `horizon`, `highest` and `rate`.
+    """Base class of schedules; a subclass defines `horizon`, `highest` and `rate`.
 
     Fields are numbers, strings and other schedules: a checkpoint of `refimpl.core.train.loop` remembers them as JSON.
     """

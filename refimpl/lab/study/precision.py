@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
-from refimpl.lab.models.dtypes import computing_in, fast_dtype
+from refimpl.lab.models.dtypes import fast_dtype
 from refimpl.lab.study.records import Results
-
-R = TypeVar("R")
 
 
 def study_dtype(out: str | Path, profile: str, declared: str = "float32") -> torch.dtype:
-    """What a run of a study has to compute in, on any machine.
+    """The dtype a run of a study has to compute in, on any machine.
 
     A file that is there is gone on with in the dtype of its last run, so that its rows can be compared. A new file gets
     the declared dtype; but for a trial at a smaller size, which nobody goes on with elsewhere, bfloat16 is left where
@@ -25,7 +20,7 @@ def study_dtype(out: str | Path, profile: str, declared: str = "float32") -> tor
 
     Args:
         out: the results file.
-        profile: "study", "live" or "quick".
+        profile: "study" or "quick".
         declared: "float32" or "bfloat16".
 
     Raises:
@@ -47,26 +42,3 @@ def study_dtype(out: str | Path, profile: str, declared: str = "float32") -> tor
             file=sys.stderr,
         )
     return dtype
-
-
-def declares(dtype: str) -> Callable[[Callable[..., R]], Callable[..., R]]:
-    """Let `compute_dtype` answer with `study_dtype` while a study's ``run(out, profile)`` is at work.
-
-    Example:
-        >>> from refimpl.lab.models.dtypes import compute_dtype
-        >>> @declares("bfloat16")
-        ... def run(out, profile="study"):
-        ...     return compute_dtype()
-        >>> run("/nowhere/new.json")
-        torch.bfloat16
-    """
-
-    def decorate(run: Callable[..., R]) -> Callable[..., R]:
-        @functools.wraps(run)
-        def inside(out: Path, profile: str = "study") -> R:
-            with computing_in(study_dtype(out, profile, dtype)):
-                return run(out, profile)
-
-        return inside
-
-    return decorate

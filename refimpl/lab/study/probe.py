@@ -67,8 +67,8 @@ class _Notes:
 
     def install(self) -> None:
         records = _either("refimpl.lab.study.records", "refimpl.lab.records")
-        loop = _either("refimpl.core.train.loop", "refimpl.core.loop")
-        add, go = records.Results.add, loop._Run.go
+        loop = _either("refimpl.core.train.loop", "refimpl.core.loop", optional=True)  # the oldest records had none
+        add, go = records.Results.add, None if loop is None else loop._Run.go
         note: Any = getattr(records.Results, "note", None)
 
         def added(results: Any, *rows: Any) -> None:
@@ -76,6 +76,7 @@ class _Notes:
             self.values += [self.row(row) for row in rows]
 
         def went(run: Any, *arguments: Any) -> None:
+            assert go is not None
             try:
                 go(run, *arguments)
             finally:  # a run that a hook breaks off has a history as well
@@ -86,7 +87,9 @@ class _Notes:
             self.functions |= set(ran)
             self.kinds.setdefault(kind, set()).update(ran)
 
-        records.Results.add, loop._Run.go = added, went
+        records.Results.add = added
+        if loop is not None:
+            loop._Run.go = went
         if note is not None:
             records.Results.note = noted
 
@@ -139,12 +142,14 @@ def _judged(module: str, file: str) -> dict[str, Any]:
     return answer
 
 
-def _either(*names: str) -> Any:
+def _either(*names: str, optional: bool = False) -> Any:
     for name in names:
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError:
             continue
+    if optional:
+        return None
     raise SystemExit(f"none of {names} is there")
 
 

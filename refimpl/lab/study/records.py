@@ -372,7 +372,7 @@ class Results:
         return self._get(arm, condition, seed, metric)[1]
 
     def cost(self, arm: str, condition: str = "", seed: int = 0, *, metric: str) -> float | None:
-        """What the arm spends, in bits per weight."""
+        """Cost of an arm, in bits per weight."""
         return self._get(arm, condition, seed, metric)[0]
 
     def perplexity(self, arm: str, condition: str = "", seed: int = 0) -> Perplexity:

@@ -66,7 +66,7 @@ class Comparison:
 
 
 def compare(then: dict[str, Any], now: dict[str, Any]) -> Comparison:
-    """What differs between two answers of the probe.
+    """Differences between two answers of the probe.
 
     Args:
         then, now: "values", "trainings" and "functions", as `refimpl.lab.study.probe` writes them.
@@ -264,7 +264,7 @@ def rules_agree(results: Results, then: Path, seed: int = 0) -> list[str]:
 
 
 def problems(results: Results) -> list[str]:
-    """What a stamp cannot cover: data that changed, a package with uncommitted changes, another processor is fine."""
+    """Obstacles to a stamp: data or models that changed, a package with uncommitted changes."""
     found = []
     data = differences(results.header["data"], current_data(results.header["data"]))
     if data:

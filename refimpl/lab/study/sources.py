@@ -120,7 +120,7 @@ class _Module:
 
 @dataclass(frozen=True)
 class Target:
-    """What a name stands for: a definition of the package, a module of it, or something of another library."""
+    """The meaning of a name: a definition of the package, a module of it, or something of another library."""
 
     module: str
     name: str | None

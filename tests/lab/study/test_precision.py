@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from refimpl.core.files.io import data_path
 from refimpl.lab.models import dtypes
 from refimpl.lab.study.jobs import in_processes
-from refimpl.lab.study.precision import declares, study_dtype
+from refimpl.lab.study.precision import study_dtype
 from refimpl.lab.study.records import Record, Results
 
 SLOW = "only emulates"
@@ -61,35 +58,10 @@ def computing(_: int) -> str:
     return str(dtypes.compute_dtype())
 
 
-def test_a_declared_run_reaches_its_processes_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_dtype_reaches_processes_and_leaves_nothing_behind() -> None:
     before = dtypes.compute_dtype()
-
-    @declares("float32")
-    def run(out: Path, profile: str = "study") -> Any:
-        return {answer for _, answer in in_processes(computing, [0, 1], workers=2)}
-
-    assert run(tmp_path / "new.json") == {"torch.float32"}
-    assert run(file(tmp_path / "old.json", "bfloat16")) == {"torch.bfloat16"}
-    assert dtypes.compute_dtype() == before
-
-    @declares("float32")
-    def fails(out: Path, profile: str = "study") -> None:
-        raise ValueError
-
-    with pytest.raises(ValueError):
-        fails(tmp_path / "new.json")
-    assert dtypes.compute_dtype() == before
-
-
-RECORDED = sorted(data_path("results").glob("*.json"))
-
-
-@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
-def test_every_study_declares_what_its_record_says(path: Path) -> None:
-    study = importlib.import_module(f"refimpl.studies.{path.stem}")
-    if hasattr(study, "STUDY"):
-        declared = study.STUDY.dtype
-    else:
-        found = re.search(r'@declares\("(\w+)"\)\ndef run', Path(study.__file__ or "").read_text())
-        declared = found[1] if found else "float32"
-    assert declared == json.loads(path.read_text())["header"]["runs"][-1]["dtype"]
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(ValueError), dtypes.computing_in(dtype):
+            assert {answer for _, answer in in_processes(computing, [0, 1], workers=2)} == {str(dtype)}
+            raise ValueError
+        assert dtypes.compute_dtype() == before

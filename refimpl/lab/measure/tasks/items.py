@@ -17,7 +17,7 @@ from refimpl.core.files.io import data_path
 from refimpl.lab import wheels
 from refimpl.lab.data import text
 from refimpl.lab.measure.tasks import made
-from refimpl.lab.study.sources import module_hashes
+from refimpl.lab.study.sources import module_hash
 
 CARD = {"cloze": 216, "last_word": 64, "retrieval": 72, "summary": 64, "copying": 64, "code": 56}
 """Items of each task on a score card: what SmolLM2 answers within a minute on two cores."""
@@ -215,7 +215,7 @@ def _cut(task: str, corpus: str, make: Callable[[list[text.Document]], list[made
     """Items cut from the test documents of a corpus, kept in the cache."""
 
     def source() -> list[Item]:
-        decisive = text.corpus_hash(corpus) + module_hashes([made.__name__])[made.__name__]
+        decisive = text.corpus_hash(corpus) + module_hash(made.__name__)
         key = hashlib.sha256(decisive.encode()).hexdigest()[:12]
 
         def build(staging: Path) -> None:
