@@ -475,7 +475,7 @@ def test_what_cannot_work_is_refused_before_training() -> None:
         GradualMagnitude(0.5, structure="2:4").attach(model)
     assert not find_masks(model), "a refused model is as it was"
     hook = GradualMagnitude(0.5, structure="2:4", overrides={"a.weight": 0.0}).attach(model)
-    with pytest.raises(OptionError, match="attached to another one"):
+    with pytest.raises(OptionError, match="attached to another model"):
         hook(1, copy.deepcopy(model))
     with pytest.raises(OptionError, match="the last mask update, of step 1000, has not been done yet .last: step 0"):
         hook.export()

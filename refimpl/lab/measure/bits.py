@@ -54,6 +54,7 @@ def language_model_loss(model: nn.Module, batch: Tensor | Sequence[Tensor]) -> T
         CalibrationError: not such a tensor.
 
     Example:
+        >>> from refimpl.lab.data.windows import windows
         >>> ids, _ = windows("wikipedia", "test", 32)
         >>> language_model_loss(LSTMLanguageModel(), ids[:4]).round().item()   # near ln 256
         6.0
@@ -88,6 +89,7 @@ def bits_per_byte(
         OptionError: a model of more than 256 symbols without a tokenizer, a tokenizer that is not byte-level.
 
     Example:
+        >>> from refimpl.lab.data.windows import windows
         >>> ids, units = windows("wikipedia", "test", 64)
         >>> result = bits_per_byte(LSTMLanguageModel(hidden=32), ids[:8], units[:8])
         >>> 7.5 < result.value < 8.5, result.counts.tolist()
