@@ -33,7 +33,15 @@ def site() -> Path:
     """The folder of the rendered book; rendered anew if anything it is made from is younger."""
     rendered = HTML / "searchindex.js"
     if not rendered.exists() or max(newest(ROOT / name) for name in INPUTS) > rendered.stat().st_mtime:
-        command = [sys.executable, "-m", "jupyter_book", "build", "-W", "-n", "--keep-going", "--quiet", str(ROOT)]
+        command = [
+            str(Path(sys.executable).with_name("jupyter-book")),
+            "build",
+            "-W",
+            "-n",
+            "--keep-going",
+            "--quiet",
+            str(ROOT),
+        ]
         outcome = subprocess.run(command, capture_output=True, text=True)
         assert outcome.returncode == 0, outcome.stdout[-4000:] + outcome.stderr[-4000:]
     return HTML
