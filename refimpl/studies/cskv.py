@@ -495,5 +495,4 @@ STUDY = Study(
     before=fit_before,
     kind=lambda arm: f"{arm.factors}, {arm.condition}",
     workers=1,
-    dtype="bfloat16",
 )
