@@ -166,10 +166,12 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, size: int | None = None) -> 
             "use perplexity for this model"
         )
     lengths = torch.zeros(len(tokenizer) if size is None else size, dtype=torch.long)
-    special = set(tokenizer.all_special_ids)
-    for token, number in tokenizer.get_vocab().items():
-        if number not in special and number < len(lengths):
-            lengths[number] = len(token)  # a byte-level alphabet writes each byte as one character
+    vocabulary = tokenizer.get_vocab()
+    ids = torch.tensor(list(vocabulary.values()))
+    # a byte-level alphabet writes each byte as one character
+    characters = torch.tensor([len(token) for token in vocabulary])
+    counted = (ids < len(lengths)) & ~torch.isin(ids, torch.tensor(tokenizer.all_special_ids, dtype=torch.long))
+    lengths[ids[counted]] = characters[counted]
     return lengths
 
 
