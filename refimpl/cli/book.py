@@ -115,10 +115,7 @@ def study(
     with waiting(f"Loading the study of {slug}"):
         module = importlib.import_module(f"refimpl.studies.{slug}")
         from refimpl.lab.study.study import run
-    if hasattr(module, "STUDY"):
-        run(module.__name__, target, profile.value, again or ())
-    else:
-        module.run(target, profile.value)
+    run(module.__name__, target, profile.value, again or ())
     typer.echo(f"Results: {target}")
 
 
@@ -154,9 +151,6 @@ def restamp(
             typer.echo(f"{slug}: not recorded yet")
             continue
         results = Results.load(path)
-        if check and not results.header.get("functions"):
-            typer.echo(f"{slug}: {replay.NEVER_REPLAYED}")
-            continue
         if check:
             changed = stale(results)
             arms = [kind for kind, names in results.kinds_resting_on(changed).items() if names]

@@ -33,8 +33,6 @@ from refimpl.lab.study.sources import Sources
 
 #: Metrics that measure time or memory: no two runs agree on them.
 CLOCK = re.compile(r"second|cpu|wall|clock|forward_passes|peak_bytes|time")
-#: Said of a record in the former format, which named modules by hand.
-NEVER_REPLAYED = "recorded before functions were noted, and no replay has tied it to them since"
 _ROOT = Path(__file__).resolve().parents[3]
 _SETS = 24  # perturbed copies of the records that an old and a new rule must judge alike
 _SHOWN = 5  # differences in a message
@@ -291,8 +289,6 @@ def restamp(results: Results, minutes: float = 10.0, say: Callable[[str], None] 
         NotStanding: data or rule changed, a value or a training differs, or a changed function that the record used was
             not executed by the replay; names the arms to run again.
     """
-    if not results.header.get("functions"):
-        raise NotStanding(f"{results.header['paper']}: {NEVER_REPLAYED}; run the study again")
     now = Sources.of_tree(_ROOT)
     changed, study = results.changed_functions(now), results.header["study"]
     rule = now.digest(study, RULE, deep=True)
