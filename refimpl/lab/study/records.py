@@ -113,7 +113,6 @@ class Results:
         profile: str = "study",
         dtype: str = "float32",
         provisional: bool = False,
-        again: Iterable[str] = (),
     ) -> Results:
         """Begin a results file, or go on with the one that is there.
 
@@ -125,13 +124,11 @@ class Results:
             profile: "quick" or "study".
             dtype: dtype of the computation.
             provisional: go on although the rule is not committed. The file says so and the ledger refuses it.
-            again: arms whose records are dropped, to be measured anew.
 
         Raises:
             RuleNotCommitted: the claims have changes that are not committed (unless provisional).
             ResultsError: the file was made from other data or rules, for another profile, its last run computed in
                 another dtype, or functions it rests on have changed since.
-            OptionError: an arm of `again` is not in the file.
 
         Example:
             >>> results = Results.start("demo.json", paper="demo", study="refimpl.lab.study.records", provisional=True)
@@ -157,8 +154,6 @@ class Results:
         results = cls(path, header)
         if path.exists():
             results = cls.load(path)
-            for arm in again:
-                results.drop(arm)
             results._must_match(header, dtype)
         results.header["runs"].append(environment(dtype))
         return results
