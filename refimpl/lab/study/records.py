@@ -171,7 +171,8 @@ class Results:
         if changed:
             raise ResultsError(
                 f"{self.path} was recorded with something else than now ({', '.join(changed)}), and rows of both must "
-                "not be mixed; delete the file to start again, or write to another one (`--out`)"
+                "not be mixed; delete the file to start again, or write to another one (`--out`). `refimpl restamp "
+                f"{self.header['paper']}` shows whether code that only looks otherwise judges as it did"
             )
         moved = self.changed_functions()
         if moved:
