@@ -36,7 +36,8 @@ class Incoming:
         query: [B, Hq, N, d], rotated.
         keys, values: [B, H, N, d]; keys are rotated.
         hidden: [B, N, width], input of the attention module and so of its projections.
-        rotation: cos and sin the keys were rotated with, [B or 1, N, d] each; None in models without RoPE.
+        rotation: cos and sin as the module was given them, [B or 1, N, r] each, whether or not it uses them (see
+            `Rotary`); None in models without RoPE.
         slots: places of the tokens in the sequence as it was fed, padding included.
         mask: the rule of which slots a query sees; `valid` comes from it.
         scaling, softcap: of the attention scores.
@@ -57,7 +58,7 @@ class Incoming:
         """Tokens ``first`` to ``last`` - 1 of these."""
         if (first, last) == (0, len(self.slots)):
             return self
-        rotation = self.rotation and (self.rotation[0][:, first:last], self.rotation[1][:, first:last])
+        rotation = self.rotation and (self.rotation[0][..., first:last, :], self.rotation[1][..., first:last, :])
         return replace(
             self,
             query=self.query[:, :, first:last],
@@ -73,9 +74,16 @@ class Incoming:
         """True for real tokens, bool [B, N]; None if the batch has no padding."""
         return self.mask.valid(self.slots)
 
-    def check(self, rotary: Rotary) -> None:
-        """Raise `OptionError` unless the model rotates these tokens as ``rotary`` does."""
-        if self.rotation is not None:
+    def check(self, rotary: Rotary, seen: int) -> None:
+        """Raise `OptionError` unless the model gives these tokens the angles that ``rotary`` does.
+
+        Single tokens after the first are taken on trust: they would cost a wait for the device each.
+
+        Args:
+            rotary: of the layer.
+            seen: slots of the layer before these tokens.
+        """
+        if self.rotation is not None and (not seen or len(self.slots) > 1):
             rotary.check(self.mask.positions(self.slots), self.rotation, self.valid)
 
 

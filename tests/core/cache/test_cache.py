@@ -118,8 +118,7 @@ class UnrotatedLayer(WindowLayer):
         self.rotary = rotary
 
     def append(self, incoming: Incoming) -> None:
-        if self.seen == 0:
-            incoming.check(self.rotary)
+        incoming.check(self.rotary, self.seen)
         assert incoming.rotation is not None
         cos, sin = incoming.rotation  # as the attention module got them: left padding included
         self.extend(bare=unrotate(incoming.keys, cos.unsqueeze(1), sin.unsqueeze(1)))
