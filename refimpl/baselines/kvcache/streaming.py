@@ -67,9 +67,9 @@ class DistantSinks(Sinks):
 class StreamingLayer(TailLayer):
     """One layer of a StreamingLLM cache: the window, and the parts of `keep_sinks`."""
 
-    def __init__(self, policy: StreamingLLM, shape: LayerShape, rotary: Rotary) -> None:
+    def __init__(self, sinks: int, window: int, shape: LayerShape, rotary: Rotary) -> None:
         super().__init__(shape.heads, streamed=True)
-        self.sinks, self.window, self.rotary = policy.sinks, policy.window, rotary
+        self.sinks, self.window, self.rotary = sinks, window, rotary
 
     def append(self, incoming: Incoming) -> None:
         incoming.check(self.rotary, self.seen)
@@ -107,7 +107,7 @@ class StreamingLLM(Policy):
 
     Args:
         sinks: first tokens kept (the paper: 4; padding does not count).
-        window: last tokens kept, the current one included (the paper: 1020 and more); a budget sets it.
+        window: last tokens kept, the current one included (the paper: 1020 and more); None keeps all; a budget sets it.
 
     Example:
         >>> StreamingLLM(window=252)
@@ -115,21 +115,26 @@ class StreamingLLM(Policy):
     """
 
     sinks: int = 4
-    window: int = 1020
+    window: int | None = 1020
     prefills = ("streamed",)
     knob = "window"
 
     def __post_init__(self) -> None:
         if self.sinks < 0:
             raise OptionError(f"sinks={self.sinks}: use 0 or more tokens")
-        if self.window < 1:
-            raise OptionError(f"window={self.window}: use 1 or more tokens")
+        if self.window is not None and self.window < 1:
+            raise OptionError(f"window={self.window}: use 1 or more tokens, or None for all")
 
-    def layer(self, shape: LayerShape, streamed: bool) -> StreamingLayer:
-        return StreamingLayer(self, shape, shape.rotation(self))
+    def layer(self, shape: LayerShape, streamed: bool) -> TailLayer:
+        rotary = shape.rotation(self)
+        if self.window is None:
+            return TailLayer(shape.heads, streamed=True)
+        return StreamingLayer(self.sinks, self.window, shape, rotary)
 
     def nbytes(self, shape: LayerShape, length: int) -> int:
+        if self.window is None:
+            return length * shape.token_bytes
         return (self.sinks + min(length, self.window)) * shape.token_bytes + 4 * self.sinks
 
-    def settings(self, shapes: Sequence[LayerShape], length: int) -> Sequence[int]:
-        return range(1, length + 1)
+    def settings(self, shapes: Sequence[LayerShape], length: int) -> Sequence[int | None]:
+        return [*range(1, length), None]

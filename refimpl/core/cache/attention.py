@@ -84,15 +84,18 @@ class Mask:
     @cached_property
     def padding(self) -> Tensor | None:
         """True for real tokens, bool [B, slots so far]; None if nothing is padded."""
+        self.check_width()
         given = self._rule["attention_mask"]
-        if given is None or read(given.all()):
-            return None
-        if given.shape[-1] < self.keys:
+        return None if given is None or read(given.all()) else given
+
+    def check_width(self) -> None:
+        """Raise `OptionError` if the mask of padding ends before the sequence does: it is that of the new tokens only."""
+        given = self._rule["attention_mask"]
+        if given is not None and given.shape[-1] < self.keys:
             raise OptionError(
                 f"attention_mask covers {given.shape[-1]} tokens, but the cache and the input have {self.keys}; "
-                "pass the mask of the whole sequence"
+                "pass the mask of the whole sequence, and to generate its ids: torch.cat([document, question], 1)"
             )
-        return given
 
     @cached_property
     def first_real(self) -> Tensor | None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from refimpl.core.cache.attention import NAME, cache_argument
+from refimpl.core.cache.attention import NAME, Mask, cache_argument
 from refimpl.core.cache.content import load_described, to_json
 from refimpl.core.cache.layer import KVLayer
 from refimpl.core.cache.policy import LayerShape, Policy, policy_from
@@ -39,7 +39,8 @@ _ABOUT, _FORMAT = "refimpl-cache", 2
 def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for given in kwargs.values():  # some models call it `layer_past`
         if isinstance(given, CompressedCache):
-            given._expect(module, attention_input(args, kwargs), attention_rotation(kwargs))
+            rotation, mask = attention_rotation(kwargs), kwargs.get("attention_mask")
+            given._expect(module, attention_input(args, kwargs), rotation, mask)
 
 
 class CompressedCache(Cache):
@@ -129,7 +130,7 @@ class CompressedCache(Cache):
         """The layers a policy made; the others keep a sliding window and are the library's."""
         return [layer for layer in self.layers if isinstance(layer, KVLayer)]
 
-    def _expect(self, module: nn.Module, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> None:
+    def _expect(self, module: nn.Module, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: Any) -> None:
         index: int = module.layer_idx  # type: ignore[assignment]
         if index >= len(self._modules) or self._modules[index]() is not module:
             raise OptionError(
@@ -143,6 +144,13 @@ class CompressedCache(Cache):
                 f"model.set_attn_implementation({NAME!r})"
             )
         layer = self.layers[index]
+        if not hidden.shape[1]:  # generate cuts off as many ids as the cache holds
+            raise OptionError(
+                f"input_ids: none is left after the {self.get_seq_length()} tokens that the cache holds; generate takes "
+                "the ids of the whole sequence, so pass torch.cat([document, question], 1)"
+            )
+        if isinstance(mask, Mask):
+            mask.check_width()
         if isinstance(layer, KVLayer):
             layer.expect(module, hidden, rotation)
 
@@ -355,6 +363,10 @@ def prefill(
 
     The result is that of one piece. In "exact" mode the uncompressed keys and values of the prompt stand in memory
     until its end; in "streamed" mode never.
+
+    ``generate`` takes the ids of the whole sequence afterwards, the document's again in front of the question's, and skips
+    as many as the cache holds. A short question alone leaves none to feed and is refused; it cannot be noticed that a long
+    one begins with other ids than the document's.
 
     Args:
         model: the model of the cache.

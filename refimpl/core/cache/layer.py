@@ -22,6 +22,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from refimpl.core.cache.attention import DeferredKV, Dense, Mask, Segment, attend, plain, single
 from refimpl.core.cache.rope import Rotary
+from refimpl.core.device import read
 from refimpl.core.errors import OptionError
 
 ENDLESS = 1 << 62
@@ -413,11 +414,52 @@ class TailLayer(KVLayer):
         )
 
 
-class WindowLayer(TailLayer):
+class CountedTail(TailLayer):
+    """A tail that knows which of its slots are padding: part "valid" bool [B, 1, n], once a batch is padded."""
+
+    numbers = (*TailLayer.numbers, "gapped")
+
+    def reset(self) -> None:
+        super().reset()
+        self.gapped = False  # padding lies between real tokens of the tail
+
+    def append(self, incoming: Incoming) -> None:
+        valid = incoming.valid
+        if valid is not None or "valid" in self.parts:  # once padded, always: the tail is short
+            rows, _, count, _ = incoming.keys.shape
+            ones = torch.ones(rows, 1, self.seen - self.start + count, dtype=torch.bool, device=incoming.keys.device)
+            if "valid" not in self.parts:
+                self.parts["valid"] = ones[:, :, count:]
+            self.extend(valid=ones[:, :, :count] if valid is None else valid.unsqueeze(1))
+        super().append(incoming)
+
+    def _run(self, incoming: Incoming, decoded: bool, replayed: bool = False) -> Tensor:
+        if not incoming.mask.padded_on_the_left:
+            real = incoming.mask.valid(range(self.start, incoming.slots.stop))
+            self.gapped = real is not None and read((~real & (real.cumsum(-1) > 0)).any()) > 0
+        return super()._run(incoming, decoded, replayed)
+
+    def surplus(self, window: int, group: int) -> int:
+        """Slots of the tail, a multiple of ``group``, without which each row has its newest ``window`` real tokens."""
+        count = (self.seen - self.start - window) // group * group
+        if count > 0 and self.gapped and "valid" in self.parts:
+            left = self.parts["valid"][:, 0].flip(-1).cumsum(-1).flip(-1)  # real tokens from each slot on
+            enough = (left >= left[:, :1].clamp(max=window)).all(0)
+            count = min(count, (int(read(enough.sum())) - 1) // group * group)
+        return max(count, 0)
+
+    def crop_to(self, length: int) -> None:
+        super().crop_to(length)
+        if "valid" in self.parts:
+            self.parts["valid"] = self.parts["valid"][:, :, : length - self.start].clone()
+
+
+class WindowLayer(CountedTail):
     """Entries leave the tail for a store in groups, oldest first, and are not changed afterwards.
 
     A group leaves as soon as ``window`` tokens remain without it: after t tokens,
-    ``floor((t - window) / group) * group`` are in the store, however they were fed.
+    ``floor((t - window) / group) * group`` are in the store, however they were fed. Padding between tokens lies in groups
+    with them, but is not counted: with it, groups leave when each row has ``window`` real tokens without them.
 
     Args:
         heads, streamed: see `KVLayer`.
@@ -438,25 +480,15 @@ class WindowLayer(TailLayer):
             valid: True for real tokens, bool [B, n]; None if there is no padding.
         """
 
-    def append(self, incoming: Incoming) -> None:
-        valid = incoming.valid
-        if valid is not None or "valid" in self.parts:  # once padded, always: the tail is short
-            rows, _, count, _ = incoming.keys.shape
-            ones = torch.ones(rows, 1, self.seen - self.start + count, dtype=torch.bool, device=incoming.keys.device)
-            if "valid" not in self.parts:
-                self.parts["valid"] = ones[:, :, count:]
-            self.extend(valid=ones[:, :, :count] if valid is None else valid.unsqueeze(1))
-        super().append(incoming)
-
     def tokens_until_compress(self) -> int:
-        return self.window + self.group - (self.seen - self.start)
+        return 1 if self.gapped else self.window + self.group - (self.seen - self.start)
 
     def compress_decoded(self, incoming: Incoming, mass: Tensor | None) -> None:
         self.finish_prompt()
 
     def finish_prompt(self) -> None:
-        count = (self.seen - self.start - self.window) // self.group * self.group
-        if count <= 0:
+        count = self.surplus(self.window, self.group)
+        if not count:
             return
         if "valid" in self.parts:
             keys, values, valid = self.drop(count, ("keys", "values", "valid"))
@@ -464,8 +496,3 @@ class WindowLayer(TailLayer):
         else:
             keys, values = self.drop(count)
             self.store(keys, values, None)
-
-    def crop_to(self, length: int) -> None:
-        super().crop_to(length)
-        if "valid" in self.parts:
-            self.parts["valid"] = self.parts["valid"][:, :, : length - self.start].clone()

@@ -194,17 +194,20 @@ class Policy(ByContent, abc.ABC):
         """An empty cache for a model, ready for ``model.generate(..., **cache_argument(cache))``.
 
         The model's attention is set to "refimpl", which equals "sdpa" for every other cache. Layers that attend to a
-        sliding window keep the cache the library gives them: it is bounded already.
+        sliding window keep the cache the library gives them: it is bounded already. The first cache for a model takes one
+        pass over four tokens, in which its layers show how they use a cache.
 
         Args:
             model: a decoder of transformers.
-            budget: bytes allowed, as a share of the full cache of the layers that are compressed; 1.0 gives nothing up.
+            budget: bytes allowed, as a share of the full cache of the layers that are compressed; 1.0 gives nothing up, of
+                longer texts than ``length`` neither.
             bytes_per_token: the same in bytes per token, all compressed layers together.
             length: tokens at which the budget is to be met (windows and sinks count).
             prefill: "exact" or "streamed"; None: as in the paper.
 
         Raises:
-            OptionError: a budget that cannot be met (says the least that can), a model or mode that cannot work.
+            OptionError: a budget that cannot be met (says the least that can), a mode the policy does not have, or a
+                model with a layer that no cache of ours, or not this policy, can serve (names the layer and the reason).
 
         Example:
             >>> from transformers import LlamaConfig, LlamaForCausalLM

@@ -219,7 +219,7 @@ class CSKVLayer(WindowLayer):
     def tokens_until_compress(self) -> int:
         # Features in 16 bits are the same before and after they leave the window, so many queries can be attended to
         # at once, each with its own window (`Exact`). Codes exist only once a group is complete.
-        return max(self.window, PIECE) if self.bits == 16 else super().tokens_until_compress()
+        return max(self.window, PIECE) if self.bits == 16 and not self.gapped else super().tokens_until_compress()
 
     # -- attention --
 
@@ -259,7 +259,8 @@ class CSKVLayer(WindowLayer):
     def segments(self, incoming: Incoming) -> list[Segment]:
         # The paper's two branches, and sinks: one softmax over [sinks, rebuilt, window], each token visible in one of them.
         # While a prompt is open nothing leaves the window; else the last query of a piece has the latest window.
-        stop = self.start if self.prompt_open else max(self.start, self._begin(self.seen - 1))
+        # With padding between tokens queries come one by one, and what has left is in the store.
+        stop = self.start if self.prompt_open or self.gapped else max(self.start, self._begin(self.seen - 1))
         if not stop:
             return [self.tail]
         p, limits, window = self.parts, None, self.tail
