@@ -20,18 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from refimpl.core.cache import (
-    Dense,
-    Incoming,
-    LayerShape,
-    Mask,
-    Policy,
-    Rotary,
-    Segment,
-    Sinks,
-    TailLayer,
-    keep_sinks,
-)
+from refimpl.core.cache import Dense, Incoming, LayerShape, Mask, Policy, Rotary, Segment, Sinks, TailLayer, keep_sinks
 from refimpl.core.device import read
 from refimpl.core.errors import OptionError
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from refimpl.core.cache.attention import NAME, Mask, cache_argument
 from refimpl.core.cache.content import load_described, to_json

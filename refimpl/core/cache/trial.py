@@ -45,7 +45,9 @@ class Met:
 class _UntouchedKV(DeferredKV):
     @staticmethod
     def _refuse() -> Any:
-        raise OptionError("it works on the keys and values that a cache returns, which a compressed cache does not have")
+        raise OptionError(
+            "it works on the keys and values that a cache returns, which a compressed cache does not have"
+        )
 
 
 class _TrialLayer(TailLayer):
@@ -152,11 +154,13 @@ def _tried(model: PreTrainedModel, modules: list[nn.Module], full: list[int]) ->
         current = full[0]
         with torch.random.fork_rng(devices, enabled=training):  # dropout draws numbers
             model.base_model(input_ids=ids, use_cache=True, **cache_argument(cache))
-        for current, layer in layers.items():
-            if layer.shown is None:
+        for current in full:
+            if layers[current].shown is None:
                 raise OptionError(_ELSEWHERE)
     except Exception as error:
-        reason = str(error).partition("; use ")[0] if isinstance(error, OptionError) else f"{type(error).__name__}: {error}"
+        reason = (
+            str(error).partition("; use ")[0] if isinstance(error, OptionError) else f"{type(error).__name__}: {error}"
+        )
         raise OptionError(
             f"model: layer {current} of {type(model).__name__} ({type(modules[current]).__name__}) cannot use a compressed "
             f"cache: {' '.join(reason.split())}; use the library's own cache"

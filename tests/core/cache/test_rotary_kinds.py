@@ -25,7 +25,10 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "no channel": ("SmolLM3", {"no_rope_layers": [0]}),
     "neighbours": ("Helium", {"head_dim": 16}),
     "neighbours, layout of Cohere": ("Cohere", {}),
-    "neighbours, complex": ("Llama4Text", {"head_dim": 16, "num_local_experts": 2, "moe_layers": [], "no_rope_layers": [1]}),
+    "neighbours, complex": (
+        "Llama4Text",
+        {"head_dim": 16, "moe_layers": [], "no_rope_layers": [1], "layer_types": ["full_attention"]},
+    ),
     "half of the channels": ("Phi", {}),
     "a quarter of the channels": ("StableLm", {}),
     "neighbours, half of the channels": ("Glm", {"head_dim": 16}),
@@ -126,7 +129,9 @@ def test_every_policy_that_turns_keys_is_tested() -> None:
             policy.cache(model)
         except OptionError as error:
             refusing.add(name)
-            assert f"{name} turns keys by their positions, but layer 0 of LlamaForCausalLM (LlamaAttention)" in str(error)
+            assert f"{name} turns keys by their positions, but layer 0 of LlamaForCausalLM (LlamaAttention)" in str(
+                error
+            )
             assert "KIVI or SnapKV" in str(error)
     assert refusing == set(TURNING)
 
@@ -140,7 +145,9 @@ def test_a_layer_that_turns_keys_in_its_own_way_is_refused(policy: str, monkeypa
     rotated = modeling_llama.apply_rotary_pos_emb
     turn = lambda x, k, cos, sin: rotated(x, k, cos, sin * 1.5)  # noqa: E731
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", turn)
-    with pytest.raises(OptionError, match=rf"{policy} turns keys .* layer 0 of LlamaForCausalLM .* such as KIVI or SnapKV"):
+    with pytest.raises(
+        OptionError, match=rf"{policy} turns keys .* layer 0 of LlamaForCausalLM .* such as KIVI or SnapKV"
+    ):
         fitted.cache(model)
     POLICIES["KIVI"](value_group=8).cache(model)  # takes keys as they come
 
@@ -158,7 +165,9 @@ def test_positions_of_later_pieces_are_checked(policy: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("turned", [0, 8, 16])
 @pytest.mark.parametrize("alternate", [False, True])
-def test_a_pairing_is_seen_through_large_channels_and_rounding(alternate: bool, turned: int, dtype: torch.dtype) -> None:
+def test_a_pairing_is_seen_through_large_channels_and_rounding(
+    alternate: bool, turned: int, dtype: torch.dtype
+) -> None:
     found = Rotary(1e6 ** -(torch.arange(turned / 2) / 8), 1.2, alternate)
     cos, sin = (x.unsqueeze(1) for x in found(torch.arange(4).unsqueeze(0)))
     key = torch.randn(1, 2, 1, 16, generator=torch.Generator().manual_seed(1))
@@ -169,4 +178,6 @@ def test_a_pairing_is_seen_through_large_channels_and_rounding(alternate: bool, 
     assert seen is not None
     assert (len(seen.frequencies) * 2, seen.alternate) == (turned, alternate and turned > 0)
     if turned == 16 and not alternate:
-        assert torch.equal(found.turn(key, cos[..., :1, :], sin[..., :1, :]), rotate(key, cos[..., :1, :], sin[..., :1, :]))
+        assert torch.equal(
+            found.turn(key, cos[..., :1, :], sin[..., :1, :]), rotate(key, cos[..., :1, :], sin[..., :1, :])
+        )
