@@ -8,22 +8,23 @@ import json
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from inspect import signature
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
 
-from refimpl.core.cache.attention import NAME
+from refimpl.core.cache.attention import NAME, Mask, cache_argument
 from refimpl.core.cache.content import load_described, to_json
 from refimpl.core.cache.layer import KVLayer
 from refimpl.core.cache.policy import LayerShape, Policy, policy_from
 from refimpl.core.cache.rope import find_rotary
-from refimpl.core.cache.tap import attention_input, attention_modules
+from refimpl.core.cache.tap import attention_input, attention_modules, attention_rotation
+from refimpl.core.cache.trial import Met, meet, modules_by_layer
 from refimpl.core.errors import CheckpointError, OptionError
 from refimpl.core.files.io import atomic_write
 from refimpl.core.stored import stored_dtype
@@ -32,27 +33,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _HOOKED = "_refimpl_cache_hook"
-# transformers 5.24 renamed the argument, and warns at every use of the old name
-ARGUMENT = (
-    "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
-)
 _ABOUT, _FORMAT = "refimpl-cache", 2
 
 
-def cache_argument(cache: Cache | None) -> dict[str, Cache | None]:
-    """The cache as a keyword argument of a model or of ``generate``, by the name that this transformers has for it.
-
-    Example:
-        >>> list(cache_argument(None)) in (["cache"], ["past_key_values"])   # from 5.24 on, and before
-        True
-    """
-    return {ARGUMENT: cache}
-
-
 def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    cache = kwargs.get(ARGUMENT)
-    if isinstance(cache, CompressedCache):
-        cache._expect(module, attention_input(args, kwargs), kwargs.get("position_embeddings"))
+    for given in kwargs.values():  # some models call it `layer_past`
+        if isinstance(given, CompressedCache):
+            rotation, mask = attention_rotation(kwargs), kwargs.get("attention_mask")
+            given._expect(module, attention_input(args, kwargs), rotation, mask)
 
 
 class CompressedCache(Cache):
@@ -75,14 +63,10 @@ class CompressedCache(Cache):
         length: int | None = None,
         prefill: str | None = None,
     ) -> None:
-        self._modules = [weakref.ref(module) for module in attention_modules(model)]
-        self._model = weakref.ref(model)
         stock = DynamicCache(config=model.config).layers
-        if len(stock) != len(self._modules) or not any(type(layer) is DynamicLayer for layer in stock):
-            raise OptionError(
-                f"model: {type(model).__name__} has no layer with full attention whose cache could be compressed "
-                f"({len(self._modules)} attention modules, {len(stock)} cache layers)"
-            )
+        modules = modules_by_layer(model, stock)
+        self._modules = [weakref.ref(module) for module in modules]
+        self._model = weakref.ref(model)
         mode = policy.prefills[0] if prefill is None else prefill
         if mode not in policy.prefills:
             raise OptionError(
@@ -90,7 +74,7 @@ class CompressedCache(Cache):
             )
         self.streamed = mode == "streamed"
         shapes = {
-            index: self.layer_shape(model, index) for index in range(len(stock)) if type(stock[index]) is DynamicLayer
+            index: _as_met(self.layer_shape(model, index), met) for index, met in meet(model, modules, stock).items()
         }
         self.policy = _within_budget(policy, list(shapes.values()), budget, bytes_per_token, length)
         layers = [
@@ -103,7 +87,7 @@ class CompressedCache(Cache):
                 layer.stored = self._stored
         if model.config._attn_implementation != NAME:
             model.set_attn_implementation(NAME)
-        for module in attention_modules(model):
+        for module in modules:
             if not hasattr(module, _HOOKED):
                 setattr(module, _HOOKED, module.register_forward_pre_hook(_before_attention, with_kwargs=True))
         super().__init__(layers=layers)
@@ -126,6 +110,7 @@ class CompressedCache(Cache):
             model.dtype,
             find_rotary(model, types[index] if types else None),
             stored_dtype(model),
+            owner=type(model).__name__,
         )
 
     # -- the life of a cache ---------------------------------------------------------------------------------------
@@ -145,7 +130,7 @@ class CompressedCache(Cache):
         """The layers a policy made; the others keep a sliding window and are the library's."""
         return [layer for layer in self.layers if isinstance(layer, KVLayer)]
 
-    def _expect(self, module: nn.Module, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> None:
+    def _expect(self, module: nn.Module, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: Any) -> None:
         index: int = module.layer_idx  # type: ignore[assignment]
         if index >= len(self._modules) or self._modules[index]() is not module:
             raise OptionError(
@@ -159,6 +144,13 @@ class CompressedCache(Cache):
                 f"model.set_attn_implementation({NAME!r})"
             )
         layer = self.layers[index]
+        if not hidden.shape[1]:  # generate cuts off as many ids as the cache holds
+            raise OptionError(
+                f"input_ids: none is left after the {self.get_seq_length()} tokens that the cache holds; generate takes "
+                "the ids of the whole sequence, so pass torch.cat([document, question], 1)"
+            )
+        if isinstance(mask, Mask):
+            mask.check_width()
         if isinstance(layer, KVLayer):
             layer.expect(module, hidden, rotation)
 
@@ -296,6 +288,12 @@ class CompressedCache(Cache):
         return cache
 
 
+def _as_met(shape: LayerShape, met: Met) -> LayerShape:
+    """A shape with what the layer itself showed, which configurations do not always say."""
+    heads, _, head_dim = met.keys.shape[1:]
+    return replace(shape, heads=heads, groups=met.query_heads // heads, head_dim=head_dim, shown=met.keys)
+
+
 def _within_budget(
     policy: Policy, shapes: list[LayerShape], budget: float | None, bytes_per_token: float | None, length: int | None
 ) -> Policy:
@@ -365,6 +363,10 @@ def prefill(
 
     The result is that of one piece. In "exact" mode the uncompressed keys and values of the prompt stand in memory
     until its end; in "streamed" mode never.
+
+    ``generate`` takes the ids of the whole sequence afterwards, the document's again in front of the question's, and skips
+    as many as the cache holds. A short question alone leaves none to feed and is refused; it cannot be noticed that a long
+    one begins with other ids than the document's.
 
     Args:
         model: the model of the cache.

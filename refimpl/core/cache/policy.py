@@ -40,8 +40,12 @@ class LayerShape:
         groups: query heads that share each of them.
         head_dim: width of a head.
         dtype: of keys and values as they are computed.
-        rotary: the model's rotary embedding for this layer; None if keys are not rotated, or not in the usual way.
+        rotary: how the layer turns queries and keys by their positions; None if the model has no rotary embedding, or
+            none that can be computed again from positions.
         stored: what keys and values count as (`refimpl.core.stored`); None: their dtype.
+        owner: class of the model, for messages.
+        shown: keys of one vector at positions 0, 1, ..., as the layer turned them, [1, H, n, d] (`refimpl.core.cache.trial`);
+            None if that was not asked.
     """
 
     index: int
@@ -52,6 +56,8 @@ class LayerShape:
     dtype: torch.dtype
     rotary: Rotary | None
     stored: torch.dtype | None = None
+    owner: str = "the model"
+    shown: Tensor | None = None
 
     @property
     def itemsize(self) -> int:
@@ -64,18 +70,19 @@ class LayerShape:
         return 2 * self.heads * self.head_dim * self.itemsize
 
     def rotation(self, policy: Policy) -> Rotary:
-        """The rotary embedding, for policies that turn keys themselves.
+        """How the layer turns queries and keys, for policies that turn them themselves.
 
         Raises:
-            OptionError: this model has none that can be recomputed from positions.
+            OptionError: in no way that can be computed again from positions.
         """
-        if self.rotary is None:
+        found = self.rotary if self.rotary is None or self.shown is None else self.rotary.seen_in(self.shown)
+        if found is None:
             raise OptionError(
-                f"model: {type(policy).__name__} turns keys by their positions, but layer {self.index} "
-                f"({type(self.module).__name__}) has no rotary embedding that depends on positions alone; use a "
-                "policy that works on keys as they come, such as KIVI or SnapKV"
+                f"model: {type(policy).__name__} turns keys by their positions, but layer {self.index} of {self.owner} "
+                f"({type(self.module).__name__}) has no rotary embedding that depends on positions alone and turns the "
+                "first channels in pairs; use a policy that works on keys as they come, such as KIVI or SnapKV"
             )
-        return self.rotary
+        return found
 
 
 def check_rank(name: str, rank: int, shape: LayerShape) -> None:
@@ -187,17 +194,20 @@ class Policy(ByContent, abc.ABC):
         """An empty cache for a model, ready for ``model.generate(..., **cache_argument(cache))``.
 
         The model's attention is set to "refimpl", which equals "sdpa" for every other cache. Layers that attend to a
-        sliding window keep the cache the library gives them: it is bounded already.
+        sliding window keep the cache the library gives them: it is bounded already. The first cache for a model takes one
+        pass over four tokens, in which its layers show how they use a cache.
 
         Args:
             model: a decoder of transformers.
-            budget: bytes allowed, as a share of the full cache of the layers that are compressed; 1.0 gives nothing up.
+            budget: bytes allowed, as a share of the full cache of the layers that are compressed; 1.0 gives nothing up, of
+                longer texts than ``length`` neither.
             bytes_per_token: the same in bytes per token, all compressed layers together.
             length: tokens at which the budget is to be met (windows and sinks count).
             prefill: "exact" or "streamed"; None: as in the paper.
 
         Raises:
-            OptionError: a budget that cannot be met (says the least that can), a model or mode that cannot work.
+            OptionError: a budget that cannot be met (says the least that can), a mode the policy does not have, or a
+                model with a layer that no cache of ours, or not this policy, can serve (names the layer and the reason).
 
         Example:
             >>> from transformers import LlamaConfig, LlamaForCausalLM

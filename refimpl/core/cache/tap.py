@@ -75,6 +75,20 @@ def attention_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 
 
+def attention_rotation(kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Cos and sin among the arguments of an attention module, or None.
+
+    Example:
+        >>> import torch
+        >>> attention_rotation({}), attention_rotation({"position_embeddings": torch.tensor(3 + 4j)})
+        (None, (tensor(3.), tensor(4.)))
+    """
+    given = kwargs.get("position_embeddings")
+    if isinstance(given, Tensor) and given.is_complex():  # Llama 4, DeepSeek
+        return given.real, given.imag
+    return given if isinstance(given, tuple) else None
+
+
 @contextmanager
 def hidden_states(modules: Sequence[nn.Module]) -> Iterator[list[list[Tensor]]]:
     """Collect the inputs of attention modules while the block runs.
