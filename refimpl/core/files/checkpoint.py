@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from refimpl.core.compress.sites import Site, UnfusedExperts, is_conv1d
 from refimpl.core.errors import CheckpointError
+from refimpl.core.files.folders import check_file
 
 MANIFEST = "refimpl.json"  # identifies a folder written by refimpl: layers, files and the run that wrote them
 _EXPERT = re.compile(r"^(?P<experts>.*)\.(?P<index>\d+)\.(?P<map>gate_up_proj|down_proj)\.weight$")
@@ -59,6 +60,7 @@ class Checkpoint:
             )
         self._files: dict[str, Path] = {}
         for path in files:
+            check_file(path)
             try:
                 with safe_open(path, framework="pt") as handle:
                     self._files.update(dict.fromkeys(handle.keys(), path))
@@ -70,11 +72,16 @@ class Checkpoint:
         for index in (self.folder / MANIFEST, self.folder / "model.safetensors.index.json"):
             if not index.exists():
                 continue
+            check_file(index)
             try:
                 names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise CheckpointError(f"{index} cannot be read ({error!r}); copy or download it again") from error
             for name in names:
+                if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+                    raise CheckpointError(
+                        f"{index} names the file {name!r}, which is not inside its folder; do not use this checkpoint"
+                    )
                 if not (self.folder / name).exists():
                     raise CheckpointError(f"checkpoint={str(self.folder)!r} lacks {name}; copy or download it again")
             return [self.folder / name for name in names]
@@ -122,6 +129,12 @@ class Checkpoint:
         # opened anew each time: an open file stays mapped as a whole, and the shards together may exceed memory
         with safe_open(self._files[found], framework="pt") as handle:
             return handle.get_tensor(found) if index is None else handle.get_slice(found)[index]
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of a tensor that is there."""
+        found = self._find(key) or key
+        with safe_open(self._files[found], framework="pt") as handle:
+            return tuple(handle.get_slice(found).get_shape())
 
 
 def weight_key(name: str, model: nn.Module) -> tuple[str, int | None]:

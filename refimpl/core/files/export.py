@@ -18,7 +18,6 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -33,8 +32,9 @@ from torch import Tensor, nn
 from refimpl.core.compress.fold import _feeds
 from refimpl.core.compress.sites import _ROUTER, UnfusedExperts, find_blocks, is_conv1d
 from refimpl.core.device import read
-from refimpl.core.errors import CheckpointError, OptionError, require
-from refimpl.core.files.companions import front_matter
+from refimpl.core.errors import CheckpointError, FileError, OptionError, require
+from refimpl.core.files.companions import TOKENIZER, front_matter
+from refimpl.core.files.folders import LOCK, check_file, lock, writing
 from refimpl.core.files.io import (
     MODEL_FILES,
     check_transformers,
@@ -669,30 +669,46 @@ def _whole(folder: str | Path) -> Iterator[Path]:
     """An empty folder beside `folder` that takes its place if the block succeeds.
 
     An earlier export is replaced; other files, such as a tokenizer, are kept. Its config is removed first and written
-    last, so in between nothing can be loaded.
+    last, so in between nothing can be loaded. A second process that exports to the same place is refused.
     """
     folder = Path(folder)
-    card = folder / "README.md"
+    place = Path(os.path.abspath(folder))
+    card = place / "README.md"
+    check_file(card)
     ours = card.is_file() and _MARK in card.read_text(errors="replace")
-    if folder.is_file() or (not ours and (card.exists() or any(next(folder.glob(p), None) for p in MODEL_FILES))):
+    if place.exists() and not ours and (foreign := _foreign(place)) is not None:
         raise CheckpointError(
-            f"folder={str(folder)!r} holds something that refimpl did not export; choose another folder"
+            f"folder={str(folder)!r} holds something that refimpl did not export, {foreign!r}; choose another folder, or "
+            "an empty one"
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
-    try:
-        yield staging
-        staging.chmod(0o755)  # mkdtemp makes folders private
-        if not folder.exists():
-            os.replace(staging, folder)
-            return
-        for pattern in sorted(MODEL_FILES, key=lambda name: "config" not in name):
-            for path in folder.glob(pattern):
-                path.unlink()
-        for path in sorted(staging.iterdir(), key=lambda path: path.name.endswith("config.json")):
-            os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    staging = place.parent / f".{place.name}.refimpl-export"
+    with writing(folder), lock(staging):
+        for path in staging.iterdir():  # of an export that was killed
+            if path.name != LOCK:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        try:
+            yield staging
+            for path in staging.iterdir():
+                check_file(place / path.name)
+            (staging / LOCK).unlink()
+            if not place.exists():
+                os.replace(staging, place)
+                return
+            for pattern in sorted(MODEL_FILES, key=lambda name: "config" not in name):
+                for path in place.glob(pattern):
+                    path.unlink()
+            for path in sorted(staging.iterdir(), key=lambda path: path.name.endswith("config.json")):
+                os.replace(path, place / path.name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _foreign(place: Path) -> str | None:
+    """Something at `place` that an export may not stand beside, if it is no folder of ours; a tokenizer may be there."""
+    if not place.is_dir():
+        raise FileError(f"folder={str(place)!r} is no folder; move what is in the way, or choose another path")
+    known = {path.name for pattern in (*TOKENIZER, "generation_config.json") for path in place.glob(pattern)}
+    return next((path.name for path in sorted(place.iterdir()) if path.name not in known), None)
 
 
 def _shards(pieces: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

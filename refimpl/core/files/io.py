@@ -263,6 +263,8 @@ def save(model: nn.Module, folder: str | Path) -> Path:
             with experts_put_back(model, always=True):
                 unfuse_experts(model)  # one format, whether any expert was compressed or not
                 _save(model, new, beside=folder)
+            for path in new.iterdir():
+                check_file(folder / path.name)  # or it could be put in its place by half
             os.replace(new, folder / _SAVED)
         finally:
             shutil.rmtree(new, ignore_errors=True)
@@ -418,27 +420,48 @@ use transformers' from_pretrained for plain checkpoints
     stored = getattr(torch, read_json(folder / MANIFEST)["dtype"])
     model = empty_model(read_config(folder), stored, folder)
     restore_layers(model, folder)
-    left = set(source.keys())
+    check_tensors(model, folder)
     for name, tensor in list(model.state_dict().items()):
-        if tensor.is_meta and name in left:
-            value = source.tensor(name)
-            if value.shape != tensor.shape:
-                raise CheckpointError(
-                    f"{folder}: {name!r} is {tuple(value.shape)}, expected {tuple(tensor.shape)}; save the model again"
-                )
-            set_tensor(model, name, value)
-            left.discard(name)
+        if tensor.is_meta and name in source:
+            set_tensor(model, name, source.tensor(name))
     model.tie_weights()  # type: ignore[operator]
-    missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
-    if missing or left:
-        what = f"lacks {missing[0]!r}" if missing else f"has a tensor of no use, {sorted(left)[0]!r}"
-        raise CheckpointError(f"{folder} {what}: it is damaged or was written by another version; save the model again")
     if dtype is not None:
         _cast(model, dtype)
         model.tie_weights()  # type: ignore[operator]  # each got a copy of its own
         declare_stored(model, min(dtype, stored, key=lambda kind: kind.itemsize))
     note_methods(model, read_json(folder / MANIFEST).get("methods", []))
     return model.to(device).eval()
+
+
+def check_tensors(model: nn.Module, folder: Path) -> None:
+    """Raise `CheckpointError` unless `folder` holds just the tensors of `model`, which has its layers restored.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1,
+        ...     intermediate_size=64, vocab_size=50))
+        >>> check_tensors(model, save(model, tempfile.mkdtemp()))
+    """
+    source = Checkpoint(folder)
+    left = set(source.keys())
+    lacking: dict[int, str] = {}
+    held: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in left:
+            lacking.setdefault(id(tensor), name)
+            continue
+        held.add(id(tensor))
+        left.discard(name)
+        if (shape := source.shape(name)) != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{folder}: {name!r} is {shape}, expected {tuple(tensor.shape)}; save the model again"
+            )
+    tied = getattr(model, "all_tied_weights_keys", None) or {}  # stored once; from_pretrained ties when all is read
+    missing = [name for tensor, name in lacking.items() if tensor not in held and tied.get(name) not in source.keys()]
+    if missing or left:
+        what = f"lacks {missing[0]!r}" if missing else f"has a tensor of no use, {sorted(left)[0]!r}"
+        raise CheckpointError(f"{folder} {what}: it is damaged or was written by another version; save the model again")
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
