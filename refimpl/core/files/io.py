@@ -421,9 +421,8 @@ use transformers' from_pretrained for plain checkpoints
     model = empty_model(read_config(folder), stored, folder)
     restore_layers(model, folder)
     check_tensors(model, folder)
-    for name, tensor in list(model.state_dict().items()):
-        if tensor.is_meta and name in source:
-            set_tensor(model, name, source.tensor(name))
+    for name in source.keys():
+        set_tensor(model, name, source.tensor(name))
     model.tie_weights()  # type: ignore[operator]
     if dtype is not None:
         _cast(model, dtype)

@@ -22,6 +22,7 @@ from refimpl.core.errors import CheckpointError, OptionError
 from refimpl.core.files.checkpoint import MANIFEST
 from refimpl.core.files.companions import note_methods
 from refimpl.core.files.io import check_tensors, compressed_layers, read_json, restore_layers, save
+from refimpl.core.layers import CompressedLayer
 from refimpl.core.stored import declare_stored
 
 _plain_save_pretrained = PreTrainedModel.save_pretrained
@@ -104,6 +105,9 @@ class RefimplQuantizer(HfQuantizer):
         manifest = read_json(folder / MANIFEST)
         restore_layers(model, folder, dtype=self.dtype)
         check_tensors(model, folder)
+        for module in model.modules():  # or transformers would initialise weights that some have no more
+            if any(isinstance(child, CompressedLayer) for child in module.children()):
+                module._is_hf_initialized = not module._non_persistent_buffers_set
         stored = getattr(torch, manifest["dtype"])
         declare_stored(model, min(self.dtype, stored, key=lambda kind: kind.itemsize))
         note_methods(model, manifest.get("methods", []))

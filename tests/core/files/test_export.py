@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
+import shutil
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -525,19 +527,37 @@ def test_exports_are_replaced_and_nothing_else_is_touched(tiny_llama: Factory, t
     assert (folder / "tokenizer.json").read_text() == "{}" and "plain weights" in (folder / "README.md").read_text()
     assert torch.equal(logits(loaded(folder), tokens), logits(model, tokens))
     assert (folder.stat().st_mode & 0o777) == 0o755
-    for theirs in ("dense", "ours", "written"):
+    for theirs in ("dense", "ours", "README.md", "precious.txt", "folder"):
         other = tmp_path / theirs
-        if theirs == "written":
+        if theirs in ("README.md", "precious.txt"):
             other.mkdir()
-            (other / "README.md").write_text("my notes")
+            (other / theirs).write_text("mine")
+        elif theirs == "folder":
+            (other / "inside").mkdir(parents=True)
         else:
             tiny_llama().save_pretrained(other) if theirs == "dense" else save(tiny_llama(), other)
-        before = {path.name: path.read_bytes() for path in other.iterdir()}
-        with pytest.raises(CheckpointError, match="refimpl did not export; choose another folder"):
+        before = {path.name: path.is_file() and path.read_bytes() for path in other.iterdir()}
+        with pytest.raises(CheckpointError, match="refimpl did not export, '.*'; choose another folder"):
             export_dense(model, other)
-        assert before == {path.name: path.read_bytes() for path in other.iterdir()}
+        assert before == {path.name: path.is_file() and path.read_bytes() for path in other.iterdir()}
+    with pytest.raises(CheckpointError, match="folder='/' holds something that refimpl did not export"):
+        export_dense(model, "/")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "tokenizer.json").write_text("{}")  # may be there first
     loaded(export_dense(model, tmp_path / "empty"))
+
+
+def test_exports_of_two_processes_and_of_a_killed_one(tiny_llama: Factory, tokens, loaded, tmp_path) -> None:
+    model = compressed(tiny_llama(), [RTN(4, 32, symmetric=True)], tokens)
+    with export._whole(tmp_path / "out") as staging:
+        (staging / "left").touch()
+        with pytest.raises(CheckpointError, match="is being written by process"):
+            export_dense(model, tmp_path / "out")
+        shutil.copytree(staging, tmp_path / "killed")
+    os.replace(tmp_path / "killed", tmp_path / staging.name)  # as a killed process leaves it
+    shutil.rmtree(tmp_path / "out")
+    export_dense(model, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and not (tmp_path / "out" / "left").exists()
 
 
 @pytest.mark.parametrize("earlier", [False, True])

@@ -396,7 +396,7 @@ def test_places_that_cannot_be_written(tiny_llama: Factory, tmp_path) -> None:
             lambda out: compress(tiny_llama(), RTN(4, 32), out=out, progress=False),
             lambda out: export_dense(model, out),
         ):
-            with pytest.raises(FileError, match=rf"{out}.*; (choose a folder that you may|move what is in the way)"):
+            with pytest.raises(FileError, match=rf"{out.parent}/.*; (choose a folder that you may|move what is in)"):
                 call(out)
     assert (tmp_path / "file").read_text() == "mine"
 
