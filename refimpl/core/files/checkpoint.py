@@ -71,6 +71,7 @@ class Checkpoint:
             )
         self._files: dict[str, Path] = {}
         self._groups: dict[str, _Group] | None = None  # by name in the model, after `translate`
+        self._tied: dict[str, str] = {}
         self._recent: dict[str, dict[str, Tensor]] = {}
         for path in files:
             check_file(path)
@@ -139,6 +140,10 @@ class Checkpoint:
             group.sources.append((key, pattern))
             for other in converter.target_patterns if converter is not None else ():
                 self._groups[name.replace(converter.target_patterns[0], other)] = group
+        for pair in layout.all_tied_weights_keys.items():  # of which one is stored
+            for absent, present in (pair, pair[::-1]):
+                if absent not in self._groups and present in self._groups:
+                    self._tied[absent] = present
 
     def _converted(self, group: _Group) -> dict[str, Tensor]:
         """What transformers makes of the tensors of a group, by name in the model."""
@@ -153,7 +158,7 @@ class Checkpoint:
         return self._recent[group.name]
 
     def __contains__(self, key: str) -> bool:
-        return key in self._groups if self._groups is not None else self._find(key) is not None
+        return self._tied.get(key, key) in self._groups if self._groups is not None else self._find(key) is not None
 
     def keys(self) -> list[str]:
         """Names of all tensors, as stored."""
@@ -192,6 +197,7 @@ class Checkpoint:
             )
         if self._groups is None:
             return self._read(str(self._find(key)), index)
+        key = self._tied.get(key, key)
         group = self._groups[key]
         if group.converter is None:
             return self._read(group.sources[-1][0], index)
@@ -320,10 +326,38 @@ def read_config(folder: str | Path) -> Any:
     return config
 
 
+def model_class(config: Any) -> Any:
+    """The class that `empty_model` builds: the one the configuration names, or else its causal language model.
+
+    Raises:
+        CheckpointError: transformers knows neither.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> model_class(LlamaConfig(architectures=["LlamaForSequenceClassification"])).__name__
+        'LlamaForSequenceClassification'
+        >>> model_class(LlamaConfig()).__name__
+        'LlamaForCausalLM'
+    """
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as causal
+
+    named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+        return named
+    try:
+        return causal[type(config)]
+    except KeyError as error:
+        raise CheckpointError(
+            f"config={type(config).__name__}: no causal language model, and config.architectures names no other class "
+            "of transformers"
+        ) from error
+
+
 def empty_model(config: Any, dtype: torch.dtype, folder: str | Path | None = None) -> nn.Module:
     """A model of this configuration with its weights on "meta" and its computed buffers (rotary tables) real.
 
-    A causal language model, or of the class that the configuration names, if that takes something else than token ids.
+    It is of the class that `model_class` finds.
 
     Args:
         config: a transformers configuration.
@@ -340,21 +374,16 @@ def empty_model(config: Any, dtype: torch.dtype, folder: str | Path | None = Non
         >>> model.lm_head.weight.device.type, model.model.rotary_emb.inv_freq.device.type
         ('meta', 'cpu')
     """
-    import transformers
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
-    named: Any = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
-    try:
-        with torch.device("meta"):
-            if named is None or getattr(named, "main_input_name", "input_ids") == "input_ids":
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-            else:
-                model = named._from_config(config, dtype=dtype)
-    except ValueError as error:
-        raise CheckpointError(
-            f"config={type(config).__name__}: no causal language model, and config.architectures names no other class "
-            f"of transformers ({error})"
-        ) from error
+    with torch.device("meta"):
+        model = model_class(config)._from_config(config, dtype=dtype)
+    for (
+        module
+    ) in model.modules():  # some are made with a dtype or from random numbers, and are no weights on "meta" yet
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
     if folder is not None and (Path(folder) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     for module in model.modules():

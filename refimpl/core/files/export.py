@@ -372,8 +372,8 @@ class _Source:
             kind = "product of two factors"
         elif not isinstance(base, PackedLinear):
             kind = type(base).__name__
-        elif base.bits is not None and original is not None and not isinstance(original, nn.Linear):
-            kind = type(original).__name__
+        elif base.bits is not None and original is not None and type(original).forward is not nn.Linear.forward:
+            kind = type(original).__name__  # also one that reads its own weight, which is not there any more
         else:
             return None
         return f"is a {kind}, which pack-quantized cannot hold; export_dense writes it as plain weights"
@@ -389,9 +389,10 @@ class _Source:
         if not maps:
             return
         first = quantised.get(maps[0])
+        grouped = _grouped(quantised)
         for name in maps:
             layer = quantised.get(name)
-            if layer is None or first is None or _settings({name: layer}).keys() != _settings({name: first}).keys():
+            if layer is None or first is None or layer.setting(grouped) != first.setting(grouped):
                 raise OptionError(
                     f"model: {name!r} is not quantised like the other layers of the experts, and transformers reads "
                     "experts from pack-quantized only if all have the same bits and group size; use export_dense"
@@ -806,9 +807,14 @@ def _write_adapter(staging: Path, source: _Source, base: str | Path) -> None:
 # ---- settings of compressed-tensors
 
 
+def _grouped(quantised: dict[str, _Quantised]) -> set[tuple[int, int, bool]]:
+    """Bits, group size and symmetry of the layers with several groups in a row."""
+    return {(q.bits, q.group_size, q.symmetric) for q in quantised.values() if not q.per_row}
+
+
 def _settings(quantised: dict[str, _Quantised]) -> dict[tuple[int, int | None, bool], list[str]]:
     """Names of the quantised layers by (bits, group size, symmetric)."""
-    grouped = {(q.bits, q.group_size, q.symmetric) for q in quantised.values() if not q.per_row}
+    grouped = _grouped(quantised)
     settings: dict[tuple[int, int | None, bool], list[str]] = {}
     for name, layer in quantised.items():
         settings.setdefault(layer.setting(grouped), []).append(name)

@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from refimpl.core.errors import CheckpointError, OptionError
 from refimpl.core.files.checkpoint import MANIFEST
 from refimpl.core.files.companions import note_methods
-from refimpl.core.files.io import check_tensors, compressed_layers, read_json, restore_layers, save
+from refimpl.core.files.io import check_tensors, compressed_layers, read_json, restore_layers, save, ties_of
 from refimpl.core.layers import CompressedLayer
 from refimpl.core.stored import declare_stored
 
@@ -105,6 +105,7 @@ class RefimplQuantizer(HfQuantizer):
         manifest = read_json(folder / MANIFEST)
         restore_layers(model, folder, dtype=self.dtype)
         check_tensors(model, folder)
+        model.all_tied_weights_keys = ties_of(model)
         for module in model.modules():  # or transformers would initialise weights that some have no more
             if any(isinstance(child, CompressedLayer) for child in module.children()):
                 module._is_hf_initialized = not module._non_persistent_buffers_set
