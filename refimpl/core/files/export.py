@@ -18,10 +18,12 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,7 @@ from refimpl.core.layers import (
 _MARK = "<!-- written by refimpl.core.files.export -->"
 _PACKED = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape")
 _EXPERTS = "re:.*[.]experts[.].*"  # every map of every expert
+_TWO_TOKENS: dict[str, Any] = {"input_ids": torch.zeros(1, 2, dtype=torch.long), "use_cache": False}
 _SHARD_LIMIT = 2_000_000_000  # bytes of one file, all of which are in memory while it is written
 
 
@@ -84,7 +87,9 @@ def export_dense(model: nn.Module, folder: str | Path, *, adapter: str | Path | 
 
     Raises:
         OptionError: a layer with quantised inputs, by name; `adapter` for a model without low-rank paths.
-        CheckpointError: the folder holds something else, or the model is not one of transformers.
+        CheckpointError: the folder holds something else, the model is not one of transformers, or transformers does not
+            read what was written, which it is asked before the folder appears.
+        FileError: the disk is full or read-only.
 
     Example:
         >>> import tempfile
@@ -106,6 +111,7 @@ def export_dense(model: nn.Module, folder: str | Path, *, adapter: str | Path | 
     with _whole(folder) as staging, nullcontext() if adapter is None else _whole(adapter) as beside:
         pieces = source.pieces(lambda name, layer: source.dense(name, layer, bases), source.fused)
         _write_checkpoint(staging, source, pieces)
+        source.check_loads(staging, folder, "keep the model with save()")
         (staging / "README.md").write_text(_dense_card(source, bases))
         if beside is not None:
             _write_adapter(beside, source, folder)
@@ -178,6 +184,7 @@ def export_compressed_tensors(
     with _whole(folder) as staging, nullcontext() if adapter is None else _whole(adapter) as beside:
         pieces = source.pieces(tensors, lambda name: source.packed_experts(name, quantised, pack))
         _write_checkpoint(staging, source, pieces, config)
+        source.check_loads(staging, folder, "use export_dense")
         (staging / "README.md").write_text(_packed_card(source, quantised, config, adapter is not None))
         if beside is not None:
             _write_adapter(beside, source, folder)
@@ -466,6 +473,52 @@ class _Source:
         stored = self.stored({key: torch.zeros(2, 2, 2)})
         return next((k for k, tensor in stored.items() if tensor.dim() != 2 or not k.endswith(".weight")), None)
 
+    def check_loads(self, staging: Path, folder: str | Path, remedy: str) -> None:
+        """Raise `CheckpointError` unless transformers reads what was written, all of it, and the result runs.
+
+        Where memory is short for a second model, its tensors are read one by one and not kept, and it does not run.
+        """
+        from transformers.utils import is_accelerate_available, logging
+
+        size = sum(shape.numel() for shape in self.expected.values()) * self.dtype.itemsize
+        short = size > _free_memory()
+        if short and not is_accelerate_available():
+            warnings.warn(f"{folder}: memory is short to load it back, so it was not (accelerate helps)", stacklevel=4)
+            return
+        level = logging.get_verbosity()
+        logging.set_verbosity(logging.CRITICAL)
+        try:
+            with _no_bars(), redirect_stderr(StringIO()):  # compressed-tensors has bars of its own
+                model, found = type(self.model).from_pretrained(
+                    staging, output_loading_info=True, device_map={"": "meta"} if short else None
+                )
+                if not short and self.runs(self.model):
+                    model(**_TWO_TOKENS)
+        except Exception as error:  # of libraries of others, whatever it is
+            raise CheckpointError(
+                f"folder={str(folder)!r}: transformers cannot run a {type(self.model).__name__} from what was written "
+                f"({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}), so nothing was; {remedy}"
+            ) from error
+        finally:
+            logging.set_verbosity(level)
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+            if found.get(kind):
+                raise CheckpointError(
+                    f"folder={str(folder)!r}: transformers reads what was written with {kind} {sorted(found[kind])[0]!r}, "
+                    f"so nothing was; {remedy}"
+                )
+
+    @staticmethod
+    def runs(model: Any) -> bool:
+        """Whether a model can be tried on two tokens."""
+        if getattr(model, "main_input_name", None) != "input_ids":
+            return False
+        try:
+            model(**{k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in _TWO_TOKENS.items()})
+        except Exception:  # it wants more than tokens, or a library that is not here
+            return False
+        return True
+
     # -- tensors
 
     def dense(self, name: str, layer: CompressedLayer, bases: bool) -> dict[str, Tensor]:
@@ -723,6 +776,15 @@ def _shards(pieces: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
             shard, size = {}, 0
         shard, size = {**shard, **piece}, size + more
     yield shard
+
+
+def _free_memory() -> float:
+    """Bytes of memory that are free, page cache included; infinite where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return float("inf")
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), float("inf"))
 
 
 @contextmanager
