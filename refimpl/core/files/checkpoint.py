@@ -135,7 +135,7 @@ class Checkpoint:
             name, pattern = rename_source_key(key, renamings, converters, prefix, known)
             if name not in known and key in known:
                 name, pattern = rename_source_key(key, [], [], prefix, known)
-            converter = by_pattern.get(pattern) if pattern is not None else None
+            converter: Any = by_pattern.get(pattern) if pattern is not None else None
             group = self._groups.setdefault(name, _Group(name, converter, []))
             group.sources.append((key, pattern))
             for other in converter.target_patterns if converter is not None else ():

@@ -76,6 +76,7 @@ class RefimplQuantizer(HfQuantizer):
     A model that was loaded this way is like one from `refimpl.load`.
     """
 
+    quantization_config: RefimplConfig
     requires_calibration = True  # what is not saved by refimpl cannot become so while loading
 
     def update_attn_implementation(self, config: Any) -> Any:
@@ -127,4 +128,4 @@ class RefimplQuantizer(HfQuantizer):
         return True
 
 
-PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[assignment, method-assign]

@@ -301,10 +301,10 @@ REFUSED = {  # what compress says of them
     **dict.fromkeys(["aria_text", "gpt_oss"], "the fused experts .* because is_transposed is True"),
     **dict.fromkeys(["llama4_text", "longcat_flash"], "the fused experts .* because it has no _apply_gate"),
     **dict.fromkeys(["hy_v4", "minimax_m3_vl_text"], "the fused experts .* because it has no act_fn"),
-    **dict.fromkeys(["inkling_text", "jetmoe", "nemotron_h"], "the fused experts .* because its parameters are not"),
+    **dict.fromkeys(["inkling_text", "jetmoe"], "the fused experts .* because its parameters are not"),
     "rwkv": "RwkvForCausalLM is not supported because it scales the weights of its blocks in place",
 }
-LARGE = 1_000_000  # weights of what needs more than small numbers, mostly a tower for images
+LARGE = 2_000_000  # weights of what needs more than small numbers, mostly a tower for images
 
 
 def tiny_of(family: str) -> Any:
@@ -335,8 +335,8 @@ def run_plainly(model: Any) -> Tensor:
         return model(input_ids=ids, **options).logits
 
 
-def test_every_family_of_transformers_comes_back_or_is_refused_by_name(tmp_path) -> None:
-    """Saved, loaded by us and by transformers, and read block by block from what transformers saved: equal logits."""
+def test_every_family_of_transformers_comes_back_or_is_refused_by_name(tmp_path, state, same) -> None:
+    """Saved, loaded by us and by transformers, and read block by block from what transformers saved: the same model."""
     left, seen = {}, 0
     method = RTN(4, None)
     transformers.logging.set_verbosity_error()
@@ -367,7 +367,9 @@ def test_every_family_of_transformers_comes_back_or_is_refused_by_name(tmp_path)
             "block by block": load(folder / "out"),
         }
         for way, again in ways.items():
-            assert type(again) is type(model) and torch.equal(run_plainly(again), wanted), f"{family}: {way}"
+            assert type(again) is type(model) and same(state(again), state(model)), f"{family}: {way}"
+            # and what is computed anew, such as rotary tables (where a tensor lies may change the last bit)
+            assert torch.allclose(run_plainly(again), wanted, rtol=1e-5, atol=1e-6), f"{family}: {way}"
         seen += 1
         shutil.rmtree(folder)
     assert seen > 2 * len(left) and not REFUSED.keys() & left.keys(), left
