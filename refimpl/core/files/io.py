@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ from torch import Tensor, nn
 
 from refimpl.core.compress.sites import experts_put_back, find_blocks, has_blocks, unfuse_experts
 from refimpl.core.errors import CheckpointError
-from refimpl.core.files.checkpoint import MANIFEST, Checkpoint, empty_model, read_config, set_tensor
+from refimpl.core.files.checkpoint import MANIFEST, Checkpoint, empty_model, model_class, read_config, set_tensor
+from refimpl.core.files.companions import CARD, TOKENIZER, copy_tokenizer, methods_of, model_card, note_methods
+from refimpl.core.files.folders import check_file, clear_temporary, holds_files, lock, writing
 from refimpl.core.layers import CompressedLayer, PackedLinear, ServedLinear, ServedSparseLinear, empty_layer
 from refimpl.core.stored import declare_stored, stored_dtype, stored_dtypes
 
@@ -27,6 +31,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
     A reader therefore never sees half a file, and an interruption leaves the old one untouched.
 
+    Raises:
+        FileError: the disk is full or read-only, or something else than a file is at `path`.
+
     Example:
         >>> import tempfile, pathlib
         >>> target = pathlib.Path(tempfile.mkdtemp()) / "a.txt"
@@ -36,16 +43,18 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         'done'
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        os.chmod(temporary, 0o644)  # mkstemp makes files private; a shared cache must stay readable
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    check_file(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            os.chmod(temporary, 0o644)  # mkstemp makes files private; a shared cache must stay readable
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def data_path(*parts: str) -> Path:
@@ -61,7 +70,10 @@ def data_path(*parts: str) -> Path:
 
 
 _PROGRESS = "refimpl-progress.json"
-_SAVING = "refimpl-saving"  # a file that is in the folder while `save` writes to it
+_SAVING = ".refimpl-saving"  # a folder inside, in which `save` collects the new model
+_SAVED = ".refimpl-saved"  # its name once that is complete, until the files are in their places
+_INDEX = "refimpl.safetensors.index.json"  # of a model of several files, for transformers
+MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "config.json", "adapter_config.json", MANIFEST)
 _SINGLE_FILE_LIMIT = 5_000_000_000  # bytes; larger models get one file per block, which suits hubs and small memories
 
 
@@ -91,6 +103,7 @@ def read_json(path: Path) -> Any:
         refimpl.core.errors.CheckpointError: /nowhere cannot be read ([Errno 2] No such file or directory: \
 '/nowhere'); save the model again
     """
+    check_file(path)
     try:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
@@ -122,7 +135,7 @@ def compressed_layers(model: nn.Module) -> dict[str, CompressedLayer]:
         {'0': PackedLinear(2 -> 2)}
     """
     found: dict[str, CompressedLayer] = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):  # one layer can be used at several places
         if isinstance(module, CompressedLayer) and not any(name.startswith(outer + ".") for outer in found):
             found[name] = module
     return found
@@ -134,30 +147,72 @@ def _layers(model: nn.Module, prefix: str = "") -> dict[str, dict[str, Any]]:
 
 
 def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict as it is stored, with shared storage (tied embeddings) listed once."""
+    """The state dict as it is stored, with tied weights once: those that `_tie` ties again."""
+    tensors, kinds, state = {}, stored_dtypes(model), model.state_dict()
+    ties = {name: state[other] for name, other in ties_of(model).items()}
     seen: set[tuple[int, int]] = set()
-    tensors, kinds = {}, stored_dtypes(model)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         place = (tensor.data_ptr(), tensor.numel())
-        if tensor.is_meta or (place in seen and tensor.numel()):
+        if tensor.is_meta or (name in ties and place == (ties[name].data_ptr(), ties[name].numel())):
             continue
+        # what is shared otherwise is written twice, which a file takes copies only of
+        tensors[name] = (tensor.clone() if place in seen and tensor.numel() else tensor).to(kinds[name])
         seen.add(place)
-        tensors[name] = tensor.to(kinds[name])
     return tensors
+
+
+def ties_of(model: nn.Module) -> dict[str, str]:
+    """The weights that transformers ties, with the ones they are tied to; a compressed layer has none of them.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> ties_of(LlamaForCausalLM(LlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1,
+        ...     intermediate_size=64, vocab_size=50, tie_word_embeddings=True)))
+        {'lm_head.weight': 'model.embed_tokens.weight'}
+    """
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name: other for name, other in tied.items() if {name, other} <= own}
+
+
+def tie(model: nn.Module, stored: Iterable[str]) -> None:
+    """Tie the weights of a model that was just filled, except those of compressed layers.
+
+    Args:
+        stored: names of the tensors that the file held.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1,
+        ...     intermediate_size=64, vocab_size=50, tie_word_embeddings=True))
+        >>> set_tensor(model, "model.embed_tokens.weight", torch.ones(50, 32))
+        >>> tie(model, ["model.embed_tokens.weight"]); model.lm_head.weight.sum().item()
+        1600.0
+    """
+    tied: Any = model
+    if hasattr(model, "all_tied_weights_keys"):
+        tied.all_tied_weights_keys = ties_of(model)
+        tied.tie_weights(missing_keys=set(model.state_dict()) - set(stored), recompute_mapping=False)
 
 
 def is_compressed(folder: str | Path) -> bool:
     """Whether `folder` holds a finished model written by `save` or `compress(..., out=)`.
 
+    A `save` that was killed after everything was written, while files were put in their places, is finished first.
+
     Example:
         >>> is_compressed("/nowhere")
         False
     """
-    return (Path(folder) / MANIFEST).is_file()
+    folder = Path(folder)
+    if (folder / _SAVED).is_dir():
+        with lock(folder):
+            _put_in_place(folder)
+    return (folder / MANIFEST).is_file()
 
 
 def check_transformers(model: nn.Module) -> None:
-    """Raise `CheckpointError` if `model` has no transformers configuration to build it again from.
+    """Raise `CheckpointError` if `model` could not be built again: its configuration and class must be of transformers.
 
     Example:
         >>> check_transformers(nn.Linear(2, 2))
@@ -171,17 +226,26 @@ built again; keep its state_dict() with safetensors.torch.save_file, and call co
             f"model={type(model).__name__}: it has no transformers configuration, so it could not be built again; keep "
             "its state_dict() with safetensors.torch.save_file, and call compress again on a fresh one to load it"
         )
+    config: Any = copy.copy(model.config)
+    config.architectures = [type(model).__name__]
+    if model_class(config) is not type(model):
+        raise CheckpointError(
+            f"model={type(model).__name__}: it is no class of transformers, and {type(config).__name__} stands for a "
+            f"{model_class(config).__name__}, so it could not be built again; save that model instead, or register the "
+            "class with AutoModelForCausalLM.register"
+        )
 
 
-def _write_config(model: nn.Module, folder: Path) -> None:
+def _write_config(model: nn.Module, folder: Path, weights: str) -> None:
     config: Any = model.config
     value = config.to_diff_dict()
+    value.pop("transformers_weights", None)  # with it, a transformers without refimpl would not stop
     value["architectures"] = [type(model).__name__]
     if stored_dtype(model) != next((p.dtype for p in model.parameters() if p.is_floating_point()), None):
         value["dtype"] = str(stored_dtype(model)).removeprefix("torch.")
-    # transformers warns of a format it does not know, then finds no file of a name it knows and stops; under its own
-    # names it would take what fits and fill in random weights for the rest
-    value["quantization_config"] = {"quant_method": "refimpl"}
+    # without refimpl, transformers warns of a format it does not know, then finds no file of a name it knows and stops;
+    # under its own names it would take what fits and fill in random weights for the rest
+    value["quantization_config"] = {"quant_method": "refimpl", "weights": weights}
     write_json(folder / "config.json", value)
     generation: Any = getattr(model, "generation_config", None)
     if generation is not None:
@@ -191,7 +255,10 @@ def _write_config(model: nn.Module, folder: Path) -> None:
 def save(model: nn.Module, folder: str | Path) -> Path:
     """Write a compressed (or plain) transformers model, of language or of images, as safetensors that `load` reads.
 
-    Every file is written under a temporary name first. Save the tokenizer beside it with its own ``save_pretrained``.
+    What was in the folder before stays whole until the new model is, so the disk needs room for both. A tokenizer that
+    lies beside the checkpoint the model came from is copied, unless the folder has one; and a README.md says what the
+    model is. `model.save_pretrained(folder)` of a model with compressed layers does the same.
+
     Floating numbers are written in the dtype they count as, `refimpl.core.stored.stored_dtype`: a model of 16 bits that
     was loaded to compute in float32 is a model of 16 bits again.
 
@@ -203,7 +270,9 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         The folder.
 
     Raises:
-        CheckpointError: the folder holds another checkpoint, or the model has no transformers configuration.
+        CheckpointError: the folder holds another checkpoint or another process writes to it, or the model has no
+            transformers configuration.
+        FileError: the disk is full or read-only, or there is a file where a folder is meant.
 
     Example:
         >>> import tempfile, torch
@@ -219,21 +288,54 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     """
     check_transformers(model)
     folder = Path(folder)
-    ours = is_compressed(folder) or (folder / _SAVING).exists()
-    if any(folder.glob("*.safetensors")) and not ours:
-        raise CheckpointError(
-            f"folder={str(folder)!r} holds a checkpoint that refimpl did not write; choose another folder"
-        )
-    with experts_put_back(model, always=True):
-        unfuse_experts(model)  # one format, whether any expert was compressed or not
-        _save(model, folder)
+    with lock(folder), writing(folder):
+        if (folder / _SAVED).is_dir():
+            _put_in_place(folder)
+        ours = (folder / MANIFEST).is_file() or (folder / _SAVING).exists()
+        if (folder / _PROGRESS).exists():
+            raise CheckpointError(
+                f"folder={str(folder)!r} holds an unfinished run of compress; finish it, or choose another folder"
+            )
+        if not ours and any(next(folder.glob(pattern), None) for pattern in MODEL_FILES):
+            raise CheckpointError(
+                f"folder={str(folder)!r} holds a checkpoint that refimpl did not write; choose another folder"
+            )
+        clear_temporary(folder)
+        new = folder / _SAVING
+        shutil.rmtree(new, ignore_errors=True)  # of a save that was killed
+        try:
+            new.mkdir()
+            with experts_put_back(model, always=True):
+                unfuse_experts(model)  # one format, whether any expert was compressed or not
+                _save(model, new, beside=folder)
+            for path in new.iterdir():
+                check_file(folder / path.name)  # or it could be put in its place by half
+            os.replace(new, folder / _SAVED)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+        _put_in_place(folder)
     return folder
 
 
-def _save(model: nn.Module, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _SAVING).touch()
-    (folder / MANIFEST).unlink(missing_ok=True)  # half replaced, the old model must not load
+def _put_in_place(folder: Path) -> None:
+    """Move a complete new model up into `folder`, the manifest last, and delete what belongs to the old one only.
+
+    It can be killed anywhere and repeated.
+    """
+    new = folder / _SAVED
+    with writing(folder):
+        for path in sorted(new.iterdir(), key=lambda path: path.name == MANIFEST):
+            os.replace(path, folder / path.name)
+        named = set(read_json(folder / MANIFEST)["weight_map"].values())
+        for path in folder.glob("*.safetensors"):
+            if path.name not in named:
+                path.unlink()
+        if len(named) == 1:
+            (folder / _INDEX).unlink(missing_ok=True)
+        new.rmdir()
+
+
+def _save(model: nn.Module, folder: Path, beside: Path) -> None:
     tensors = _own_tensors(model)
     prefix = find_blocks(model)[0] if has_blocks(model) else ""
     shards: dict[str, dict[str, Tensor]] = {"weights.safetensors": tensors}
@@ -245,17 +347,34 @@ def _save(model: nn.Module, folder: Path) -> None:
             shards.setdefault(f"{file}.safetensors", {})[name] = tensor
     for file, content in shards.items():
         write_tensors(folder / file, content)
-    _finish(model, folder, {name: file for file, content in shards.items() for name in content}, _layers(model), {})
-    (folder / _SAVING).unlink()
+    weight_map = {name: file for file, content in shards.items() for name in content}
+    _finish(model, folder, beside, weight_map, _layers(model), {"methods": methods_of(model)})
 
 
 def _finish(
-    model: nn.Module, folder: Path, weight_map: dict[str, str], layers: dict[str, Any], run: dict[str, Any]
+    model: nn.Module,
+    folder: Path,
+    beside: Path,
+    weight_map: dict[str, str],
+    layers: dict[str, Any],
+    run: dict[str, Any],
 ) -> None:
-    """Write what describes the tensors, the manifest last: it is what makes the folder a model."""
-    for stale in {path.name for path in folder.glob("*.safetensors")} - set(weight_map.values()):
-        (folder / stale).unlink()
-    _write_config(model, folder)
+    """Write what describes the tensors, the manifest last: it is what makes the folder a model.
+
+    Args:
+        beside: the folder in which the files will lie in the end, whose own tokenizer and README.md stay.
+    """
+    files = sorted(set(weight_map.values()))
+    weights = files[0] if len(files) == 1 else _INDEX
+    if weights == _INDEX:
+        write_json(folder / _INDEX, {"metadata": {}, "weight_map": weight_map})
+    _write_config(model, folder, weights)
+    if not any(next(beside.glob(pattern), None) for pattern in TOKENIZER):
+        copy_tokenizer(model, folder)
+    if not (beside / "README.md").exists() or CARD in (beside / "README.md").read_text(errors="replace"):
+        with atomic_write(folder / "README.md") as temporary:
+            tokenizer = any(next(place.glob("tokenizer*"), None) for place in (folder, beside))
+            temporary.write_text(model_card(model, layers, run["methods"], tokenizer), encoding="utf-8")
     manifest = {
         "format": 1,
         "dtype": str(stored_dtype(model)).removeprefix("torch."),
@@ -338,7 +457,7 @@ use transformers' from_pretrained for plain checkpoints
             f"folder={str(folder)!r} holds an unfinished run; call compress again with out= to finish it"
             if (folder / _PROGRESS).exists()
             else f"folder={str(folder)!r} holds half a model, its saving was interrupted; save it again"
-            if (folder / _SAVING).exists()
+            if (folder / _SAVING).is_dir()
             else f"folder={str(folder)!r} was not written by refimpl (no {MANIFEST}); "
             "use transformers' from_pretrained for plain checkpoints"
         )
@@ -346,26 +465,47 @@ use transformers' from_pretrained for plain checkpoints
     stored = getattr(torch, read_json(folder / MANIFEST)["dtype"])
     model = empty_model(read_config(folder), stored, folder)
     restore_layers(model, folder)
+    check_tensors(model, folder)
+    for name in source.keys():
+        set_tensor(model, name, source.tensor(name))
+    tie(model, source.keys())
+    if dtype is not None:
+        _cast(model, dtype)
+        tie(model, source.keys())  # each got a copy of its own
+        declare_stored(model, min(dtype, stored, key=lambda kind: kind.itemsize))
+    note_methods(model, read_json(folder / MANIFEST).get("methods", []))
+    return model.to(device).eval()
+
+
+def check_tensors(model: nn.Module, folder: Path) -> None:
+    """Raise `CheckpointError` unless `folder` holds just the tensors of `model`, which has its layers restored.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1,
+        ...     intermediate_size=64, vocab_size=50))
+        >>> check_tensors(model, save(model, tempfile.mkdtemp()))
+    """
+    source = Checkpoint(folder)
     left = set(source.keys())
-    for name, tensor in list(model.state_dict().items()):
-        if tensor.is_meta and name in left:
-            value = source.tensor(name)
-            if value.shape != tensor.shape:
-                raise CheckpointError(
-                    f"{folder}: {name!r} is {tuple(value.shape)}, expected {tuple(tensor.shape)}; save the model again"
-                )
-            set_tensor(model, name, value)
-            left.discard(name)
-    model.tie_weights()  # type: ignore[operator]
-    missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    lacking: dict[int, str] = {}
+    held: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in left:
+            lacking.setdefault(id(tensor), name)
+            continue
+        held.add(id(tensor))
+        left.discard(name)
+        if (shape := source.shape(name)) != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{folder}: {name!r} is {shape}, expected {tuple(tensor.shape)}; save the model again"
+            )
+    tied = ties_of(model)  # stored once; from_pretrained ties when all is read
+    missing = [name for tensor, name in lacking.items() if tensor not in held and tied.get(name) not in source.keys()]
     if missing or left:
         what = f"lacks {missing[0]!r}" if missing else f"has a tensor of no use, {sorted(left)[0]!r}"
         raise CheckpointError(f"{folder} {what}: it is damaged or was written by another version; save the model again")
-    if dtype is not None:
-        _cast(model, dtype)
-        model.tie_weights()  # type: ignore[operator]  # each got a copy of its own
-        declare_stored(model, min(dtype, stored, key=lambda kind: kind.itemsize))
-    return model.to(device).eval()
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
@@ -388,9 +528,10 @@ class ShardWriter:
     """Writes a model block by block, and continues where an interrupted run stopped.
 
     Args:
-        folder: target; created if missing.
+        folder: target, which this process has locked (`refimpl.core.files.folders.lock`).
         model: the model being compressed.
-        marks: one text per block, ``run:state``: digests of the options and tokens, and of the block as it was before.
+        marks: one text per block, ``run:state``: digests of all that is the same for every block (options, tokens,
+            weights outside the blocks), and of the block as it was before.
 
     Raises:
         CheckpointError: the folder holds another run, or something that refimpl did not write.
@@ -404,12 +545,13 @@ class ShardWriter:
         if unfinished.exists():
             state = read_json(unfinished)
             done = state["done"]
-            if _runs(state["marks"]) != _runs(marks) or state["marks"][done:] != marks[done:]:
+            if done and (_runs(state["marks"]) != _runs(marks) or state["marks"][done:] != marks[done:]):
                 raise CheckpointError(
                     f"out={str(folder)!r} holds an unfinished run with other options, tokens or weights; "
                     "repeat that call to finish it, or choose another folder"
                 )
-            self.state = state
+            if done:
+                self.state = state
         elif finished.exists():
             manifest = read_json(finished)
             if manifest.get("marks") != marks and not self._already(manifest, model):
@@ -420,12 +562,24 @@ class ShardWriter:
                 "layers": manifest["layers"],
                 "weight_map": manifest["weight_map"],
             }
-        elif folder.exists() and any(folder.iterdir()):
+            note_methods(model, manifest.get("methods", []))
+        elif holds_files(folder):
             raise CheckpointError(f"out={str(folder)!r} is not empty and not one of our runs; choose another folder")
 
     def _already(self, manifest: dict[str, Any], model: nn.Module) -> bool:
         # the same call made again on the very model it has already compressed; a next step has another run digest
         return _runs(self.marks) == _runs(manifest.get("marks", [])) and manifest["layers"] == _layers(model)
+
+    def start(self) -> None:
+        """Make the folder one of ours, so that a run that is killed in its first block resumes."""
+        clear_temporary(self.folder)
+        if not (self.folder / MANIFEST).exists():
+            write_json(self.folder / _PROGRESS, self.state)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the folder holds the finished model."""
+        return (self.folder / MANIFEST).exists()
 
     @property
     def done(self) -> int:
@@ -471,11 +625,11 @@ class ShardWriter:
 
     def finish(self, model: nn.Module) -> None:
         """Write what lies outside the blocks, and make the folder a loadable model."""
-        if (self.folder / MANIFEST).exists():
-            return
-        rest = {n: t for n, t in _own_tensors(model).items() if not n.startswith(self.prefix + ".")}
-        write_tensors(self.folder / "rest.safetensors", rest)
-        weight_map = self.state["weight_map"] | dict.fromkeys(rest, "rest.safetensors")
-        run = {"marks": self.state["marks"], "reports": self.state["reports"]}
-        _finish(model, self.folder, weight_map, self.state["layers"], run)
-        (self.folder / _PROGRESS).unlink(missing_ok=True)
+        if not self.finished:
+            rest = {n: t for n, t in _own_tensors(model).items() if not n.startswith(self.prefix + ".")}
+            write_tensors(self.folder / "rest.safetensors", rest)
+            weight_map = self.state["weight_map"] | dict.fromkeys(rest, "rest.safetensors")
+            run = {"marks": self.state["marks"], "reports": self.state["reports"], "methods": methods_of(model)}
+            _finish(model, self.folder, self.folder, weight_map, self.state["layers"], run)
+        for path in (*self.folder.glob("hidden-*.safetensors"), self.folder / _PROGRESS):
+            path.unlink(missing_ok=True)
