@@ -26,7 +26,7 @@ def source(*functions: Callable[..., Any] | type) -> None:
         def difference(gap: np.ndarray) -> np.ndarray:
             return gap
     """
-    print("\n\n".join(_without_docstrings(function) for function in functions))
+    print("\n\n\n".join(_without_docstrings(function) for function in functions))
 
 
 def _without_docstrings(function: Callable[..., Any] | type) -> str:
