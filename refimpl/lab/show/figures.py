@@ -105,6 +105,7 @@ def dots(
     for series, (marker, shade) in looks.items():
         there = [(numbers[series], place) for place, numbers in enumerate(rows.values()) if series in numbers]
         axes.plot(*zip(*there, strict=True), marker, color=shade, label=series)
+    axes.margins(x=0.1)  # room for the outermost numbers
     axes.set(yticks=range(len(rows)), yticklabels=list(rows), ylim=(len(rows) - 0.4, -0.7))
     _finish(axes, settings)
 
