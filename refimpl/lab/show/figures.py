@@ -40,13 +40,20 @@ def canvas(
     return figure, figure.subplots(rows, columns, **options)
 
 
-def lines(axes: Axes, curves: Mapping[str, tuple[Sequence[float], Sequence[float], str, str]], **settings: Any) -> None:
+def lines(
+    axes: Axes,
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float], str, str]],
+    *,
+    legend: bool = True,
+    **settings: Any,
+) -> None:
     """Curves with a legend.
 
     Args:
         axes: to draw on.
         curves: for each label the places [n], the heights [n], the format ("s-") and the shade ("0.5") of a curve. Labels
             that begin with "_" are not in the legend.
+        legend: where there is more than one label; without it, another panel has the legend.
         settings: of the axes, e.g. ``xlabel="step", yscale="log"``. Ticks that are named here (``xticks=[10, 20]``) are
             written out, and a logarithmic axis gets no others.
 
@@ -63,7 +70,7 @@ def lines(axes: Axes, curves: Mapping[str, tuple[Sequence[float], Sequence[float
         raise OptionError("curves is empty; give at least one")
     for label, (x, y, style, shade) in curves.items():
         axes.plot(x, list(y), style, color=shade, label=label, markersize=4)
-    _finish(axes, settings)
+    _finish(axes, settings, legend)
 
 
 def dots(
@@ -195,7 +202,7 @@ def listed(values: Mapping[str, float | Sequence[float]], form: str = ".2f") -> 
     return "; ".join(f"{name} " + ", ".join(f"{v:{form}}" for v in np.atleast_1d(x)) for name, x in values.items())
 
 
-def _finish(axes: Axes, settings: Mapping[str, Any]) -> None:
+def _finish(axes: Axes, settings: Mapping[str, Any], legend: bool = True) -> None:
     axes.set(**settings)
     for side, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
         ticks = settings.get(f"{side}ticks")
@@ -204,5 +211,5 @@ def _finish(axes: Axes, settings: Mapping[str, Any]) -> None:
                 axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
             if axis.get_scale() == "log":
                 axis.set_ticks([], minor=True)
-    if len(axes.get_legend_handles_labels()[1]) > 1:
+    if legend and len(axes.get_legend_handles_labels()[1]) > 1:
         axes.legend(frameon=False, fontsize=8)

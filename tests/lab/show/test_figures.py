@@ -46,6 +46,7 @@ def test_curves_go_through_their_points_and_named_ticks_are_the_only_ones():
 def test_one_curve_has_no_legend_and_labels_of_ticks_are_kept():
     _, axes = canvas()
     lines(axes, {"a": ([1, 2], [1, 2], "-", "black")}, xticks=[1, 2], xticklabels=["one", "two"], yticks=[])
+    lines(axes, {"b": ([1, 2], [2, 1], "-", "0.5")}, legend=False)
     assert axes.get_legend() is None and labels(axes.xaxis) == ["one", "two"] and labels(axes.yaxis) == []
 
 
