@@ -173,6 +173,7 @@ def heat(axes: Axes, values: Any, form: str, low: float, high: float, **settings
         shade = "white" if value > (low + high) / 2 else "black"
         axes.text(column, row, f"{value:{form}}", ha="center", va="center", fontsize=8, color=shade)
     axes.set(**{"xticks": range(values.shape[1]), "yticks": range(values.shape[0]), **settings})
+    axes.tick_params(labelsize=7)  # names of neighbours must not touch
 
 
 def note(axes: Axes, x: float, y: float, text: str, shift: tuple[float, float] = (0, 6), side: str = "center") -> None:
