@@ -107,8 +107,8 @@ def dots(
         if low == high:
             note(axes, low, place, f"{low:{form}}")
         else:  # apart, where the two are close
-            note(axes, low, place, f"{low:{form}}", (4, 7), side="right")
-            note(axes, high, place, f"{high:{form}}", (-4, 7), side="left")
+            note(axes, low, place, f"{low:{form}}", (-1, 7), side="right")
+            note(axes, high, place, f"{high:{form}}", (1, 7), side="left")
     for series, (marker, shade) in looks.items():
         there = [(numbers[series], place) for place, numbers in enumerate(rows.values()) if series in numbers]
         axes.plot(*zip(*there, strict=True), marker, color=shade, label=series)
