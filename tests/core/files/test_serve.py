@@ -139,7 +139,7 @@ def test_every_layer(name: str) -> None:
 def test_what_has_no_kernel_stays_and_says_why(layer: CompressedLayer, reason: str) -> None:
     assert served(layer) == (layer, reason)
     model = nn.Sequential(packed(), layer)
-    report = serve(model)
+    report = serve(model, device="cuda")
     assert report.left == {"1": reason} and report.served == ["0"] and model[1] is layer
     assert str(report) == f"1 of 2 compressed layers are in the layout of the kernels\n1: {reason}"
 
@@ -147,7 +147,7 @@ def test_what_has_no_kernel_stays_and_says_why(layer: CompressedLayer, reason: s
 def test_a_layer_served_in_part_is_named_on_both_sides() -> None:
     model = nn.Sequential(CompensatedLinear(packed(5), packed_path()))
     before = model(torch.ones(1, 64))
-    report = serve(model)
+    report = serve(model, device="cuda")
     assert report.served == ["0"] and "5 bits" in report.left["0"]
     assert isinstance(model[0].base, PackedLinear) and isinstance(model[0].adapter.A, ServedLinear)
     assert torch.allclose(model(torch.ones(1, 64)), before, atol=1e-4)
@@ -165,7 +165,7 @@ def test_quantised_inputs_stay_quantised() -> None:
 def test_one_layer_at_several_places_stays_one() -> None:
     shared = packed()
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
-    assert serve(model).served == ["a", "b.0"]
+    assert serve(model, device="cuda").served == ["a", "b.0"]
     assert model["a"] is model["b"][0] and isinstance(model["a"], ServedLinear)
 
 
@@ -176,12 +176,12 @@ def test_the_packed_layers_are_gone_one_by_one(monkeypatch: pytest.MonkeyPatch) 
     watched = [weakref.ref(layer) for layer in model]
     alive = []
 
-    def count(layer: CompressedLayer) -> Any:
+    def count(layer: CompressedLayer, change: Any) -> Any:
         alive.append(sum(ref() is not None for ref in watched))
-        return served(layer)
+        return served(layer, change)
 
     monkeypatch.setattr(module, "served", count)
-    serve(model)
+    serve(model, device="cuda")
     assert alive == [6, 5, 4, 3, 2, 1] or alive == [6, 6, 5, 4, 3, 2]
 
 
@@ -210,7 +210,7 @@ def test_every_architecture_and_saving(layout, dtype, tokens, request, tmp_path,
     compress(model, RTN(4, 32), targets="attn", progress=False)
     compress(model, EoRA(4), tokens(), reference=reference, progress=False)
     before = logits(model, tokens)
-    report = serve(model, progress=False)
+    report = serve(model, device="cuda", progress=False)
     assert report.model is model and not report.left
     assert len(report.served) == len(find_sites(model))
     assert torch.allclose(logits(model, tokens), before, atol=1e-4 if dtype == torch.float32 else 0.06)
@@ -218,7 +218,7 @@ def test_every_architecture_and_saving(layout, dtype, tokens, request, tmp_path,
     assert kinds == {ServedCompensatedLinear, CompensatedLinear}
     again = load(save(model, tmp_path))
     assert same(state(again), state(model)) and torch.equal(logits(again, tokens), logits(model, tokens))
-    assert serve(again, progress=False).served == report.served  # a second time changes nothing
+    assert serve(again, device="cuda", progress=False).served == report.served  # a second time changes nothing
     assert same(state(again), state(model))
     again.generate(tokens(1, 4), max_new_tokens=2, do_sample=False)
 
@@ -227,7 +227,7 @@ def test_loading_in_another_dtype(tiny_llama: Factory, tokens, tmp_path) -> None
     model = tiny_llama().to(torch.bfloat16)
     compress(model, Magnitude("2:4"), targets="mlp", progress=False)
     compress(model, RTN(4, 32), targets="attn", progress=False)
-    serve(model, progress=False)
+    serve(model, device="cuda", progress=False)
     again = load(save(model, tmp_path), dtype=torch.float32)
     assert {site.weight.dtype for site in find_sites(again)} == {torch.float32}
     assert {p.dtype for p in again.parameters()} == {torch.float32}
@@ -239,11 +239,11 @@ def test_repair_after_serving_and_back_to_files(tiny_llama: Factory, tokens) -> 
     reference = copy.deepcopy(model)
     compress(model, RTN(3, 32), progress=False)
     twin = copy.deepcopy(model)
-    serve(model, progress=False)
+    serve(model, device="cuda", progress=False)
     for one in (model, twin):
         compress(one, EoRA(4), tokens(), reference=reference, progress=False)
     assert torch.allclose(logits(model, tokens), logits(twin, tokens), atol=1e-4)
-    assert serve(model, progress=False).left == {}
+    assert serve(model, device="cuda", progress=False).left == {}
     layer = model.model.layers[0].mlp.up_proj
     assert isinstance(layer, ServedCompensatedLinear)
     assert torch.equal(layer.packed().to_dense(), layer.to_dense())
@@ -289,7 +289,7 @@ def test_a_whole_model_on_a_gpu(dtype: torch.dtype, tiny_llama: Factory, tokens,
     compress(model, Magnitude("2:4"), targets="mlp", progress=False)
     compress(model, GPTQ(4, 32), tokens(), targets="attn", progress=False)
     compress(model, EoRA(4), tokens(), reference=reference, targets="q_proj|k_proj", progress=False)
-    serve(model, progress=False)
+    serve(model, device="cuda", progress=False)
     ids = tokens(1, 8)
     with fake_cuda() as place, torch.no_grad():
         place(model)
@@ -314,7 +314,7 @@ def test_smollm2_repaired_and_served(smollm2_folder) -> None:
     compress(model, EoRA(16), ids, reference=reference, progress=False)
     with torch.no_grad():
         before = [model.model(ids[:1, :n]).last_hidden_state for n in (1, 40)]
-        report = serve(model, progress=False)
+        report = serve(model, device="cuda", progress=False)
         after = [model.model(ids[:1, :n]).last_hidden_state for n in (1, 40)]
     assert len(report.served) == 7 and not report.left
     for ours, theirs in zip(after, before, strict=True):
