@@ -123,7 +123,7 @@ def own_text(option: str, source: str, tokenizer: PreTrainedTokenizerBase, lengt
     from refimpl.lab.data import text
 
     path = Path(source).expanduser()
-    if not path.exists():
+    if not (path.is_file() or path.is_dir()):
         raise OptionError(f"{option} {source} is neither a file or folder nor {nearest(source, text.CORPORA)}")
     try:
         tokens = text.from_texts(path, tokenizer, length)

@@ -33,6 +33,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from refimpl.core.arguments import Checked
 from refimpl.core.errors import OptionError
 from refimpl.core.train.loop import History, Loss, train
 from refimpl.core.train.losses import sequence_losses
@@ -249,7 +250,7 @@ def phases(*parts: tuple[int, Sequence[float]]) -> Callable[[int], Sequence[floa
 
 
 @dataclass(frozen=True)
-class ContinualPretraining:
+class ContinualPretraining(Checked):
     """The recipe for one more data set.
 
     Args:

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from refimpl.core.arguments import Checked
 from refimpl.core.device import read, read_all
 from refimpl.core.errors import OptionError, nearest
 from refimpl.core.layers import parse_pattern
@@ -184,7 +185,7 @@ class Update:
 
 
 @dataclass(frozen=True)
-class GradualMagnitude:
+class GradualMagnitude(Checked):
     """Prune while training, on the paper's schedule.
 
     Args:

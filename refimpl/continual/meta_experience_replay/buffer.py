@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from refimpl.core.arguments import Checked
 from refimpl.core.errors import CheckpointError, OptionError, nearest
 from refimpl.core.files.io import read_json, write_json
 
@@ -48,7 +49,7 @@ class Storage:
     disk: int
 
 
-class ReplayBuffer:
+class ReplayBuffer(Checked):
     """Rows seen before, from which any number can be drawn uniformly.
 
     Every row is kept until the buffer is full. From then on it is a reservoir (Vitter's algorithm R): row number i

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from refimpl.core.arguments import Checked
 from refimpl.core.cache.content import ByContent, current_modules, from_json, load_described, to_json
 from refimpl.core.cache.layer import KVLayer
 from refimpl.core.cache.rope import Rotary
@@ -94,7 +95,7 @@ def check_rank(name: str, rank: int, shape: LayerShape) -> None:
 
 
 @dataclass(frozen=True)
-class Policy(ByContent, abc.ABC):
+class Policy(Checked, ByContent, abc.ABC):
     """Base class of cache-compression policies; a subclass is a frozen dataclass of hyper-parameters.
 
     Tensors (fitted factors, say) may be among them: see `ByContent` and `save`. The stages of its life have the same

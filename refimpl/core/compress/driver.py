@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from refimpl.core.arguments import checked
 from refimpl.core.compress.inputs import collect
 from refimpl.core.compress.method import Method, check_method
 from refimpl.core.compress.sites import Site, experts_put_back, find_blocks, find_sites, has_blocks, skipped_modules
@@ -246,6 +247,7 @@ def _stored(name: str, model: nn.Module, source: Checkpoint) -> tuple[str, int |
     return (name, None) if name in source else weight_key(name, model)
 
 
+@checked("model", "method")
 @torch.inference_mode(False)  # tensors must count their changes in place, see `find_stages`
 @torch.no_grad()
 def compress(
@@ -519,6 +521,7 @@ class Plan:
         )
 
 
+@checked("method")
 def plan(
     model: Any,
     method: Method,

@@ -30,6 +30,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from refimpl.core.arguments import checked
 from refimpl.core.compress.fold import _feeds
 from refimpl.core.compress.sites import _ROUTER, UnfusedExperts, find_blocks, is_conv1d
 from refimpl.core.device import read
@@ -58,6 +59,7 @@ _MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "config.js
 # ---- the three formats
 
 
+@checked()
 @torch.no_grad()
 def export_dense(model: nn.Module, folder: str | Path, *, adapter: str | Path | None = None) -> Path:
     """Write an ordinary transformers checkpoint, in which every compressed layer is a plain one again.
@@ -106,6 +108,7 @@ def export_dense(model: nn.Module, folder: str | Path, *, adapter: str | Path | 
     return Path(folder)
 
 
+@checked()
 @torch.no_grad()
 def export_compressed_tensors(
     model: nn.Module, folder: str | Path, *, symmetric: bool = False, adapter: str | Path | None = None
@@ -178,6 +181,7 @@ def export_compressed_tensors(
     return Path(folder)
 
 
+@checked()
 @torch.no_grad()
 def export_peft(model: nn.Module, folder: str | Path, *, base: str | Path) -> Path:
     """Write the low-rank paths of a model as a LoRA adapter for PEFT.

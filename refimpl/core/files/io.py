@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from refimpl.core.arguments import checked
 from refimpl.core.compress.sites import experts_put_back, find_blocks, has_blocks, unfuse_experts
 from refimpl.core.errors import CheckpointError
 from refimpl.core.files.checkpoint import MANIFEST, Checkpoint, empty_model, read_config, set_tensor
@@ -188,6 +189,7 @@ def _write_config(model: nn.Module, folder: Path) -> None:
         write_json(folder / "generation_config.json", generation.to_diff_dict())
 
 
+@checked()
 def save(model: nn.Module, folder: str | Path) -> Path:
     """Write a compressed (or plain) transformers model, of language or of images, as safetensors that `load` reads.
 
@@ -310,6 +312,7 @@ def _place_layers(model: nn.Module, layers: dict[str, Any], dtype: torch.dtype, 
         setattr(model.get_submodule(parent), attribute, empty_layer(config, dtype, device))
 
 
+@checked()
 def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> nn.Module:
     """Read a model written by `save` or by `compress(..., out=)`.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 from tqdm.auto import tqdm
 
+from refimpl.core.arguments import checked
 from refimpl.core.device import give_back
 from refimpl.core.errors import OptionError
 from refimpl.core.layers import CompressedLayer
@@ -39,6 +40,7 @@ class ServeReport:
         return text
 
 
+@checked()
 def serve(model: nn.Module, progress: bool = True) -> ServeReport:
     """Replace every compressed layer that a kernel can run by its served form, in place.
 

@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 from tqdm.auto import tqdm
 
+from refimpl.core.arguments import Checked, checked
 from refimpl.core.device import read, read_all
 from refimpl.core.errors import CheckpointError, OptionError, TrainingError, nearest
 from refimpl.core.train.checkpoints import Checkpoints, like, pack, whole
@@ -58,7 +59,7 @@ _READ_EVERY = 20  # steps between two looks at the losses on a GPU: each look wa
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Checked):
     """How long and how fast to train.
 
     Args:
@@ -172,6 +173,7 @@ class History:
         return f"{text}, loss {sum(recent) / len(recent):.4f}" if recent else text
 
 
+@checked()
 def batches(
     *tensors: Tensor, batch_size: int, seed: int = 0, shuffle: bool = True, drop_last: bool = True
 ) -> DataLoader:
@@ -275,6 +277,7 @@ def _seed_step(device: torch.device, *numbers: int) -> None:
         torch.cuda.manual_seed(seed)
 
 
+@checked()
 def train(
     model: nn.Module,
     data: DataLoader,

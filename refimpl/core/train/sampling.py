@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
 
+from refimpl.core.arguments import Checked, checked
 from refimpl.core.errors import CheckpointError, OptionError, require
 from refimpl.core.train.loop import _rank_and_world
 
@@ -37,7 +38,7 @@ def generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(mixed, "little") >> 1)
 
 
-class EpochSampler(Sampler[int]):
+class EpochSampler(Checked, Sampler[int]):
     """Base of samplers whose epoch is drawn at once: a subclass overrides `draw`.
 
     Args:
@@ -212,7 +213,7 @@ class Weighted(EpochSampler):
         return waits.argsort(stable=True)[: self.size]
 
 
-class Mixture(Sampler[list[int]]):
+class Mixture(Checked, Sampler[list[int]]):
     r"""Batches from several sources with fixed shares, exact at every step.
 
     Of the first s rows source 0 has $\lfloor s\,r_0 \rfloor$; of those left, source 1 has its share of what is left in
@@ -321,6 +322,7 @@ class Mixture(Sampler[list[int]]):
         return rows
 
 
+@checked()
 def loader(data: Any, sampler: EpochSampler, batch_size: int, drop_last: bool = True, workers: int = 0) -> DataLoader:
     """A loader over the rows that a sampler draws; for `refimpl.core.train.loop.train`, which moves its epochs on.
 
