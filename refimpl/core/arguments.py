@@ -16,7 +16,7 @@ import numbers
 import os
 import sys
 import types
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -164,6 +164,8 @@ def fits(value: object, kind: Any) -> bool:
     """
     base, parts = get_origin(kind) or kind, get_args(kind)
     if base in (Union, types.UnionType):
+        if isinstance(value, str) and Path in parts and ("\0" in value or not value):
+            return False  # the folder "" would be the current one
         return any(fits(value, part) for part in parts)
     if base is None or base is type(None):
         return value is None
@@ -186,14 +188,10 @@ def fits(value: object, kind: Any) -> bool:
             not parts or (_all_fit(value.keys(), parts[0]) and _all_fit(value.values(), parts[1]))
         )
     if base in (Sequence, Iterable, Collection) or issubclass(base, (list, set, frozenset)):
-        if base is Sequence and hasattr(value, "__array__"):
-            return True  # a tensor or an array will do, and reading it may take long
-        one_shot = isinstance(value, Iterator)
-        return (
-            isinstance(value, base)
-            and not (isinstance(value, (str, bytes)) and parts != ())
-            and (one_shot or not parts or not hasattr(value, "__len__") or _all_fit(value, parts[0]))
-        )
+        row = base is Sequence and hasattr(value, "__array__") and getattr(value, "ndim", 0) == 1  # of numpy
+        if not (row or isinstance(value, base)) or isinstance(value, (str, bytes)):
+            return False
+        return not parts or not isinstance(value, Collection) or _all_fit(value, parts[0])  # an iterator is not used up
     try:
         return isinstance(value, base)
     except TypeError:  # a protocol that says nothing at run time

@@ -76,6 +76,16 @@ def nearest(value: str, choices: Iterable[str]) -> str:
     return "one of " + ", ".join(repr(name) for name in names) + hint
 
 
+def reason(error: BaseException) -> str:
+    """What another library says about an error, on one line, to be quoted in a message of ours.
+
+    Example:
+        >>> reason(ValueError("bad value\\nin line 3"))
+        'bad value'
+    """
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
+
+
 def positive_integer(name: str, value: object) -> None:
     """Check that an argument is an integer of 1 or more.
 

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
+from refimpl.core.arguments import checked
 from refimpl.core.cache import ByContent, LayerShape, Policy, cache_argument, check_rank, full_attention_layers, tapped
 from refimpl.core.device import read, read_all
 from refimpl.core.errors import CalibrationError, OptionError, nearest
@@ -681,6 +682,7 @@ class MatryoshkaKV(Policy):
         for table in self.path:
             rank_table(self.bases, table)
 
+    @checked()
     def fit(
         self,
         model: PreTrainedModel,

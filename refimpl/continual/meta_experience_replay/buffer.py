@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refimpl.core.arguments import Checked
+from refimpl.core.arguments import Checked, checked
 from refimpl.core.errors import CheckpointError, OptionError, nearest
 from refimpl.core.files.io import read_json, write_json
 
@@ -95,9 +95,10 @@ class ReplayBuffer(Checked):
             raise OptionError(f"dtype={dtype!r}: use {nearest(str(dtype), DTYPES)}")
         if capacity < 1:
             raise OptionError(f"capacity={capacity}: use 1 row or more")
+        row = tuple(row)
         if not row or min(row) < 1:
-            raise OptionError(f"row={tuple(row)}: use the shape of one row, e.g. (129,)")
-        self.capacity, self.row, self.seed = capacity, tuple(row), seed
+            raise OptionError(f"row={row}: use the shape of one row, e.g. (129,)")
+        self.capacity, self.row, self.seed = capacity, row, seed
         self.folder = None if folder is None else Path(folder)
         self.seen = 0
         self._marks: dict[str, dict[str, Any]] = {}
@@ -111,8 +112,13 @@ class ReplayBuffer(Checked):
                 "a smaller dtype, or raise the limit"
             )
         if self.folder is None:
-            self._rows = np.zeros((capacity, *row), self._dtype)
-            self._slots = np.zeros(capacity, _SLOT)
+            try:
+                self._rows = np.zeros((capacity, *row), self._dtype)
+                self._slots = np.zeros(capacity, _SLOT)
+            except (MemoryError, ValueError) as error:  # ValueError: more than any address space
+                raise OptionError(
+                    f"capacity={capacity}: takes {needed} bytes, more than there is memory; lower it, or give a folder"
+                ) from error
             return
         if (self.folder / _ABOUT).exists():
             self._reopen()
@@ -155,6 +161,7 @@ class ReplayBuffer(Checked):
             disk = sum((self.folder / name).stat().st_size for name in (_ABOUT, _ROWS, _SLOTS))
         return Storage(row, len(self) * row, self.capacity * row if self.folder is None else 0, disk)
 
+    @checked()
     def add(self, rows: Tensor) -> None:
         """Store rows [n, ...]; once the buffer is full, each either replaces another row or is not stored.
 
@@ -193,6 +200,7 @@ class ReplayBuffer(Checked):
         self.seen += len(stored)
         self._note()
 
+    @checked()
     def sample(self, count: int, draw: int, seen: int | None = None) -> tuple[Tensor, Tensor]:
         """Draw rows uniformly, with replacement, from all stored ones.
 
@@ -232,6 +240,7 @@ class ReplayBuffer(Checked):
         dtype = np.int64 if self._dtype.kind in "ui" else self._dtype
         return torch.from_numpy(np.array(rows, dtype)), torch.from_numpy(slots["item"].astype(np.int64))
 
+    @checked()
     def begin(self, run: str, about: dict[str, Any]) -> int:
         """Record where a run begins; for a known run, return where it began the first time.
 
@@ -266,6 +275,7 @@ class ReplayBuffer(Checked):
             )
         return self._marks[run]["seen"]
 
+    @checked()
     def rewind(self, seen: int) -> None:
         """Take the buffer back to its state after this many rows had been added.
 

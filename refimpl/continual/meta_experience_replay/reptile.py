@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from refimpl.core.arguments import Checked
+from refimpl.core.arguments import Checked, checked
 from refimpl.core.errors import OptionError
 from refimpl.core.train.outer import OuterStep
 
@@ -81,6 +81,7 @@ class Reptile(Checked):
                 "updates before it as the others"
             )
 
+    @checked()
     def attach(self, model: nn.Module) -> Merges:
         """The hook for `refimpl.core.train.loop.train`; it keeps the weights of k updates ago in buffers of the model.
 

@@ -182,7 +182,7 @@ def from_json(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     config = {name: from_json(item, tensors) for name, item in tree["config"].items()}
     try:
         return kind(**config)
-    except TypeError as error:  # written by a version with other fields
+    except (TypeError, OptionError) as error:  # damaged, or written by a version with other fields
         raise CheckpointError(f"{tree['kind']} of {tree['module']} cannot be built again: {error}") from error
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import Cache, DynamicLayer
 
+from refimpl.core.arguments import checked
 from refimpl.core.cache.attention import NAME
 from refimpl.core.cache.content import load_described, to_json
 from refimpl.core.cache.layer import KVLayer
@@ -353,6 +354,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+@checked()
 @torch.no_grad()
 def prefill(
     model: PreTrainedModel,

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from refimpl.core.arguments import Checked
+from refimpl.core.arguments import Checked, checked
 from refimpl.core.cache.content import ByContent, current_modules, from_json, load_described, to_json
 from refimpl.core.cache.layer import KVLayer
 from refimpl.core.cache.rope import Rotary
@@ -176,6 +176,7 @@ class Policy(Checked, ByContent, abc.ABC):
             )
         return tuned(values[best])
 
+    @checked()
     def cache(
         self,
         model: PreTrainedModel,
@@ -219,6 +220,7 @@ class Policy(Checked, ByContent, abc.ABC):
         """The hyper-parameters as JSON; a digest stands for each tensor."""
         return {field.name: to_json(getattr(self, field.name), name=field.name) for field in fields(self)}
 
+    @checked()
     def save(self, path: str | Path) -> None:
         """Write the policy to a safetensors file, tensors included (fitted factors, trained bases).
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from refimpl.core.arguments import checked
 from refimpl.core.compress.sites import experts_put_back, find_blocks, has_blocks, unfuse_experts
+from refimpl.core.device import check_device
 from refimpl.core.errors import CheckpointError
 from refimpl.core.files.checkpoint import MANIFEST, Checkpoint, empty_model, read_config, set_tensor
 from refimpl.core.layers import CompressedLayer, PackedLinear, ServedLinear, ServedSparseLinear, empty_layer
@@ -313,7 +314,7 @@ def _place_layers(model: nn.Module, layers: dict[str, Any], dtype: torch.dtype, 
 
 
 @checked()
-def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> nn.Module:
+def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | int = "cpu") -> nn.Module:
     """Read a model written by `save` or by `compress(..., out=)`.
 
     Args:
@@ -327,6 +328,7 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.dev
 
     Raises:
         CheckpointError: not written by refimpl, unfinished, truncated, or with tensors missing or left over.
+        OptionError: a device that this machine has not.
 
     Example:
         >>> load("/nowhere")
@@ -335,6 +337,7 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.dev
         refimpl.core.errors.CheckpointError: folder='/nowhere' was not written by refimpl (no refimpl.json); \
 use transformers' from_pretrained for plain checkpoints
     """
+    check_device(device)
     folder = Path(folder)
     if not is_compressed(folder):
         raise CheckpointError(

@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 from tqdm.auto import tqdm
 
-from refimpl.core.arguments import Checked, checked
+from refimpl.core.arguments import Checked, checked, shown
 from refimpl.core.device import read, read_all
 from refimpl.core.errors import CheckpointError, OptionError, TrainingError, nearest
 from refimpl.core.train.checkpoints import Checkpoints, like, pack, whole
@@ -119,6 +119,12 @@ class Recipe(Checked):
             raise OptionError(f"final_lr={self.final_lr}: it is a fraction of lr, use 0 to 1")
         if self.clip is not None and not self.clip > 0:
             raise OptionError(f"clip={self.clip}: use a positive norm, or None")
+        if not 0 <= self.momentum < 1:
+            raise OptionError(f"momentum={self.momentum}: use 0 to below 1")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise OptionError(f"betas={self.betas}: use two numbers from 0 to below 1")
+        if self.weight_decay < 0:
+            raise OptionError(f"weight_decay={self.weight_decay}: use 0 or more")
 
     def scale(self, step: int) -> float:
         """Learning rate of update `step` (from 0) as a fraction of the highest."""
@@ -501,7 +507,10 @@ class _Run:
             with self._synchronised(micro == recipe.accumulate - 1):
                 mixed = torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
                 with mixed:
-                    value = self.loss(self.parallel, batch) / recipe.accumulate
+                    value = self.loss(self.parallel, batch)
+                    if not isinstance(value, Tensor) or value.dim():
+                        raise OptionError(f"loss returned {shown(value)}; return a tensor that holds one number")
+                    value = value / recipe.accumulate
                 value.backward()
             total += value.detach()
         for hook in self.after_backward:
@@ -557,7 +566,10 @@ class _Run:
             return
         self.model.eval()
         with torch.no_grad():
-            metrics = {name: float(value) for name, value in self.evaluate(self.model).items()}
+            found = self.evaluate(self.model)
+            if not isinstance(found, Mapping):
+                raise OptionError(f"evaluate returned {shown(found)}; return a dictionary of numbers by name")
+            metrics = {name: float(value) for name, value in found.items()}
         if self.keep_best is not None:
             if self.keep_best not in metrics:
                 raise OptionError(f"keep_best={self.keep_best!r}: evaluate returns {nearest(self.keep_best, metrics)}")

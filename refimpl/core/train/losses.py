@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from refimpl.core.arguments import Checked, checked
 from refimpl.core.device import read, read_all
 from refimpl.core.errors import CalibrationError, OptionError
 from refimpl.kernels.cross_entropy import sequence_cross_entropy
@@ -29,6 +30,7 @@ _CALLS = "weighted_loss_calls"
 _READ_EVERY = 64  # batches between two looks at what is kept for `Weighted.history`
 
 
+@checked()
 def sequence_losses(model: nn.Module, batch: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> Tensor:
     """Mean cross-entropy of every sequence of a batch under a causal language model.
 
@@ -74,6 +76,7 @@ def sequence_losses(model: nn.Module, batch: Tensor | Sequence[Tensor] | Mapping
     return _row_losses(logits, rows[:, 1:])
 
 
+@checked()
 def shifted_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """The same from logits that are there already: what a Trainer's ``compute_loss_func`` gets.
 
@@ -100,6 +103,7 @@ def shifted_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return _row_losses(logits, F.pad(labels[:, 1:], (0, 1), value=IGNORED))
 
 
+@checked()
 def sample_losses(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
     """Cross-entropy of every sample of a batch under a classifier.
 
@@ -157,7 +161,7 @@ def _check_rows(rows: object, name: str) -> None:
         raise CalibrationError(f"{name} has shape {list(rows.shape)}; it needs a row and two tokens in each")
 
 
-class Weighted:
+class Weighted(Checked):
     """A loss for `train`: samples of the batch of *all* processes, weighted by a function of their losses.
 
     With W processes and weights that sum to one over the global batch of M samples, process q returns

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
 
-from refimpl.core.arguments import Checked, checked
+from refimpl.core.arguments import Checked, checked, fits, shown
 from refimpl.core.errors import CheckpointError, OptionError, require
 from refimpl.core.train.loop import _rank_and_world
 
@@ -287,7 +287,10 @@ class Mixture(Checked, Sampler[list[int]]):
         return self.batch_size * _rank_and_world()[1]
 
     def _parts(self, step: int) -> list[Fraction]:
-        shares = tuple(self._shares(step) if callable(self._shares) else self._shares)
+        found = self._shares(step) if callable(self._shares) else self._shares
+        if not fits(found, Sequence[float]):
+            raise OptionError(f"shares({step}) returned {shown(found)}; return a finite number for each source")
+        shares = tuple(found)
         if self._last is None or self._last[0] != shares:
             where = f"shares({step})" if callable(self._shares) else "shares"
             parts = _fractions(shares, len(self.lengths), where)
@@ -362,6 +365,7 @@ def loader(data: Any, sampler: EpochSampler, batch_size: int, drop_last: bool = 
     return _loader(rows, BatchSampler(sampler, batch_size, drop_last), workers)
 
 
+@checked()
 def mixture_loader(
     sources: Sequence[Any], shares: Shares, batch_size: int, steps: int, seed: int = 0, start: int = 0, workers: int = 0
 ) -> DataLoader:
@@ -399,6 +403,7 @@ def mixture_loader(
     return _loader(ConcatDataset(found), mixture, workers)
 
 
+@checked()
 def interleave(datasets: Sequence[Any], shares: Sequence[float], seed: int = 0) -> Any:
     """Hugging Face datasets, streaming or not, drawn from at random with these shares until each was read once.
 

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from refimpl.core.arguments import checked
 from refimpl.core.errors import CalibrationError, OptionError, nearest, require
 from refimpl.lab import wheels
 
@@ -101,6 +102,7 @@ class ImageSet:
         return ImageSet(self.pixels[index], self.labels[index], units, self.dataset, self.split)
 
 
+@checked()
 def images(dataset: str, split: str) -> ImageSet:
     """All images of one split.
 
@@ -131,6 +133,7 @@ def images(dataset: str, split: str) -> ImageSet:
     return ImageSet((pixels - mean) / std, labels[torch.from_numpy(rows)], units, dataset, split)
 
 
+@checked()
 def from_arrays(pixels: Any, labels: Sequence[int] | Tensor | np.ndarray) -> ImageSet:
     """Your own images, as they are: scale them the way your model was trained.
 
@@ -162,6 +165,7 @@ def from_arrays(pixels: Any, labels: Sequence[int] | Tensor | np.ndarray) -> Ima
     return ImageSet(values, targets, [f"image {row}" for row in range(len(values))], "given", "given")
 
 
+@checked()
 def dataset_hash(dataset: str) -> str:
     """SHA-256 of all intensities, labels and the splits, for the header of result files.
 

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from refimpl.core.arguments import checked
+from refimpl.core.arguments import checked, shown
 from refimpl.core.errors import CalibrationError, OptionError, nearest, require
 from refimpl.lab import wheels
 
@@ -280,6 +280,8 @@ def _windows(
         from refimpl.lab import models
 
         tokenizer = models.tokenizer()
+    if not hasattr(tokenizer, "bos_token_id"):
+        raise OptionError(f"tokenizer={shown(tokenizer)}: pass one of transformers, or None for SmolLM2's")
     prefix = _prefix(tokenizer)
     room = length - len(prefix)
     if sequences is not None:
@@ -361,7 +363,9 @@ def _decoded(file: Path) -> str:
     try:
         data = file.read_bytes()
     except OSError as error:
-        raise OptionError(f"{file} cannot be read ({error.strerror}); make it readable, or name another file") from error
+        raise OptionError(
+            f"{file} cannot be read ({error.strerror}); make it readable, or name another file"
+        ) from error
     mark, encoding = next(((mark, name) for mark, name in _MARKS if data.startswith(mark)), (b"", "utf-8"))
     try:
         text = data[len(mark) :].decode(encoding)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from refimpl.core.arguments import checked
 from refimpl.core.errors import CalibrationError, OptionError, positive_integer
 from refimpl.lab.models.lstm import BYTES, LSTMLanguageModel
 
@@ -40,6 +41,7 @@ class BitsPerByte:
     units: list[str]
 
 
+@checked()
 def language_model_loss(model: nn.Module, batch: Tensor | Sequence[Tensor]) -> Tensor:
     """Mean cross-entropy in nats of every symbol but the first of each row, for `refimpl.core.train.loop.train`.
 
@@ -65,6 +67,7 @@ def language_model_loss(model: nn.Module, batch: Tensor | Sequence[Tensor]) -> T
     return F.cross_entropy(_logits(model, ids[:, :-1]).float().flatten(0, 1), targets)
 
 
+@checked()
 def bits_per_byte(
     model: nn.Module,
     windows: Tensor,
@@ -140,6 +143,7 @@ def bits_per_byte(
     return BitsPerByte(float(bits.sum() / counts.sum()), bits, counts, names)
 
 
+@checked()
 def token_bytes(tokenizer: PreTrainedTokenizerBase, size: int | None = None) -> Tensor:
     """Number of bytes of text that each token of a byte-level tokenizer encodes; 0 for special tokens.
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from refimpl.core.arguments import checked
 from refimpl.core.errors import OptionError
 from refimpl.lab.measure.metrics import Perplexity
 
@@ -61,6 +62,7 @@ def difference(gap: np.ndarray) -> np.ndarray:
     return gap
 
 
+@checked()
 def paired_bootstrap(
     a: Sequence[float] | np.ndarray,
     b: Sequence[float] | np.ndarray,
@@ -122,6 +124,7 @@ def paired_bootstrap(
     return _interval(gap.sum() / weights.sum(), low, high, error, units, statistic)
 
 
+@checked()
 def t_interval(values: Sequence[float] | np.ndarray) -> Interval:
     """Student's t interval of a mean, for a handful of seeds (three resampled seeds would cover 74 %, not 95).
 
@@ -141,6 +144,7 @@ def t_interval(values: Sequence[float] | np.ndarray) -> Interval:
     return _interval(mean, mean - half, mean + half, error, len(values), difference)
 
 
+@checked()
 def seeds_ratio(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> Interval:
     """Ratio of two arms over the same seeds: the geometric mean of a / b with Student's t interval of its logarithm.
 

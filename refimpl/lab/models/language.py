@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from refimpl.core.arguments import checked
 from refimpl.core.errors import CheckpointError, FetchError, OptionError, nearest, require
 from refimpl.core.files import io
 from refimpl.core.files.checkpoint import Checkpoint
@@ -65,6 +66,7 @@ def smollm2_path() -> Path:
     return folder
 
 
+@checked()
 def smollm2(dtype: torch.dtype | None = None, layers: int | None = None) -> PreTrainedModel:
     """SmolLM2-135M-Instruct (Apache-2.0) in eval mode, channels permuted.
 
@@ -138,6 +140,7 @@ def source_bits() -> dict[str, dict[str, float]]:
     return json.loads((smollm2_path() / "source.json").read_text())["bits"]
 
 
+@checked()
 def load(
     name_or_path: str | Path, dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
@@ -182,6 +185,7 @@ def load(
     return model.eval(), AutoTokenizer.from_pretrained(path) if has_tokenizer else None
 
 
+@checked()
 def folder(name_or_path: str | Path) -> Path:
     """The local folder of a checkpoint; a Hub id is downloaded first.
 

@@ -378,8 +378,8 @@ def test_a_policy_with_tensors_can_be_kept(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, path)
     with pytest.raises(CheckpointError, match="no policy written by refimpl"):
         Policy.load(path)
-    with pytest.raises(OptionError, match=r"share=.*: a Linear cannot be written to a file"):
-        replace(policy, share=torch.nn.Linear(1, 1)).save(path)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"A=.*: a Linear cannot be written to a file"):
+        replace(policy, pairs=(Pair(torch.nn.Linear(1, 1)),)).save(path)  # type: ignore[arg-type]
     assert "a" in load_file(path)  # the old file is as it was
 
 
