@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,13 +20,9 @@ if TYPE_CHECKING:
 MODELS = ("smollm2", "llama-small", "llama-medium", "llama-large")
 CORPORA = ("wikipedia", "news", "python", "prose")
 LONGEST = 512  # tokens per sequence, or what the model can read if that is less
+
+
 #: What makes a checkpoint usable beside its weights; copied along.
-COMPANIONS = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*", "merges.txt"),
-    "generation_config.json",
-)
-
-
 class DType(str, Enum):
     """The dtype of unpacked weights."""
 
@@ -142,6 +137,6 @@ def first(tokens: TokenSet, sequences: int) -> TokenSet:
 
 def copy_companions(source: Path, target: Path) -> None:
     """The tokenizer and what else belongs to a checkpoint beside its weights."""
-    for pattern in COMPANIONS:
-        for file in source.glob(pattern):
-            shutil.copy(file, target)
+    from refimpl.core.files.companions import TOKENIZER, copy_files
+
+    copy_files(source, target, (*TOKENIZER, "generation_config.json"))

@@ -28,6 +28,10 @@ class CheckpointError(RefimplError):
     """A checkpoint is truncated, foreign, pickled, or does not belong to the model."""
 
 
+class FileError(RefimplError, OSError):
+    """A file cannot be written or read: a full disk, a read-only folder, or something else than a file in its place."""
+
+
 class TrainingError(RefimplError):
     """Training cannot continue; says at which step, and from where to resume it."""
 

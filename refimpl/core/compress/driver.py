@@ -43,8 +43,18 @@ from refimpl.core.compress.whole import CallShape, call_shapes, check_groups, co
 from refimpl.core.device import give_back, read
 from refimpl.core.errors import CalibrationError, CheckpointError, OptionError, nearest
 from refimpl.core.files import io
-from refimpl.core.files.checkpoint import Checkpoint, Reference, empty_model, read_config, set_tensor, weight_key
-from refimpl.core.layers import CompressedLayer, empty_layer
+from refimpl.core.files.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    Reference,
+    empty_model,
+    read_config,
+    set_tensor,
+    weight_key,
+)
+from refimpl.core.files.companions import methods_of, note_methods
+from refimpl.core.files.folders import lock
+from refimpl.core.layers import empty_layer
 from refimpl.core.stored import declare_stored, stored_dtype, stored_dtypes
 
 ORDERS = ("sequential", "parallel")
@@ -212,34 +222,47 @@ def _fingerprints(
     source: Checkpoint | None,
     original: Reference | None,
 ) -> list[str]:
-    """Identify a run for resuming: for each block a digest of options and tokens, and one of the sites before the run."""
+    """Identify a run for resuming: for each block a digest of all that blocks share, and one of the block before the run.
+
+    Every weight that the run reads goes into one of them. That takes about half a second per GB, and from a folder
+    every weight is read once more than without.
+    """
+    prefix, blocks = find_blocks(model)
     run = hashlib.sha256(f"{method!r} {order} {getattr(model, 'config', None)}".encode())
     if (stored := stored_dtype(model)) != next(p.dtype for p in model.parameters() if p.is_floating_point()):
         run.update(f"{stored}".encode())
     run.update(repr([[site.name for site in sites] for sites in by_block.values()]).encode())
     for batch in batches:
         run.update(f"{tuple(batch.shape)}".encode() + batch.cpu().numpy().tobytes())
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(f"{prefix}.") and not (
+            source and tensor.is_meta and name not in source
+        ):  # a tied weight
+            _add_tensor(run, name, tensor, model, source)
     marks = []
-    for sites in by_block.values():
+    for index, block in enumerate(blocks):
         state = hashlib.sha256()
-        for site in sites:
-            module = site.module
-            kind = module.config() if isinstance(module, CompressedLayer) else type(module).__name__
-            state.update(f"{kind}".encode())
-            name, tensor = next(iter(module.state_dict().items()))
-            if source is not None:
-                tensor = source.tensor(*_stored(f"{site.name}.{name}", model, source))
-            state.update(_sample(tensor))
-            if original is not None:
-                state.update(_sample(original.weight(site)))
+        for name, layer in io.compressed_layers(block).items():
+            state.update(f"{name} {layer.config()}".encode())
+        for name, tensor in block.state_dict().items():
+            _add_tensor(state, f"{prefix}.{index}.{name}", tensor, model, source)
+        if original is not None:
+            for site in by_block[index]:
+                state.update(_bytes(original.weight(site)))
         marks.append(f"{run.hexdigest()}:{state.hexdigest()}")
     return marks
 
 
-def _sample(tensor: Tensor) -> bytes:
-    """A few values, enough to tell one model's weights from another's without reading them all."""
-    row = tensor[0] if tensor.dim() > 1 else tensor
-    return row[:64].contiguous().view(torch.uint8).cpu().numpy().tobytes()
+def _add_tensor(digest: Any, name: str, tensor: Tensor, model: nn.Module, source: Checkpoint | None) -> None:
+    """Add a tensor of the model to a digest, read from the checkpoint if it is not in memory yet."""
+    if tensor.is_meta and source is not None:
+        tensor = source.tensor(*_stored(name, model, source))
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(_bytes(tensor))
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _stored(name: str, model: nn.Module, source: Checkpoint) -> tuple[str, int | None]:
@@ -314,6 +337,27 @@ def compress(
     check_method(method)
     if order not in ORDERS:
         raise OptionError(f"order={order!r}: use {nearest(order, ORDERS)}")
+    options = (reference, order, batch_size, targets, out, dtype, store, progress)
+    with nullcontext() if out is None else lock(out):
+        report = _compress(model, method, calibration, *options)
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _compress(
+    model: nn.Module | str | Path,
+    method: Method,
+    calibration: Any,
+    reference: nn.Module | str | Path | None,
+    order: str,
+    batch_size: int | None,
+    targets: str | None,
+    out: str | Path | None,
+    dtype: torch.dtype | None,
+    store: torch.dtype | None,
+    progress: bool,
+) -> Report:
+    """`compress`, with the folder of the result held by this process."""
     source: Checkpoint | None = None
     if isinstance(model, (str, Path)):
         if out is None:
@@ -331,6 +375,7 @@ def compress(
             )
         if io.is_compressed(folder):
             io.restore_layers(model, folder, device="meta", dtype=dtype)
+            note_methods(model, io.read_json(folder / MANIFEST).get("methods", []))
     elif dtype is not None or store is not None:
         name, given = ("dtype", dtype) if dtype is not None else ("store", store)
         raise OptionError(f"{name}={given} is for models read from a folder; change this one with model.to(dtype)")
@@ -346,7 +391,8 @@ def compress(
                 )
             batch_size = WHOLE_BATCH if batch_size is None else batch_size
             entries = compress_whole(model, method, sites, calibration, reference, order, batch_size, progress)
-            return Report(model, repr(method), entries, time.perf_counter() - start)
+            note_methods(model, [*methods_of(model), repr(method)])
+            return Report(model, repr(method), entries, 0.0)
         original = reference_of(model, method, reference, sites)
         batches = _batches(model, method, calibration, BATCH if batch_size is None else batch_size)
         _, blocks = find_blocks(model)
@@ -380,6 +426,8 @@ def compress(
     last = max((index for index, chosen in by_block.items() if chosen), default=-1)
     bar = tqdm(total=len(blocks), initial=done, desc=type(method).__name__, unit="block", disable=not progress, delay=1)
     finished = done
+    if writer:
+        writer.start()
     try:
         for index in range(done, len(blocks)):
             block, chosen = blocks[index], by_block[index]
@@ -401,10 +449,11 @@ def compress(
     finally:
         bar.close()
         model.train(was_training)
+    if not (writer and writer.finished):
+        note_methods(model, [*methods_of(model), repr(method)])
     if writer:
         writer.finish(model)
-    elapsed = time.perf_counter() - start
-    return Report(None if source else model, repr(method), reports, elapsed, Path(out) if out else None)
+    return Report(None if source else model, repr(method), reports, 0.0, Path(out) if out else None)
 
 
 def _batches(model: nn.Module, method: Method, calibration: Any, batch_size: int) -> list[Tensor]:

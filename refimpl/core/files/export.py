@@ -35,8 +35,15 @@ from refimpl.core.compress.fold import _feeds
 from refimpl.core.compress.sites import _ROUTER, UnfusedExperts, find_blocks, is_conv1d
 from refimpl.core.device import read
 from refimpl.core.errors import CheckpointError, OptionError, require
-from refimpl.core.files.checkpoint import MANIFEST
-from refimpl.core.files.io import check_transformers, compressed_layers, read_json, write_json, write_tensors
+from refimpl.core.files.companions import front_matter
+from refimpl.core.files.io import (
+    MODEL_FILES,
+    check_transformers,
+    compressed_layers,
+    read_json,
+    write_json,
+    write_tensors,
+)
 from refimpl.core.layers import (
     CompensatedLinear,
     CompressedLayer,
@@ -53,7 +60,6 @@ _MARK = "<!-- written by refimpl.core.files.export -->"
 _PACKED = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape")
 _EXPERTS = "re:.*[.]experts[.].*"  # every map of every expert
 _SHARD_LIMIT = 2_000_000_000  # bytes of one file, all of which are in memory while it is written
-_MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "config.json", "adapter_config.json", MANIFEST)
 
 
 # ---- the three formats
@@ -672,7 +678,7 @@ def _whole(folder: str | Path) -> Iterator[Path]:
     folder = Path(folder)
     card = folder / "README.md"
     ours = card.is_file() and _MARK in card.read_text(errors="replace")
-    if folder.is_file() or (not ours and (card.exists() or any(next(folder.glob(p), None) for p in _MODEL_FILES))):
+    if folder.is_file() or (not ours and (card.exists() or any(next(folder.glob(p), None) for p in MODEL_FILES))):
         raise CheckpointError(
             f"folder={str(folder)!r} holds something that refimpl did not export; choose another folder"
         )
@@ -684,7 +690,7 @@ def _whole(folder: str | Path) -> Iterator[Path]:
         if not folder.exists():
             os.replace(staging, folder)
             return
-        for pattern in sorted(_MODEL_FILES, key=lambda name: "config" not in name):
+        for pattern in sorted(MODEL_FILES, key=lambda name: "config" not in name):
             for path in folder.glob(pattern):
                 path.unlink()
         for path in sorted(staging.iterdir(), key=lambda path: path.name.endswith("config.json")):
@@ -828,9 +834,8 @@ def _auto_class(source: _Source) -> str:
 
 
 def _card(title: str, library: str, body: str, code: str, base: str | Path | None = None) -> str:
-    front = f"library_name: {library}\n" + (f"base_model: {base}\n" if base is not None else "")
     load = f"Load it, without refimpl:\n\n```python\n{code}\n```\n"
-    return f"---\n{front}---\n{_MARK}\n\n# {title}\n\n{body.strip()}\n\n{load}"
+    return f"{front_matter(library, base)}{_MARK}\n\n# {title}\n\n{body.strip()}\n\n{load}"
 
 
 def _what(source: _Source) -> str:

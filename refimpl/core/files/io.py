@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from refimpl.core.compress.sites import experts_put_back, find_blocks, has_block
 from refimpl.core.device import check_device
 from refimpl.core.errors import CheckpointError
 from refimpl.core.files.checkpoint import MANIFEST, Checkpoint, empty_model, read_config, set_tensor
+from refimpl.core.files.companions import CARD, TOKENIZER, copy_tokenizer, methods_of, model_card, note_methods
+from refimpl.core.files.folders import check_file, clear_temporary, holds_files, lock, writing
 from refimpl.core.layers import CompressedLayer, PackedLinear, ServedLinear, ServedSparseLinear, empty_layer
 from refimpl.core.stored import declare_stored, stored_dtype, stored_dtypes
 
@@ -29,6 +32,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
     A reader therefore never sees half a file, and an interruption leaves the old one untouched.
 
+    Raises:
+        FileError: the disk is full or read-only, or something else than a file is at `path`.
+
     Example:
         >>> import tempfile, pathlib
         >>> target = pathlib.Path(tempfile.mkdtemp()) / "a.txt"
@@ -38,16 +44,18 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         'done'
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        os.chmod(temporary, 0o644)  # mkstemp makes files private; a shared cache must stay readable
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    check_file(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            os.chmod(temporary, 0o644)  # mkstemp makes files private; a shared cache must stay readable
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def data_path(*parts: str) -> Path:
@@ -63,7 +71,10 @@ def data_path(*parts: str) -> Path:
 
 
 _PROGRESS = "refimpl-progress.json"
-_SAVING = "refimpl-saving"  # a file that is in the folder while `save` writes to it
+_SAVING = ".refimpl-saving"  # a folder inside, in which `save` collects the new model
+_SAVED = ".refimpl-saved"  # its name once that is complete, until the files are in their places
+_INDEX = "refimpl.safetensors.index.json"  # of a model of several files, for transformers
+MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "config.json", "adapter_config.json", MANIFEST)
 _SINGLE_FILE_LIMIT = 5_000_000_000  # bytes; larger models get one file per block, which suits hubs and small memories
 
 
@@ -93,6 +104,7 @@ def read_json(path: Path) -> Any:
         refimpl.core.errors.CheckpointError: /nowhere cannot be read ([Errno 2] No such file or directory: \
 '/nowhere'); save the model again
     """
+    check_file(path)
     try:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
@@ -151,11 +163,17 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
 def is_compressed(folder: str | Path) -> bool:
     """Whether `folder` holds a finished model written by `save` or `compress(..., out=)`.
 
+    A `save` that was killed after everything was written, while files were put in their places, is finished first.
+
     Example:
         >>> is_compressed("/nowhere")
         False
     """
-    return (Path(folder) / MANIFEST).is_file()
+    folder = Path(folder)
+    if (folder / _SAVED).is_dir():
+        with lock(folder):
+            _put_in_place(folder)
+    return (folder / MANIFEST).is_file()
 
 
 def check_transformers(model: nn.Module) -> None:
@@ -175,15 +193,16 @@ built again; keep its state_dict() with safetensors.torch.save_file, and call co
         )
 
 
-def _write_config(model: nn.Module, folder: Path) -> None:
+def _write_config(model: nn.Module, folder: Path, weights: str) -> None:
     config: Any = model.config
     value = config.to_diff_dict()
+    value.pop("transformers_weights", None)  # with it, a transformers without refimpl would not stop
     value["architectures"] = [type(model).__name__]
     if stored_dtype(model) != next((p.dtype for p in model.parameters() if p.is_floating_point()), None):
         value["dtype"] = str(stored_dtype(model)).removeprefix("torch.")
-    # transformers warns of a format it does not know, then finds no file of a name it knows and stops; under its own
-    # names it would take what fits and fill in random weights for the rest
-    value["quantization_config"] = {"quant_method": "refimpl"}
+    # without refimpl, transformers warns of a format it does not know, then finds no file of a name it knows and stops;
+    # under its own names it would take what fits and fill in random weights for the rest
+    value["quantization_config"] = {"quant_method": "refimpl", "weights": weights}
     write_json(folder / "config.json", value)
     generation: Any = getattr(model, "generation_config", None)
     if generation is not None:
@@ -194,7 +213,10 @@ def _write_config(model: nn.Module, folder: Path) -> None:
 def save(model: nn.Module, folder: str | Path) -> Path:
     """Write a compressed (or plain) transformers model, of language or of images, as safetensors that `load` reads.
 
-    Every file is written under a temporary name first. Save the tokenizer beside it with its own ``save_pretrained``.
+    What was in the folder before stays whole until the new model is, so the disk needs room for both. A tokenizer that
+    lies beside the checkpoint the model came from is copied, unless the folder has one; and a README.md says what the
+    model is. `model.save_pretrained(folder)` of a model with compressed layers does the same.
+
     Floating numbers are written in the dtype they count as, `refimpl.core.stored.stored_dtype`: a model of 16 bits that
     was loaded to compute in float32 is a model of 16 bits again.
 
@@ -206,7 +228,9 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         The folder.
 
     Raises:
-        CheckpointError: the folder holds another checkpoint, or the model has no transformers configuration.
+        CheckpointError: the folder holds another checkpoint or another process writes to it, or the model has no
+            transformers configuration.
+        FileError: the disk is full or read-only, or there is a file where a folder is meant.
 
     Example:
         >>> import tempfile, torch
@@ -222,21 +246,52 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     """
     check_transformers(model)
     folder = Path(folder)
-    ours = is_compressed(folder) or (folder / _SAVING).exists()
-    if any(folder.glob("*.safetensors")) and not ours:
-        raise CheckpointError(
-            f"folder={str(folder)!r} holds a checkpoint that refimpl did not write; choose another folder"
-        )
-    with experts_put_back(model, always=True):
-        unfuse_experts(model)  # one format, whether any expert was compressed or not
-        _save(model, folder)
+    with lock(folder), writing(folder):
+        if (folder / _SAVED).is_dir():
+            _put_in_place(folder)
+        ours = (folder / MANIFEST).is_file() or (folder / _SAVING).exists()
+        if (folder / _PROGRESS).exists():
+            raise CheckpointError(
+                f"folder={str(folder)!r} holds an unfinished run of compress; finish it, or choose another folder"
+            )
+        if not ours and any(next(folder.glob(pattern), None) for pattern in MODEL_FILES):
+            raise CheckpointError(
+                f"folder={str(folder)!r} holds a checkpoint that refimpl did not write; choose another folder"
+            )
+        clear_temporary(folder)
+        new = folder / _SAVING
+        shutil.rmtree(new, ignore_errors=True)  # of a save that was killed
+        try:
+            new.mkdir()
+            with experts_put_back(model, always=True):
+                unfuse_experts(model)  # one format, whether any expert was compressed or not
+                _save(model, new, beside=folder)
+            os.replace(new, folder / _SAVED)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+        _put_in_place(folder)
     return folder
 
 
-def _save(model: nn.Module, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _SAVING).touch()
-    (folder / MANIFEST).unlink(missing_ok=True)  # half replaced, the old model must not load
+def _put_in_place(folder: Path) -> None:
+    """Move a complete new model up into `folder`, the manifest last, and delete what belongs to the old one only.
+
+    It can be killed anywhere and repeated.
+    """
+    new = folder / _SAVED
+    with writing(folder):
+        for path in sorted(new.iterdir(), key=lambda path: path.name == MANIFEST):
+            os.replace(path, folder / path.name)
+        named = set(read_json(folder / MANIFEST)["weight_map"].values())
+        for path in folder.glob("*.safetensors"):
+            if path.name not in named:
+                path.unlink()
+        if len(named) == 1:
+            (folder / _INDEX).unlink(missing_ok=True)
+        new.rmdir()
+
+
+def _save(model: nn.Module, folder: Path, beside: Path) -> None:
     tensors = _own_tensors(model)
     prefix = find_blocks(model)[0] if has_blocks(model) else ""
     shards: dict[str, dict[str, Tensor]] = {"weights.safetensors": tensors}
@@ -248,17 +303,34 @@ def _save(model: nn.Module, folder: Path) -> None:
             shards.setdefault(f"{file}.safetensors", {})[name] = tensor
     for file, content in shards.items():
         write_tensors(folder / file, content)
-    _finish(model, folder, {name: file for file, content in shards.items() for name in content}, _layers(model), {})
-    (folder / _SAVING).unlink()
+    weight_map = {name: file for file, content in shards.items() for name in content}
+    _finish(model, folder, beside, weight_map, _layers(model), {"methods": methods_of(model)})
 
 
 def _finish(
-    model: nn.Module, folder: Path, weight_map: dict[str, str], layers: dict[str, Any], run: dict[str, Any]
+    model: nn.Module,
+    folder: Path,
+    beside: Path,
+    weight_map: dict[str, str],
+    layers: dict[str, Any],
+    run: dict[str, Any],
 ) -> None:
-    """Write what describes the tensors, the manifest last: it is what makes the folder a model."""
-    for stale in {path.name for path in folder.glob("*.safetensors")} - set(weight_map.values()):
-        (folder / stale).unlink()
-    _write_config(model, folder)
+    """Write what describes the tensors, the manifest last: it is what makes the folder a model.
+
+    Args:
+        beside: the folder in which the files will lie in the end, whose own tokenizer and README.md stay.
+    """
+    files = sorted(set(weight_map.values()))
+    weights = files[0] if len(files) == 1 else _INDEX
+    if weights == _INDEX:
+        write_json(folder / _INDEX, {"metadata": {}, "weight_map": weight_map})
+    _write_config(model, folder, weights)
+    if not any(next(beside.glob(pattern), None) for pattern in TOKENIZER):
+        copy_tokenizer(model, folder)
+    if not (beside / "README.md").exists() or CARD in (beside / "README.md").read_text(errors="replace"):
+        with atomic_write(folder / "README.md") as temporary:
+            tokenizer = any(next(place.glob("tokenizer*"), None) for place in (folder, beside))
+            temporary.write_text(model_card(model, layers, run["methods"], tokenizer), encoding="utf-8")
     manifest = {
         "format": 1,
         "dtype": str(stored_dtype(model)).removeprefix("torch."),
@@ -344,7 +416,7 @@ use transformers' from_pretrained for plain checkpoints
             f"folder={str(folder)!r} holds an unfinished run; call compress again with out= to finish it"
             if (folder / _PROGRESS).exists()
             else f"folder={str(folder)!r} holds half a model, its saving was interrupted; save it again"
-            if (folder / _SAVING).exists()
+            if (folder / _SAVING).is_dir()
             else f"folder={str(folder)!r} was not written by refimpl (no {MANIFEST}); "
             "use transformers' from_pretrained for plain checkpoints"
         )
@@ -371,6 +443,7 @@ use transformers' from_pretrained for plain checkpoints
         _cast(model, dtype)
         model.tie_weights()  # type: ignore[operator]  # each got a copy of its own
         declare_stored(model, min(dtype, stored, key=lambda kind: kind.itemsize))
+    note_methods(model, read_json(folder / MANIFEST).get("methods", []))
     return model.to(device).eval()
 
 
@@ -394,9 +467,10 @@ class ShardWriter:
     """Writes a model block by block, and continues where an interrupted run stopped.
 
     Args:
-        folder: target; created if missing.
+        folder: target, which this process has locked (`refimpl.core.files.folders.lock`).
         model: the model being compressed.
-        marks: one text per block, ``run:state``: digests of the options and tokens, and of the block as it was before.
+        marks: one text per block, ``run:state``: digests of all that is the same for every block (options, tokens,
+            weights outside the blocks), and of the block as it was before.
 
     Raises:
         CheckpointError: the folder holds another run, or something that refimpl did not write.
@@ -410,12 +484,13 @@ class ShardWriter:
         if unfinished.exists():
             state = read_json(unfinished)
             done = state["done"]
-            if _runs(state["marks"]) != _runs(marks) or state["marks"][done:] != marks[done:]:
+            if done and (_runs(state["marks"]) != _runs(marks) or state["marks"][done:] != marks[done:]):
                 raise CheckpointError(
                     f"out={str(folder)!r} holds an unfinished run with other options, tokens or weights; "
                     "repeat that call to finish it, or choose another folder"
                 )
-            self.state = state
+            if done:
+                self.state = state
         elif finished.exists():
             manifest = read_json(finished)
             if manifest.get("marks") != marks and not self._already(manifest, model):
@@ -426,12 +501,24 @@ class ShardWriter:
                 "layers": manifest["layers"],
                 "weight_map": manifest["weight_map"],
             }
-        elif folder.exists() and any(folder.iterdir()):
+            note_methods(model, manifest.get("methods", []))
+        elif holds_files(folder):
             raise CheckpointError(f"out={str(folder)!r} is not empty and not one of our runs; choose another folder")
 
     def _already(self, manifest: dict[str, Any], model: nn.Module) -> bool:
         # the same call made again on the very model it has already compressed; a next step has another run digest
         return _runs(self.marks) == _runs(manifest.get("marks", [])) and manifest["layers"] == _layers(model)
+
+    def start(self) -> None:
+        """Make the folder one of ours, so that a run that is killed in its first block resumes."""
+        clear_temporary(self.folder)
+        if not (self.folder / MANIFEST).exists():
+            write_json(self.folder / _PROGRESS, self.state)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the folder holds the finished model."""
+        return (self.folder / MANIFEST).exists()
 
     @property
     def done(self) -> int:
@@ -477,11 +564,11 @@ class ShardWriter:
 
     def finish(self, model: nn.Module) -> None:
         """Write what lies outside the blocks, and make the folder a loadable model."""
-        if (self.folder / MANIFEST).exists():
-            return
-        rest = {n: t for n, t in _own_tensors(model).items() if not n.startswith(self.prefix + ".")}
-        write_tensors(self.folder / "rest.safetensors", rest)
-        weight_map = self.state["weight_map"] | dict.fromkeys(rest, "rest.safetensors")
-        run = {"marks": self.state["marks"], "reports": self.state["reports"]}
-        _finish(model, self.folder, weight_map, self.state["layers"], run)
-        (self.folder / _PROGRESS).unlink(missing_ok=True)
+        if not self.finished:
+            rest = {n: t for n, t in _own_tensors(model).items() if not n.startswith(self.prefix + ".")}
+            write_tensors(self.folder / "rest.safetensors", rest)
+            weight_map = self.state["weight_map"] | dict.fromkeys(rest, "rest.safetensors")
+            run = {"marks": self.state["marks"], "reports": self.state["reports"], "methods": methods_of(model)}
+            _finish(model, self.folder, self.folder, weight_map, self.state["layers"], run)
+        for path in (*self.folder.glob("hidden-*.safetensors"), self.folder / _PROGRESS):
+            path.unlink(missing_ok=True)
