@@ -13,7 +13,7 @@ import math
 import signal
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ from refimpl.core.cache import cache_argument, prefill
 from refimpl.core.compress.method import Method
 from refimpl.core.errors import RefimplError
 from refimpl.core.train.loop import Recipe, batches, train
-from refimpl.core.train.losses import sequence_losses, shifted_losses
 from refimpl.core.train.losses import Weighted as WeightedLoss
+from refimpl.core.train.losses import sequence_losses, shifted_losses
 from refimpl.core.train.sampling import Mixture, Shuffled, Weighted, loader, mixture_loader
 from refimpl.core.train.schedules import Constant, Cosine, Infinite, Schedule, Scheduled
 from refimpl.lab.data import images, text
@@ -65,7 +65,7 @@ WRONG: dict[str, Any] = {
     "a function": lambda *args: object(),
     "a class": int,
     "a module": nn.Identity(),
-    "a path": Path("/proc/nowhere/at/all"),
+    "a path": Path("/dev/null/nowhere"),
     "a dtype": torch.int8,
     "an empty tensor": torch.zeros(0),
     "a tensor of NaN": torch.full((2, 3), math.nan),
@@ -276,7 +276,9 @@ def targets(folder: Path) -> dict[str, Target]:
         ),
         "Policy.fit": Target(refimpl.CSKV().fit, lambda: {"model": model, "tokens": TOKENS}),
         "Policy.cache": Target(
-            refimpl.SnapKV(window=4).cache, lambda: {"model": model, "budget": 0.5, "length": 64}, lambda cache: cache.nbytes
+            refimpl.SnapKV(window=4).cache,
+            lambda: {"model": model, "budget": 0.5, "length": 64},
+            lambda cache: cache.nbytes,
         ),
         "prefill": Target(
             prefill, lambda: {"model": model, "cache": refimpl.SnapKV(window=4).cache(model), "input_ids": TOKENS}
@@ -287,12 +289,11 @@ def targets(folder: Path) -> dict[str, Target]:
         ),
         "perplexity": Target(metrics.perplexity, lambda: {"model": model, "tokens": TOKENS, "progress": False}),
         "footprint": Target(metrics.footprint, lambda: {"model": model}),
-        "bits_per_byte": Target(
-            bits.bits_per_byte,
-            lambda: {"model": model, "windows": TOKENS, "units": list("abcd")},
-        ),
+        "bits_per_byte": Target(bits.bits_per_byte, lambda: {"model": model, "windows": TOKENS, "units": list("abcd")}),
         "paired_bootstrap": Target(
-            statistics.paired_bootstrap, lambda: {"a": [1.0, 2.0, 3.0], "b": [1.0, 2.5, 3.0], "n": 100}, functions=("statistic",)
+            statistics.paired_bootstrap,
+            lambda: {"a": [1.0, 2.0, 3.0], "b": [1.0, 2.5, 3.0], "n": 100},
+            functions=("statistic",),
         ),
     }
 
@@ -315,19 +316,25 @@ def test_wrong_arguments_are_refused_by_name(made: dict[str, Target], monkeypatc
     monkeypatch.chdir(tmp_path)  # a string may be a path
     count, wrong = 0, []
     import time
+
     for name, target in made.items():
-        s=time.time()
+        s = time.time()
         first = answer(lambda: target.run("", {}))
-        if first is not None: print(f"{name} does not work with its good arguments: {first}")
-        try: target.run("", {})
-        except Exception as e: print("GOOD FAILS", name, e)
+        if first is not None:
+            print(f"{name} does not work with its good arguments: {first}")
+        try:
+            target.run("", {})
+        except Exception as e:
+            print("GOOD FAILS", name, e)
         import os
-        if os.environ.get("ONLY") and name not in os.environ["ONLY"].split(","): continue
+
+        if os.environ.get("ONLY") and name not in os.environ["ONLY"].split(","):
+            continue
         for each, change in target.inputs():
             count += 1
             found = answer(lambda: target.run(each, change))
             if found is not None:
                 wrong.append(f"{name}({each}): {found}")
-        print(name, round(time.time()-s,2))
+        print(name, round(time.time() - s, 2))
     print(count)
     assert not wrong, "\n".join(wrong)

@@ -198,6 +198,31 @@ def fits(value: object, kind: Any) -> bool:
         return True
 
 
+def misfit(value: object, fields: Mapping[str, Any]) -> str | None:
+    """What is wrong with a dictionary that was read from a file.
+
+    Args:
+        value: that was read.
+        fields: the kind of each entry that it must have; others may be there.
+
+    Returns:
+        The reason in words; None if nothing is wrong.
+
+    Example:
+        >>> misfit({"bits": "4"}, {"bits": int}), misfit({"bits": 4}, {"bits": int})
+        ("'bits' is '4', not a whole number", None)
+    """
+    if not isinstance(value, Mapping):
+        return f"it holds {shown(value)}, not a dictionary"
+    for name, kind in fields.items():
+        if name not in value:
+            return f"it has no {name!r}"
+        if not fits(value[name], kind):
+            place, wrong, wanted = _innermost(value[name], kind)
+            return f"{name!r}{place} is {shown(wrong)}, not {words(wanted)}"
+    return None
+
+
 def words(kind: Any) -> str:
     """An annotation in words, for a message.
 

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refimpl.core.arguments import Checked, checked
+from refimpl.core.arguments import Checked, checked, misfit
 from refimpl.core.errors import CheckpointError, OptionError, nearest
+from refimpl.core.files.folders import check_file, writing
 from refimpl.core.files.io import read_json, write_json
 
 DTYPES = ("uint8", "uint16", "int32", "int64", "float32")
@@ -29,6 +30,10 @@ DTYPES = ("uint8", "uint16", "int32", "int64", "float32")
 _ABOUT, _ROWS, _SLOTS = "buffer.json", "rows.bin", "slots.bin"
 _SLOT = np.dtype([("item", "<i8"), ("check", "<u4")])  # packed: 12 bytes
 _FIXED = ("format", "capacity", "row", "dtype", "seed")
+_FIELDS = {
+    **{"format": int, "capacity": int, "row": list[int], "dtype": str, "seed": int, "seen": int},
+    "marks": dict[str, dict],
+}
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -336,7 +341,12 @@ class ReplayBuffer(Checked):
                 f"folder={str(self.folder)!r} holds {there[0]} but no {_ABOUT}: a damaged buffer, or something else; "
                 "delete it, or choose another folder"
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._fill(needed)
+
+    def _fill(self, needed: int) -> None:
+        assert self.folder is not None
         try:
             for name, size in ((_ROWS, self._row_bytes), (_SLOTS, _SLOT.itemsize)):
                 _allocate(self.folder / name, self.capacity * size)
@@ -362,6 +372,7 @@ class ReplayBuffer(Checked):
                 )
         for name, size in ((_ROWS, self._row_bytes), (_SLOTS, _SLOT.itemsize)):
             path = self.folder / name
+            check_file(path)
             found = path.stat().st_size if path.exists() else 0
             if found != self.capacity * size:
                 raise CheckpointError(
@@ -375,9 +386,16 @@ def _read(folder: Path) -> dict[str, Any]:
     if not (folder / _ABOUT).exists():
         raise CheckpointError(f"folder={str(folder)!r} holds no replay buffer (no {_ABOUT})")
     about: Any = read_json(folder / _ABOUT)
-    if not isinstance(about, dict) or not {*_FIXED, "seen", "marks"} <= about.keys() or about["format"] != 1:
+    wrong = misfit(about, _FIELDS)
+    if wrong is None and not (about["format"] == 1 and about["seen"] >= 0 and about["dtype"] in DTYPES):
+        wrong = "another version wrote it, or it was changed"
+    if wrong is None:
+        marks = about["marks"].values()
+        wrong = next(filter(None, (misfit(mark, {"seen": int, "about": dict}) for mark in marks)), None)
+    if wrong is not None:
         raise CheckpointError(
-            f"folder={str(folder)!r}: {_ABOUT} does not describe a replay buffer; delete the folder and fill it again"
+            f"folder={str(folder)!r}: {_ABOUT} does not describe a replay buffer ({wrong}); delete the folder and fill it "
+            "again"
         )
     return about
 

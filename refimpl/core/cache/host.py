@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import Cache, DynamicLayer
 
-from refimpl.core.arguments import checked
+from refimpl.core.arguments import checked, shown
 from refimpl.core.cache.attention import NAME
 from refimpl.core.cache.content import load_described, to_json
 from refimpl.core.cache.layer import KVLayer
-from refimpl.core.cache.policy import LayerShape, Policy, policy_from
+from refimpl.core.cache.policy import LayerShape, Policy, check_decoder, policy_from
 from refimpl.core.cache.rope import find_rotary
 from refimpl.core.cache.tap import attention_input, attention_modules
-from refimpl.core.errors import CheckpointError, OptionError
+from refimpl.core.errors import CheckpointError, OptionError, reason
 from refimpl.core.files.io import atomic_write
 from refimpl.core.stored import stored_dtype
 
@@ -387,14 +387,17 @@ def prefill(
         >>> prefill(model, cache, torch.ones(1, 300, dtype=torch.long), chunk=100).shape, cache.nbytes
         (torch.Size([1, 50]), 4112)
     """
+    check_decoder(model)
     if chunk < 1:
         raise OptionError(f"chunk={chunk}: use 1 or more tokens")
+    if input_ids.dim() != 2 or input_ids.dtype not in (torch.int32, torch.int64):
+        raise OptionError(f"input_ids={shown(input_ids)}: use whole numbers [sequences, tokens]")
     if input_ids.shape[1] == 0:
         raise OptionError("input_ids has no token; feed at least one")
     before = cache.get_seq_length()
-    if attention_mask is not None and attention_mask.shape[1] != before + input_ids.shape[1]:
+    if attention_mask is not None and attention_mask.shape[1:] != (before + input_ids.shape[1],):
         raise OptionError(
-            f"attention_mask covers {attention_mask.shape[1]} tokens, but the cache and the prompt have "
+            f"attention_mask={shown(attention_mask)} covers other tokens, but the cache and the prompt have "
             f"{before + input_ids.shape[1]}; pass the mask of the whole sequence"
         )
     with cache.prompt():
@@ -405,5 +408,8 @@ def prefill(
                 known = attention_mask[:, : before + last]
                 inputs["attention_mask"] = known
                 inputs["position_ids"] = (known.long().cumsum(-1) - 1).clamp(min=0)[:, before + first :]
-            out = model(input_ids[:, first:last], logits_to_keep=1, **cache_argument(cache), **inputs)
+            try:
+                out = model(input_ids[:, first:last], logits_to_keep=1, **cache_argument(cache), **inputs)
+            except IndexError as error:
+                raise OptionError(f"input_ids: {reason(error)}; use the model's own tokenizer") from error
     return out.logits[:, -1]

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from refimpl.core.arguments import Checked, checked
+from refimpl.core.arguments import Checked, checked, shown
 from refimpl.core.cache.content import ByContent, current_modules, from_json, load_described, to_json
 from refimpl.core.cache.layer import KVLayer
 from refimpl.core.cache.rope import Rotary
@@ -92,6 +92,37 @@ def check_rank(name: str, rank: int, shape: LayerShape) -> None:
         raise OptionError(
             f"{name}={rank}: the heads of layer {shape.index} have {shape.head_dim} channels; use 1 to {shape.head_dim}"
         )
+
+
+def check_decoder(model: object) -> None:
+    """Raise `OptionError` unless `model` is a model of transformers.
+
+    Example:
+        >>> check_decoder(torch.nn.Linear(2, 2))
+        Traceback (most recent call last):
+        ...
+        refimpl.core.errors.OptionError: model=Linear(in_features=2, out_features=2, bias=True): pass a decoder of transformers
+    """
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
+        raise OptionError(f"model={shown(model)}: pass a decoder of transformers")
+
+
+class UpTo(Sequence["int | None"]):
+    """The whole numbers from one to another and then None, for all: `Policy.settings` of a capacity, not written out.
+
+    Example:
+        >>> list(UpTo(2, 4)), len(UpTo(1, 10**12))
+        ([2, 3, 4, None], 1000000000001)
+    """
+
+    def __init__(self, first: int, last: int) -> None:
+        self.whole = range(first, last + 1)
+
+    def __len__(self) -> int:
+        return len(self.whole) + 1
+
+    def __getitem__(self, place: Any) -> Any:
+        return None if place in (-1, len(self.whole)) else self.whole[place]
 
 
 @dataclass(frozen=True)
@@ -214,6 +245,7 @@ class Policy(Checked, ByContent, abc.ABC):
         """
         from refimpl.core.cache.host import CompressedCache
 
+        check_decoder(model)
         return CompressedCache(model, self, budget, bytes_per_token, length, prefill)
 
     def config(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from refimpl.core.arguments import checked
 from refimpl.core.compress.sites import experts_put_back, find_blocks, has_blocks, unfuse_experts
 from refimpl.core.device import check_device
-from refimpl.core.errors import CheckpointError
+from refimpl.core.errors import CheckpointError, reason
 from refimpl.core.files.checkpoint import MANIFEST, Checkpoint, empty_model, read_config, set_tensor
 from refimpl.core.files.companions import CARD, TOKENIZER, copy_tokenizer, methods_of, model_card, note_methods
 from refimpl.core.files.folders import check_file, clear_temporary, holds_files, lock, writing
@@ -107,8 +107,8 @@ def read_json(path: Path) -> Any:
     check_file(path)
     try:
         return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); save the model again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({reason(error)}); save the model again") from error
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
 
 from refimpl.core.arguments import Checked, checked, fits, shown
-from refimpl.core.errors import CheckpointError, OptionError, require
+from refimpl.core.errors import CheckpointError, OptionError, reason, require
 from refimpl.core.train.loop import _rank_and_world
 
 Shares = Sequence[float] | Callable[[int], Sequence[float]]
@@ -159,7 +159,10 @@ class Shuffled(EpochSampler):
 
     def draw(self, epoch: int) -> Tensor:
         """A permutation of the n rows."""
-        return torch.randperm(self.n, generator=generator(self.seed, epoch))
+        try:
+            return torch.randperm(self.n, generator=generator(self.seed, epoch))
+        except RuntimeError as error:
+            raise OptionError(f"n={self.n}: their order takes more memory than there is ({reason(error)})") from error
 
 
 class Weighted(EpochSampler):

@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from refimpl.core.arguments import checked
-from refimpl.core.errors import CalibrationError, OptionError, nearest, require
+from refimpl.core.arguments import checked, shown
+from refimpl.core.errors import CalibrationError, OptionError, nearest, reason, require
 from refimpl.lab import wheels
 
 SPLITS = ("train", "validation", "test")
@@ -148,7 +148,10 @@ def from_arrays(pixels: Any, labels: Sequence[int] | Tensor | np.ndarray) -> Ima
         >>> from_arrays(np.zeros((2, 8, 8)), [3, 1]).pixels.shape
         torch.Size([2, 1, 8, 8])
     """
-    values = torch.as_tensor(pixels).to(torch.float32)
+    try:
+        values = torch.as_tensor(pixels).to(torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CalibrationError(f"pixels={shown(pixels)} are no numbers ({reason(error)}); give [n, C, H, W]") from error
     values = values.unsqueeze(1) if values.dim() == 3 else values
     if values.dim() != 4 or not len(values):
         raise CalibrationError(

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from refimpl.core.arguments import checked
+from refimpl.core.arguments import checked, shown
 from refimpl.core.errors import CalibrationError, OptionError, positive_integer
 from refimpl.lab.models.lstm import BYTES, LSTMLanguageModel
 
@@ -188,6 +188,8 @@ def _vocabulary(model: nn.Module) -> int:
     inner = getattr(model, "module", model)
     if isinstance(inner, LSTMLanguageModel):
         return inner.sizes["vocabulary"]
+    if not hasattr(inner, "get_input_embeddings"):
+        raise OptionError(f"model={shown(inner)}: pass an `LSTMLanguageModel` or a causal model of transformers")
     return cast(nn.Embedding, inner.get_input_embeddings()).num_embeddings  # type: ignore[operator]
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from refimpl.core.arguments import checked
+from refimpl.core.arguments import checked, shown
 from refimpl.core.compress.sites import find_sites
 from refimpl.core.errors import CalibrationError, OptionError
 from refimpl.core.layers import CompressedLayer
@@ -143,6 +143,8 @@ def _check_ids(model: nn.Module, ids: object) -> None:
         raise CalibrationError(
             f"tokens has shape {list(ids.shape)}; perplexity needs at least one row and two tokens a row"
         )
+    if not hasattr(model, "get_input_embeddings"):
+        raise OptionError(f"model={shown(model)}: pass a causal language model of transformers")
     vocabulary = cast(Any, model).get_input_embeddings().num_embeddings
     outside = (ids < 0) | (ids >= vocabulary)
     if outside.any():

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from refimpl.core.arguments import checked
+from refimpl.core.arguments import checked, shown
 from refimpl.core.errors import OptionError
 from refimpl.lab.measure.metrics import Perplexity
 
@@ -93,6 +93,9 @@ def paired_bootstrap(
         >>> print(paired_bootstrap([10.0, 21.0, 30.5], [11.0, 22.0, 31.5], weights=[10, 20, 30]))
         0.9512 [0.9048, 0.9672]
     """
+    for name, value, least in (("n", n, 1), ("seed", seed, 0)):
+        if value < least:
+            raise OptionError(f"{name}={value}: use {least} or more")
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     weights = np.ones_like(a) if weights is None else np.asarray(weights, dtype=float)
     if a.ndim != 1 or a.shape != b.shape or a.shape != weights.shape:
@@ -111,7 +114,10 @@ def paired_bootstrap(
 
     gap = a - b
     rng = np.random.default_rng(seed)
-    means = np.empty(n)
+    try:
+        means = np.empty(n)
+    except MemoryError as error:
+        raise OptionError(f"n={n}: so many resamples do not fit into memory; 10,000 are enough") from error
     step = max(1, _BLOCK // units)
     for start in range(0, n, step):
         rows = rng.integers(units, size=(min(step, n - start), units))
@@ -119,7 +125,10 @@ def paired_bootstrap(
 
     widened = np.sqrt(units / (units - 1)) * stats.t.ppf(1 - _LEVEL / 2, units - 1)
     tail = stats.norm.cdf(-widened)
-    low, high = np.sort(statistic(np.quantile(means, [tail, 1 - tail])))
+    ends = np.asarray(statistic(np.quantile(means, [tail, 1 - tail])))
+    if ends.shape != (2,) or ends.dtype.kind != "f":
+        raise OptionError(f"statistic returned {shown(ends)} for two numbers; return a number for each")
+    low, high = np.sort(ends)
     error = means.std() * np.sqrt(units / (units - 1))
     return _interval(gap.sum() / weights.sum(), low, high, error, units, statistic)
 
