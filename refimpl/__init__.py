@@ -8,6 +8,11 @@ The names most people need:
 from __future__ import annotations
 
 import importlib
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 # Hosts and baselines; the names of papers follow below. `make generated` takes over what is added here.
@@ -106,3 +111,30 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class _BesideTransformers(MetaPathFinder):
+    """Imports `refimpl.core.files.pretrained` once transformers has its models, without importing transformers itself."""
+
+    after = "transformers.modeling_utils"
+
+    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != self.after:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_and_import(module: ModuleType) -> None:
+                run(module)
+                importlib.import_module("refimpl.core.files.pretrained")
+
+            spec.loader.exec_module = run_and_import  # type: ignore[method-assign]
+        return spec
+
+
+if _BesideTransformers.after in sys.modules:
+    importlib.import_module("refimpl.core.files.pretrained")
+else:
+    sys.meta_path.insert(0, _BesideTransformers())

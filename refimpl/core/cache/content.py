@@ -9,19 +9,42 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from refimpl.core.errors import CheckpointError, OptionError
+from refimpl.core.files.folders import check_file
 
+K = TypeVar("K", bound=type)
 _SHOWN = 3  # entries printed of a sequence that holds tensors
+
+
+_STORABLE: set[type] = set()  # what a file may have built: nothing else, whatever it names
+
+
+def storable(kind: K) -> K:
+    """Let a dataclass that is no `ByContent` be written to files and built from them, as a decorator.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @storable
+        ... @dataclass
+        ... class Step:
+        ...     rank: int
+        >>> to_json(Step(2))["config"]
+        {'rank': 2}
+    """
+    _STORABLE.add(kind)
+    return kind
 
 
 class ByContent:
     """Base of frozen dataclasses that hold tensors, also inside tuples, lists, dictionaries and other dataclasses.
+
+    A subclass can be written to files and is built from them.
 
     The methods that `dataclass` generates fail on tensors: they ask ``bool(a == b)`` and print every number. These
     compare numbers (on any device), print dtypes and shapes, and hash without reading them.
@@ -38,6 +61,7 @@ class ByContent:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        storable(cls)
         methods: dict[str, Callable[..., Any]] = {"__eq__": _equal, "__hash__": _hash, "__repr__": _shown}
         for name, method in methods.items():  # `dataclass` keeps a method that the class itself defines
             if name not in cls.__dict__:
@@ -114,7 +138,8 @@ def to_json(value: Any, tensors: dict[str, Tensor] | None = None, name: str = "v
     """A value as JSON that `from_json` takes; a digest of dtype, shape and numbers stands for each tensor.
 
     Args:
-        value: None, a number, a text, a tensor, or tuples, lists, dictionaries and dataclasses of these.
+        value: None, a number, a text, a tensor, or tuples, lists, dictionaries and dataclasses (`ByContent`, or
+            marked `storable`) of these.
         tensors: collects the tensors by digest; None drops them.
         name: of the value, for the error.
 
@@ -141,13 +166,13 @@ def to_json(value: Any, tensors: dict[str, Tensor] | None = None, name: str = "v
         return {"tuple": [to_json(item, tensors, f"{name}[{i}]") for i, item in enumerate(value)]}
     if isinstance(value, dict) and all(isinstance(key, (int, str)) for key in value):
         return {"dict": [[key, to_json(item, tensors, f"{name}[{key!r}]")] for key, item in value.items()]}
-    if is_dataclass(value) and not isinstance(value, type):
+    if type(value) in _STORABLE and is_dataclass(value):
         kind = type(value)
         config = {f.name: to_json(getattr(value, f.name), tensors, f.name) for f in fields(value) if f.init}
         return {"kind": kind.__qualname__, "module": kind.__module__, "config": config}
     raise OptionError(
         f"{name}={value!r}: a {type(value).__name__} cannot be written to a file; use numbers, texts, tensors, and "
-        "tuples, lists, dictionaries or dataclasses of these"
+        "tuples, lists, dictionaries or dataclasses (marked refimpl.core.cache.content.storable) of these"
     )
 
 
@@ -159,7 +184,8 @@ def from_json(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
         tensors: by digest.
 
     Raises:
-        CheckpointError: a tensor is missing, or a class is unknown. Only modules of refimpl are imported to find one.
+        CheckpointError: a tensor is missing, or a class is unknown or not made for files (`ByContent`, `storable`).
+            Only modules of refimpl are imported to find one.
 
     Example:
         >>> tensors = {}
@@ -224,6 +250,11 @@ def _class(kind: str, module: str) -> type:
             f"no dataclass {kind} in {module}; import the module that defines it, or use the version of refimpl that "
             "wrote the file"
         )
+    if found not in _STORABLE:
+        raise CheckpointError(
+            f"{kind} of {module} is not made for files, so none is built; mark it refimpl.core.cache.content.storable if "
+            "it is yours, and do not use a file that you did not write"
+        )
     return found
 
 
@@ -243,6 +274,7 @@ def load_described(
 
     Raises:
         CheckpointError: it cannot be read, or is not such a file.
+        FileError: there is a folder or a named pipe instead.
 
     Example:
         >>> load_described("nowhere.safetensors", "refimpl-policy", "a policy", "cpu")
@@ -250,6 +282,7 @@ def load_described(
         ...
         refimpl.core.errors.CheckpointError: path='nowhere.safetensors' cannot be read...
     """
+    check_file(Path(path))
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}

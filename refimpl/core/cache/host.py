@@ -395,9 +395,11 @@ def prefill(
     if input_ids.shape[1] == 0:
         raise OptionError("input_ids has no token; feed at least one")
     before = cache.get_seq_length()
-    if attention_mask is not None and attention_mask.shape[1:] != (before + input_ids.shape[1],):
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise OptionError(f"attention_mask={shown(attention_mask)}: use 1 and 0, [sequences, tokens]")
+    if attention_mask is not None and attention_mask.shape[1] != before + input_ids.shape[1]:
         raise OptionError(
-            f"attention_mask={shown(attention_mask)} covers other tokens, but the cache and the prompt have "
+            f"attention_mask covers {attention_mask.shape[1]} tokens, but the cache and the prompt have "
             f"{before + input_ids.shape[1]}; pass the mask of the whole sequence"
         )
     with cache.prompt():

@@ -255,7 +255,7 @@ def _fingerprints(
 
 def _add_tensor(digest: Any, name: str, tensor: Tensor, model: nn.Module, source: Checkpoint | None) -> None:
     """Add a tensor of the model to a digest, read from the checkpoint if it is not in memory yet."""
-    if tensor.is_meta and source is not None:
+    if source is not None:
         tensor = source.tensor(*_stored(name, model, source))
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
     digest.update(_bytes(tensor))
@@ -376,6 +376,8 @@ def _compress(
         if io.is_compressed(folder):
             io.restore_layers(model, folder, device="meta", dtype=dtype)
             note_methods(model, io.read_json(folder / MANIFEST).get("methods", []))
+        else:
+            source.translate(model)
     elif dtype is not None or store is not None:
         name, given = ("dtype", dtype) if dtype is not None else ("store", store)
         raise OptionError(f"{name}={given} is for models read from a folder; change this one with model.to(dtype)")
@@ -511,9 +513,8 @@ def _load_outside_blocks(model: nn.Module, source: Checkpoint) -> None:
     """Read embeddings, norms and head; the blocks stay on "meta"."""
     prefix, _ = find_blocks(model)
     for name, tensor in list(model.state_dict().items()):
-        if tensor.is_meta and not name.startswith(prefix + "."):
-            if name in source:
-                set_tensor(model, name, source.tensor(name).to(tensor.dtype))
+        if name in source and not name.startswith(prefix + "."):
+            set_tensor(model, name, source.tensor(name).to(tensor.dtype))
     model.tie_weights()  # type: ignore[operator]
     left = [n for n, t in model.state_dict().items() if t.is_meta and not n.startswith(prefix + ".")]
     if left:
@@ -525,14 +526,13 @@ def _materialised(block: nn.Module, index: int, model: nn.Module, source: Checkp
     """The weights of one block, read from the checkpoint for the duration of the block."""
     prefix = f"{find_blocks(model)[0]}.{index}"
     for name, tensor in list(block.state_dict().items()):
-        if tensor.is_meta:
-            value = source.tensor(*_stored(f"{prefix}.{name}", model, source))
-            if value.shape != tensor.shape:
-                raise CheckpointError(
-                    f"checkpoint={str(source.folder)!r}: {prefix}.{name} is {tuple(value.shape)}, its configuration "
-                    f"says {tuple(tensor.shape)}; fetch or save it again"
-                )
-            set_tensor(block, name, value.to(tensor.dtype))
+        value = source.tensor(*_stored(f"{prefix}.{name}", model, source))
+        if value.shape != tensor.shape:
+            raise CheckpointError(
+                f"checkpoint={str(source.folder)!r}: {prefix}.{name} is {tuple(value.shape)}, its configuration "
+                f"says {tuple(tensor.shape)}; fetch or save it again"
+            )
+        set_tensor(block, name, value.to(tensor.dtype))
     try:
         check_finite((f"{prefix}.{name}", tensor) for name, tensor in block.state_dict().items())
         yield

@@ -401,6 +401,7 @@ def _sites_of_blocks(model: nn.Module) -> list[Site]:
     """The linear maps inside the decoder blocks, in the order of the blocks."""
     prefix, blocks = find_blocks(model)
     sites: list[Site] = []
+    seen: set[nn.Module] = set()  # a module that several blocks share is one site, of the first of them
     for index, block in enumerate(blocks):
         found: list[str] = []
         for name, module in block.named_modules():
@@ -411,6 +412,9 @@ def _sites_of_blocks(model: nn.Module) -> list[Site]:
                 parent, _, attribute = name.rpartition(".")
                 owner = block.get_submodule(parent)
                 site = Site(f"{prefix}.{index}.{name}", index, owner, attribute)
+                if module in seen:
+                    continue
+                seen.add(module)
                 if site.out_features >= ROUTER_WIDTH and not _ROUTER.search(type(owner).__name__):
                     sites.append(site)
     return sites

@@ -18,11 +18,12 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,9 @@ from refimpl.core.arguments import checked
 from refimpl.core.compress.fold import _feeds
 from refimpl.core.compress.sites import _ROUTER, UnfusedExperts, find_blocks, is_conv1d
 from refimpl.core.device import read
-from refimpl.core.errors import CheckpointError, OptionError, require
-from refimpl.core.files.companions import front_matter
+from refimpl.core.errors import CheckpointError, FileError, OptionError, require
+from refimpl.core.files.companions import TOKENIZER, front_matter
+from refimpl.core.files.folders import LOCK, check_file, lock, writing
 from refimpl.core.files.io import (
     MODEL_FILES,
     check_transformers,
@@ -59,6 +61,7 @@ from refimpl.core.layers import (
 _MARK = "<!-- written by refimpl.core.files.export -->"
 _PACKED = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape")
 _EXPERTS = "re:.*[.]experts[.].*"  # every map of every expert
+_TWO_TOKENS: dict[str, Any] = {"input_ids": torch.zeros(1, 2, dtype=torch.long), "use_cache": False}
 _SHARD_LIMIT = 2_000_000_000  # bytes of one file, all of which are in memory while it is written
 
 
@@ -86,7 +89,9 @@ def export_dense(model: nn.Module, folder: str | Path, *, adapter: str | Path | 
 
     Raises:
         OptionError: a layer with quantised inputs, by name; `adapter` for a model without low-rank paths.
-        CheckpointError: the folder holds something else, or the model is not one of transformers.
+        CheckpointError: the folder holds something else, the model is not one of transformers, or transformers does not
+            read what was written, which it is asked before the folder appears.
+        FileError: the disk is full or read-only.
 
     Example:
         >>> import tempfile
@@ -108,6 +113,7 @@ def export_dense(model: nn.Module, folder: str | Path, *, adapter: str | Path | 
     with _whole(folder) as staging, nullcontext() if adapter is None else _whole(adapter) as beside:
         pieces = source.pieces(lambda name, layer: source.dense(name, layer, bases), source.fused)
         _write_checkpoint(staging, source, pieces)
+        source.check_loads(staging, folder, "keep the model with save()")
         (staging / "README.md").write_text(_dense_card(source, bases))
         if beside is not None:
             _write_adapter(beside, source, folder)
@@ -181,6 +187,7 @@ def export_compressed_tensors(
     with _whole(folder) as staging, nullcontext() if adapter is None else _whole(adapter) as beside:
         pieces = source.pieces(tensors, lambda name: source.packed_experts(name, quantised, pack))
         _write_checkpoint(staging, source, pieces, config)
+        source.check_loads(staging, folder, "use export_dense")
         (staging / "README.md").write_text(_packed_card(source, quantised, config, adapter is not None))
         if beside is not None:
             _write_adapter(beside, source, folder)
@@ -376,8 +383,8 @@ class _Source:
             kind = "product of two factors"
         elif not isinstance(base, PackedLinear):
             kind = type(base).__name__
-        elif base.bits is not None and original is not None and not isinstance(original, nn.Linear):
-            kind = type(original).__name__
+        elif base.bits is not None and original is not None and type(original).forward is not nn.Linear.forward:
+            kind = type(original).__name__  # also one that reads its own weight, which is not there any more
         else:
             return None
         return f"is a {kind}, which pack-quantized cannot hold; export_dense writes it as plain weights"
@@ -393,9 +400,10 @@ class _Source:
         if not maps:
             return
         first = quantised.get(maps[0])
+        grouped = _grouped(quantised)
         for name in maps:
             layer = quantised.get(name)
-            if layer is None or first is None or _settings({name: layer}).keys() != _settings({name: first}).keys():
+            if layer is None or first is None or layer.setting(grouped) != first.setting(grouped):
                 raise OptionError(
                     f"model: {name!r} is not quantised like the other layers of the experts, and transformers reads "
                     "experts from pack-quantized only if all have the same bits and group size; use export_dense"
@@ -468,6 +476,52 @@ class _Source:
         key = f"{self.owner(name, self.experts)}.{part}"
         stored = self.stored({key: torch.zeros(2, 2, 2)})
         return next((k for k, tensor in stored.items() if tensor.dim() != 2 or not k.endswith(".weight")), None)
+
+    def check_loads(self, staging: Path, folder: str | Path, remedy: str) -> None:
+        """Raise `CheckpointError` unless transformers reads what was written, all of it, and the result runs.
+
+        Where memory is short for a second model, its tensors are read one by one and not kept, and it does not run.
+        """
+        from transformers.utils import is_accelerate_available, logging
+
+        size = sum(shape.numel() for shape in self.expected.values()) * self.dtype.itemsize
+        short = size > _free_memory()
+        if short and not is_accelerate_available():
+            warnings.warn(f"{folder}: memory is short to load it back, so it was not (accelerate helps)", stacklevel=4)
+            return
+        level = logging.get_verbosity()
+        logging.set_verbosity(logging.CRITICAL)
+        try:
+            with _no_bars(), redirect_stderr(StringIO()):  # compressed-tensors has bars of its own
+                model, found = type(self.model).from_pretrained(
+                    staging, output_loading_info=True, device_map={"": "meta"} if short else None
+                )
+                if not short and self.runs(self.model):
+                    model(**_TWO_TOKENS)
+        except Exception as error:  # of libraries of others, whatever it is
+            raise CheckpointError(
+                f"folder={str(folder)!r}: transformers cannot run a {type(self.model).__name__} from what was written "
+                f"({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}), so nothing was; {remedy}"
+            ) from error
+        finally:
+            logging.set_verbosity(level)
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+            if found.get(kind):
+                raise CheckpointError(
+                    f"folder={str(folder)!r}: transformers reads what was written with {kind} {sorted(found[kind])[0]!r}, "
+                    f"so nothing was; {remedy}"
+                )
+
+    @staticmethod
+    def runs(model: Any) -> bool:
+        """Whether a model can be tried on two tokens."""
+        if getattr(model, "main_input_name", None) != "input_ids":
+            return False
+        try:
+            model(**{k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in _TWO_TOKENS.items()})
+        except Exception:  # it wants more than tokens, or a library that is not here
+            return False
+        return True
 
     # -- tensors
 
@@ -673,30 +727,46 @@ def _whole(folder: str | Path) -> Iterator[Path]:
     """An empty folder beside `folder` that takes its place if the block succeeds.
 
     An earlier export is replaced; other files, such as a tokenizer, are kept. Its config is removed first and written
-    last, so in between nothing can be loaded.
+    last, so in between nothing can be loaded. A second process that exports to the same place is refused.
     """
     folder = Path(folder)
-    card = folder / "README.md"
+    place = Path(os.path.abspath(folder))
+    card = place / "README.md"
+    check_file(card)
     ours = card.is_file() and _MARK in card.read_text(errors="replace")
-    if folder.is_file() or (not ours and (card.exists() or any(next(folder.glob(p), None) for p in MODEL_FILES))):
+    if place.exists() and not ours and (foreign := _foreign(place)) is not None:
         raise CheckpointError(
-            f"folder={str(folder)!r} holds something that refimpl did not export; choose another folder"
+            f"folder={str(folder)!r} holds something that refimpl did not export, {foreign!r}; choose another folder, or "
+            "an empty one"
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
-    try:
-        yield staging
-        staging.chmod(0o755)  # mkdtemp makes folders private
-        if not folder.exists():
-            os.replace(staging, folder)
-            return
-        for pattern in sorted(MODEL_FILES, key=lambda name: "config" not in name):
-            for path in folder.glob(pattern):
-                path.unlink()
-        for path in sorted(staging.iterdir(), key=lambda path: path.name.endswith("config.json")):
-            os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    staging = place.parent / f".{place.name}.refimpl-export"
+    with writing(folder), lock(staging):
+        for path in staging.iterdir():  # of an export that was killed
+            if path.name != LOCK:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        try:
+            yield staging
+            for path in staging.iterdir():
+                check_file(place / path.name)
+            (staging / LOCK).unlink()
+            if not place.exists():
+                os.replace(staging, place)
+                return
+            for pattern in sorted(MODEL_FILES, key=lambda name: "config" not in name):
+                for path in place.glob(pattern):
+                    path.unlink()
+            for path in sorted(staging.iterdir(), key=lambda path: path.name.endswith("config.json")):
+                os.replace(path, place / path.name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _foreign(place: Path) -> str | None:
+    """Something at `place` that an export may not stand beside, if it is no folder of ours; a tokenizer may be there."""
+    if not place.is_dir():
+        raise FileError(f"folder={str(place)!r} is no folder; move what is in the way, or choose another path")
+    known = {path.name for pattern in (*TOKENIZER, "generation_config.json") for path in place.glob(pattern)}
+    return next((path.name for path in sorted(place.iterdir()) if path.name not in known), None)
 
 
 def _shards(pieces: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
@@ -710,6 +780,15 @@ def _shards(pieces: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
             shard, size = {}, 0
         shard, size = {**shard, **piece}, size + more
     yield shard
+
+
+def _free_memory() -> float:
+    """Bytes of memory that are free, page cache included; infinite where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return float("inf")
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), float("inf"))
 
 
 @contextmanager
@@ -794,9 +873,14 @@ def _write_adapter(staging: Path, source: _Source, base: str | Path) -> None:
 # ---- settings of compressed-tensors
 
 
+def _grouped(quantised: dict[str, _Quantised]) -> set[tuple[int, int, bool]]:
+    """Bits, group size and symmetry of the layers with several groups in a row."""
+    return {(q.bits, q.group_size, q.symmetric) for q in quantised.values() if not q.per_row}
+
+
 def _settings(quantised: dict[str, _Quantised]) -> dict[tuple[int, int | None, bool], list[str]]:
     """Names of the quantised layers by (bits, group size, symmetric)."""
-    grouped = {(q.bits, q.group_size, q.symmetric) for q in quantised.values() if not q.per_row}
+    grouped = _grouped(quantised)
     settings: dict[tuple[int, int | None, bool], list[str]] = {}
     for name, layer in quantised.items():
         settings.setdefault(layer.setting(grouped), []).append(name)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from refimpl.core.arguments import checked
 from refimpl.core.compress.sites import experts_put_back, find_blocks, has_blocks, unfuse_experts
 from refimpl.core.device import check_device
 from refimpl.core.errors import CheckpointError, reason
-from refimpl.core.files.checkpoint import MANIFEST, Checkpoint, empty_model, read_config, set_tensor
+from refimpl.core.files.checkpoint import MANIFEST, Checkpoint, empty_model, model_class, read_config, set_tensor
 from refimpl.core.files.companions import CARD, TOKENIZER, copy_tokenizer, methods_of, model_card, note_methods
 from refimpl.core.files.folders import check_file, clear_temporary, holds_files, lock, writing
 from refimpl.core.layers import CompressedLayer, PackedLinear, ServedLinear, ServedSparseLinear, empty_layer
@@ -136,7 +137,7 @@ def compressed_layers(model: nn.Module) -> dict[str, CompressedLayer]:
         {'0': PackedLinear(2 -> 2)}
     """
     found: dict[str, CompressedLayer] = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):  # one layer can be used at several places
         if isinstance(module, CompressedLayer) and not any(name.startswith(outer + ".") for outer in found):
             found[name] = module
     return found
@@ -148,16 +149,52 @@ def _layers(model: nn.Module, prefix: str = "") -> dict[str, dict[str, Any]]:
 
 
 def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict as it is stored, with shared storage (tied embeddings) listed once."""
+    """The state dict as it is stored, with tied weights once: those that `_tie` ties again."""
+    tensors, kinds, state = {}, stored_dtypes(model), model.state_dict()
+    ties = {name: state[other] for name, other in ties_of(model).items()}
     seen: set[tuple[int, int]] = set()
-    tensors, kinds = {}, stored_dtypes(model)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         place = (tensor.data_ptr(), tensor.numel())
-        if tensor.is_meta or (place in seen and tensor.numel()):
+        if tensor.is_meta or (name in ties and place == (ties[name].data_ptr(), ties[name].numel())):
             continue
+        # what is shared otherwise is written twice, which a file takes copies only of
+        tensors[name] = (tensor.clone() if place in seen and tensor.numel() else tensor).to(kinds[name])
         seen.add(place)
-        tensors[name] = tensor.to(kinds[name])
     return tensors
+
+
+def ties_of(model: nn.Module) -> dict[str, str]:
+    """The weights that transformers ties, with the ones they are tied to; a compressed layer has none of them.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> ties_of(LlamaForCausalLM(LlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1,
+        ...     intermediate_size=64, vocab_size=50, tie_word_embeddings=True)))
+        {'lm_head.weight': 'model.embed_tokens.weight'}
+    """
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name: other for name, other in tied.items() if {name, other} <= own}
+
+
+def tie(model: nn.Module, stored: Iterable[str]) -> None:
+    """Tie the weights of a model that was just filled, except those of compressed layers.
+
+    Args:
+        stored: names of the tensors that the file held.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1,
+        ...     intermediate_size=64, vocab_size=50, tie_word_embeddings=True))
+        >>> set_tensor(model, "model.embed_tokens.weight", torch.ones(50, 32))
+        >>> tie(model, ["model.embed_tokens.weight"]); model.lm_head.weight.sum().item()
+        1600.0
+    """
+    tied: Any = model
+    if hasattr(model, "all_tied_weights_keys"):
+        tied.all_tied_weights_keys = ties_of(model)
+        tied.tie_weights(missing_keys=set(model.state_dict()) - set(stored), recompute_mapping=False)
 
 
 def is_compressed(folder: str | Path) -> bool:
@@ -177,7 +214,7 @@ def is_compressed(folder: str | Path) -> bool:
 
 
 def check_transformers(model: nn.Module) -> None:
-    """Raise `CheckpointError` if `model` has no transformers configuration to build it again from.
+    """Raise `CheckpointError` if `model` could not be built again: its configuration and class must be of transformers.
 
     Example:
         >>> check_transformers(nn.Linear(2, 2))
@@ -190,6 +227,14 @@ built again; keep its state_dict() with safetensors.torch.save_file, and call co
         raise CheckpointError(
             f"model={type(model).__name__}: it has no transformers configuration, so it could not be built again; keep "
             "its state_dict() with safetensors.torch.save_file, and call compress again on a fresh one to load it"
+        )
+    config: Any = copy.copy(model.config)
+    config.architectures = [type(model).__name__]
+    if model_class(config) is not type(model):
+        raise CheckpointError(
+            f"model={type(model).__name__}: it is no class of transformers, and {type(config).__name__} stands for a "
+            f"{model_class(config).__name__}, so it could not be built again; save that model instead, or register the "
+            "class with AutoModelForCausalLM.register"
         )
 
 
@@ -266,6 +311,8 @@ def save(model: nn.Module, folder: str | Path) -> Path:
             with experts_put_back(model, always=True):
                 unfuse_experts(model)  # one format, whether any expert was compressed or not
                 _save(model, new, beside=folder)
+            for path in new.iterdir():
+                check_file(folder / path.name)  # or it could be put in its place by half
             os.replace(new, folder / _SAVED)
         finally:
             shutil.rmtree(new, ignore_errors=True)
@@ -424,27 +471,47 @@ use transformers' from_pretrained for plain checkpoints
     stored = getattr(torch, read_json(folder / MANIFEST)["dtype"])
     model = empty_model(read_config(folder), stored, folder)
     restore_layers(model, folder)
-    left = set(source.keys())
-    for name, tensor in list(model.state_dict().items()):
-        if tensor.is_meta and name in left:
-            value = source.tensor(name)
-            if value.shape != tensor.shape:
-                raise CheckpointError(
-                    f"{folder}: {name!r} is {tuple(value.shape)}, expected {tuple(tensor.shape)}; save the model again"
-                )
-            set_tensor(model, name, value)
-            left.discard(name)
-    model.tie_weights()  # type: ignore[operator]
-    missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
-    if missing or left:
-        what = f"lacks {missing[0]!r}" if missing else f"has a tensor of no use, {sorted(left)[0]!r}"
-        raise CheckpointError(f"{folder} {what}: it is damaged or was written by another version; save the model again")
+    check_tensors(model, folder)
+    for name in source.keys():
+        set_tensor(model, name, source.tensor(name))
+    tie(model, source.keys())
     if dtype is not None:
         _cast(model, dtype)
-        model.tie_weights()  # type: ignore[operator]  # each got a copy of its own
+        tie(model, source.keys())  # each got a copy of its own
         declare_stored(model, min(dtype, stored, key=lambda kind: kind.itemsize))
     note_methods(model, read_json(folder / MANIFEST).get("methods", []))
     return model.to(device).eval()
+
+
+def check_tensors(model: nn.Module, folder: Path) -> None:
+    """Raise `CheckpointError` unless `folder` holds just the tensors of `model`, which has its layers restored.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1,
+        ...     intermediate_size=64, vocab_size=50))
+        >>> check_tensors(model, save(model, tempfile.mkdtemp()))
+    """
+    source = Checkpoint(folder)
+    left = set(source.keys())
+    lacking: dict[int, str] = {}
+    held: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in left:
+            lacking.setdefault(id(tensor), name)
+            continue
+        held.add(id(tensor))
+        left.discard(name)
+        if (shape := source.shape(name)) != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{folder}: {name!r} is {shape}, expected {tuple(tensor.shape)}; save the model again"
+            )
+    tied = ties_of(model)  # stored once; from_pretrained ties when all is read
+    missing = [name for tensor, name in lacking.items() if tensor not in held and tied.get(name) not in source.keys()]
+    if missing or left:
+        what = f"lacks {missing[0]!r}" if missing else f"has a tensor of no use, {sorted(left)[0]!r}"
+        raise CheckpointError(f"{folder} {what}: it is damaged or was written by another version; save the model again")
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:

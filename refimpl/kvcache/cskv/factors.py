@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from refimpl.baselines.kvcache.kivi import quantise
 from refimpl.baselines.svd import balanced, truncated_svd
 from refimpl.core.cache import CompressedCache, attention_modules, hidden_states
+from refimpl.core.cache.content import storable
 from refimpl.core.compress.driver import BATCH, block_inputs, calibration_batches
 from refimpl.core.compress.sites import Site, find_blocks
 from refimpl.core.compress.stats import Collector
@@ -52,6 +53,7 @@ class Moments:
     W_V: Tensor
 
 
+@storable
 @dataclass(frozen=True, eq=False)
 class Factors:
     """Factors of one layer's projections; the first r columns of A and rows of B are those of rank r.

@@ -106,7 +106,7 @@ def documents(corpus: str, split: str) -> list[Document]:
     return list(_read(corpus)[split])
 
 
-@checked()
+@checked("sequences", "length")
 def calibration(
     corpus: str, tokenizer: PreTrainedTokenizerBase | None = None, sequences: int = 32, length: int = 512, seed: int = 0
 ) -> TokenSet:
@@ -135,7 +135,7 @@ def calibration(
     return _windows(found, tokenizer, sequences, length, corpus, "calibration", key=f"calibration {seed}")
 
 
-@checked()
+@checked("sequences", "length")
 def evaluation(
     corpus: str,
     tokenizer: PreTrainedTokenizerBase | None = None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ class BitsPerByte:
     units: list[str]
 
 
-@checked()
+@checked("batch")
 def language_model_loss(model: nn.Module, batch: Tensor | Sequence[Tensor]) -> Tensor:
     """Mean cross-entropy in nats of every symbol but the first of each row, for `refimpl.core.train.loop.train`.
 
@@ -61,7 +61,7 @@ def language_model_loss(model: nn.Module, batch: Tensor | Sequence[Tensor]) -> T
         >>> language_model_loss(LSTMLanguageModel(), ids[:4]).round().item()   # near ln 256
         6.0
     """
-    ids = batch if isinstance(batch, Tensor) else batch[0]
+    ids: Any = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
     _check_rows(ids, "batch")
     targets = ids[:, 1:].flatten()
     return F.cross_entropy(_logits(model, ids[:, :-1]).float().flatten(0, 1), targets)

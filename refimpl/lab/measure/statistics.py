@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
 
 from refimpl.core.arguments import checked, shown
-from refimpl.core.errors import OptionError
+from refimpl.core.errors import OptionError, reason
 from refimpl.lab.measure.metrics import Perplexity
 
 _LEVEL = 0.05
@@ -62,7 +63,7 @@ def difference(gap: np.ndarray) -> np.ndarray:
     return gap
 
 
-@checked()
+@checked("a", "b", "weights")
 def paired_bootstrap(
     a: Sequence[float] | np.ndarray,
     b: Sequence[float] | np.ndarray,
@@ -96,8 +97,8 @@ def paired_bootstrap(
     for name, value, least in (("n", n, 1), ("seed", seed, 0)):
         if value < least:
             raise OptionError(f"{name}={value}: use {least} or more")
-    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
-    weights = np.ones_like(a) if weights is None else np.asarray(weights, dtype=float)
+    a, b = _numbers("a", a), _numbers("b", b)
+    weights = np.ones_like(a) if weights is None else _numbers("weights", weights)
     if a.ndim != 1 or a.shape != b.shape or a.shape != weights.shape:
         raise OptionError(
             f"a, b and weights have shapes {a.shape}, {b.shape} and {weights.shape}; give one value per unit in each"
@@ -131,6 +132,13 @@ def paired_bootstrap(
     low, high = np.sort(ends)
     error = means.std() * np.sqrt(units / (units - 1))
     return _interval(gap.sum() / weights.sum(), low, high, error, units, statistic)
+
+
+def _numbers(name: str, values: Any) -> np.ndarray:
+    try:
+        return np.asarray(values, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"{name}={shown(values)}: use a number for each unit ({reason(error)})") from error
 
 
 @checked()

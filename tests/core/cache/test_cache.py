@@ -37,7 +37,7 @@ from refimpl.core.cache import (
 )
 from refimpl.core.cache import attention as attention_module
 from refimpl.core.cache.attention import DeferredKV
-from refimpl.core.cache.content import to_json
+from refimpl.core.cache.content import storable, to_json
 from refimpl.core.errors import CheckpointError, OptionError
 from tests.core.cache.policy_contract import LENGTH, WAYS, answer, batch, same_state, steps
 
@@ -72,6 +72,12 @@ class Pair(ByContent):
     B: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Unmarked:
+    rank: int = 1
+
+
+@storable
 @dataclass(frozen=True)
 class Plain:
     basis: Tensor
@@ -378,8 +384,9 @@ def test_a_policy_with_tensors_can_be_kept(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, path)
     with pytest.raises(CheckpointError, match="no policy written by refimpl"):
         Policy.load(path)
-    with pytest.raises(OptionError, match=r"A=.*: a Linear cannot be written to a file"):
-        replace(policy, pairs=(Pair(torch.nn.Linear(1, 1)),)).save(path)  # type: ignore[arg-type]
+    for other in (torch.nn.Linear(1, 1), Unmarked()):  # what could not be read again is not written
+        with pytest.raises(OptionError, match=rf"A=.*: an? {type(other).__name__} cannot be written to a file"):
+            replace(policy, pairs=(Pair(other),)).save(path)  # type: ignore[arg-type]
     assert "a" in load_file(path)  # the old file is as it was
 
 
@@ -391,6 +398,8 @@ def test_a_policy_with_tensors_can_be_kept(tmp_path: Path) -> None:
         ({"kind": "KIVI", "module": "refimpl.nowhere", "config": {}}, "no dataclass KIVI in refimpl.nowhere"),
         ({"kind": "Popen", "module": "subprocess", "config": {"args": "false"}}, "no dataclass Popen"),
         ({"kind": "X", "module": "antigravity", "config": {}}, "no dataclass X in antigravity"),
+        ({"kind": "Incoming", "module": "refimpl.core.cache.layer", "config": {}}, "Incoming .*not made for files"),
+        ({"kind": "Report", "module": "refimpl.core.compress.steps", "config": {}}, "Report .*not made for files"),
         ({"tensor": "sha256:0"}, "is not in the file"),
     ],
 )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
+import shutil
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ import torch
 import transformers
 from peft import PeftModel
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
 
@@ -525,19 +528,37 @@ def test_exports_are_replaced_and_nothing_else_is_touched(tiny_llama: Factory, t
     assert (folder / "tokenizer.json").read_text() == "{}" and "plain weights" in (folder / "README.md").read_text()
     assert torch.equal(logits(loaded(folder), tokens), logits(model, tokens))
     assert (folder.stat().st_mode & 0o777) == 0o755
-    for theirs in ("dense", "ours", "written"):
+    for theirs in ("dense", "ours", "README.md", "precious.txt", "folder"):
         other = tmp_path / theirs
-        if theirs == "written":
+        if theirs in ("README.md", "precious.txt"):
             other.mkdir()
-            (other / "README.md").write_text("my notes")
+            (other / theirs).write_text("mine")
+        elif theirs == "folder":
+            (other / "inside").mkdir(parents=True)
         else:
             tiny_llama().save_pretrained(other) if theirs == "dense" else save(tiny_llama(), other)
-        before = {path.name: path.read_bytes() for path in other.iterdir()}
-        with pytest.raises(CheckpointError, match="refimpl did not export; choose another folder"):
+        before = {path.name: path.is_file() and path.read_bytes() for path in other.iterdir()}
+        with pytest.raises(CheckpointError, match="refimpl did not export, '.*'; choose another folder"):
             export_dense(model, other)
-        assert before == {path.name: path.read_bytes() for path in other.iterdir()}
+        assert before == {path.name: path.is_file() and path.read_bytes() for path in other.iterdir()}
+    with pytest.raises(CheckpointError, match="folder='/' holds something that refimpl did not export"):
+        export_dense(model, "/")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "tokenizer.json").write_text("{}")  # may be there first
     loaded(export_dense(model, tmp_path / "empty"))
+
+
+def test_exports_of_two_processes_and_of_a_killed_one(tiny_llama: Factory, tokens, loaded, tmp_path) -> None:
+    model = compressed(tiny_llama(), [RTN(4, 32, symmetric=True)], tokens)
+    with export._whole(tmp_path / "out") as staging:
+        (staging / "left").touch()
+        with pytest.raises(CheckpointError, match="is being written by process"):
+            export_dense(model, tmp_path / "out")
+        shutil.copytree(staging, tmp_path / "killed")
+    os.replace(tmp_path / "killed", tmp_path / staging.name)  # as a killed process leaves it
+    shutil.rmtree(tmp_path / "out")
+    export_dense(model, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and not (tmp_path / "out" / "left").exists()
 
 
 @pytest.mark.parametrize("earlier", [False, True])
@@ -591,6 +612,87 @@ def test_the_lines_of_the_readme_work(tiny_llama: Factory, tokens, tmp_path) -> 
         if name != "b":
             assert torch.allclose(logits(scope["model"], tokens), logits(model, tokens), atol=1e-4)
         assert "tokenizer" in card or name == "c"
+
+
+# ---- loaded back before they are done
+
+
+def tiny(kind: str, **changes: Any) -> Any:
+    """A random model of an architecture that has no fixture."""
+    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    config = getattr(transformers, f"{kind}Config")(**{**sizes, "num_hidden_layers": 1, "pad_token_id": 0, **changes})
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+ZAMBA = {
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 4,
+    "layers_block_type": ["mamba", "hybrid"] * 2,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "n_mamba_heads": 2,
+    "mamba_d_state": 8,
+}
+
+
+@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        ("GPTBigCode", {"n_embd": 64, "n_layer": 1, "n_head": 4}, "transformers cannot run a GPTBigCodeForCausalLM"),
+        ("Zamba", ZAMBA, "transformers cannot run a ZambaForCausalLM"),
+        (
+            "Falcon",
+            {},
+            "'transformer.h.0.self_attention.query_key_value' is a FalconLinear, which pack-quantized cannot",
+        ),
+    ],
+)
+def test_what_transformers_cannot_load_packed(kind, changes, reason, short, tokens, loaded, tmp_path, monkeypatch):
+    model = tiny(kind, **changes)
+    compress(model, RTN(4, None, symmetric=True), progress=False)
+    if short:
+        monkeypatch.setattr(export, "_free_memory", lambda: 1.0)
+    with pytest.raises((CheckpointError, OptionError), match=reason + ".*; .*export_dense"):
+        export_compressed_tensors(model, tmp_path / "packed")
+    assert not list(tmp_path.iterdir())
+    assert torch.equal(logits(loaded(export_dense(model, tmp_path / "plain")), tokens), logits(model, tokens))
+
+
+@pytest.mark.parametrize("memory", [1.0, 1e18])
+@pytest.mark.parametrize("lost", ["missing_keys", "unexpected_keys"])
+def test_an_export_with_other_tensors_does_not_appear(lost, memory, tiny_llama, tokens, tmp_path, monkeypatch) -> None:
+    """Whatever goes wrong while files are written: what transformers would invent or leave out is named."""
+    model = compressed(tiny_llama(), [RTN(4, 32, symmetric=True)], tokens)
+    written = export._write_checkpoint
+
+    def damaged(staging: Path, *args: Any) -> None:
+        written(staging, *args)
+        tensors = stored(staging)
+        norm = tensors.pop("model.norm.weight") if lost == "missing_keys" else tensors["model.norm.weight"].clone()
+        if lost == "unexpected_keys":
+            tensors["model.extra.weight"] = norm
+        save_file(tensors, staging / "model.safetensors", {"format": "pt"})
+
+    monkeypatch.setattr(export, "_free_memory", lambda: memory)
+    export_dense(model, tmp_path / "good")
+    monkeypatch.setattr(export, "_write_checkpoint", damaged)
+    for call in (export_dense, export_compressed_tensors):
+        with pytest.raises(CheckpointError, match=f"{lost} 'model.(norm|extra).weight', so nothing was"):
+            call(model, tmp_path / "bad")
+    assert [path.name for path in tmp_path.iterdir()] == ["good"]
+
+
+def test_experts_of_one_group(tokens, loaded, tmp_path) -> None:
+    """Experts as wide as a group are in one setting with the others."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+    model = tiny("Qwen3Moe", num_key_value_heads=2, head_dim=16, **experts)
+    compress(model, RTN(4, 64, symmetric=True), progress=False)
+    again = loaded(export_compressed_tensors(model, tmp_path / "out"))
+    assert torch.allclose(logits(again, tokens), logits(model, tokens), atol=1e-5)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert [group["weights"]["group_size"] for group in config["config_groups"].values()] == [64]
 
 
 # ---- refusals

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
+import resource
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +22,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from refimpl import GPTQ, METHODS, RTN, EoRA, Magnitude, SparseGPT, Wanda, compress, load, save
+from refimpl import (
+    GPTQ,
+    METHODS,
+    RTN,
+    EoRA,
+    Magnitude,
+    QuantizeActivations,
+    SparseGPT,
+    Wanda,
+    compress,
+    export_dense,
+    load,
+    save,
+)
 from refimpl.core.compress import driver as driver
 from refimpl.core.compress.sites import find_sites
-from refimpl.core.errors import CheckpointError, OptionError
+from refimpl.core.errors import CheckpointError, FileError, OptionError
+from refimpl.core.files import io
 from refimpl.core.files.checkpoint import Checkpoint
+from refimpl.core.files.companions import methods_of
+from refimpl.core.stored import stored_dtype
 
 Factory = Callable[..., PreTrainedModel]
 LAYOUTS = ["llama", "gpt2", "mixtral", "qwen3"]
@@ -108,13 +129,107 @@ def test_load_in_another_dtype(tiny_llama: Factory, tokens, tmp_path) -> None:
     assert torch.allclose(logits(again, tokens), logits(model, tokens).float(), atol=0.05)
 
 
-def test_from_pretrained_stops_instead_of_inventing_weights(tiny_llama: Factory, tokens, tmp_path) -> None:
+PRETRAINED = {
+    "quantised": [RTN(4, 32)],
+    "sparse": [SparseGPT("2:4")],
+    "repaired": [SparseGPT("2:4"), GPTQ(3, 32), EoRA(4, adapter_bits=4)],
+    "rounded inputs": [RTN(4, 32), QuantizeActivations(8)],
+}
+
+
+@pytest.mark.parametrize("steps", list(PRETRAINED))
+@pytest.mark.parametrize("layout", ["llama", "mixtral", "gpt2"])
+def test_save_pretrained_and_from_pretrained(layout, steps, request, tokens, state, same, tmp_path) -> None:
+    """What an engineer types first: transformers' own calls, both ways, mixed with ours."""
+    model = cast(request.getfixturevalue(f"tiny_{layout}")(), torch.bfloat16)
+    reference = copy.deepcopy(model)
+    for method in PRETRAINED[steps]:
+        compress(model, method, tokens(), reference=reference, targets="^((?!lm_head).)*$", progress=False)
+    model.save_pretrained(tmp_path / "a")
+    save(model, tmp_path / "b")
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        for again in (load(folder), AutoModelForCausalLM.from_pretrained(folder)):
+            assert same(state(again), state(model))
+            assert torch.equal(logits(again, tokens), logits(model, tokens))
+            assert methods_of(again) == methods_of(model) == [repr(method) for method in PRETRAINED[steps]]
+            assert not {"quantization_config", "transformers_weights"} & again.config.to_dict().keys()
+    wide = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
+    assert torch.equal(logits(wide, tokens), logits(load(tmp_path / "a", dtype=torch.float32), tokens))
+    assert stored_dtype(wide) == torch.bfloat16
+    again.save_pretrained(tmp_path / "c", state_dict=again.state_dict())  # as transformers' Trainer does
+    assert same(state(load(tmp_path / "c")), state(model))
+
+
+def test_from_pretrained_of_several_files_and_of_runs(tiny_llama: Factory, tokens, tmp_path, monkeypatch) -> None:
     model = tiny_llama()
-    save(compress(model, RTN(4, 32), progress=False).model, tmp_path / "saved")
-    compress(tiny_llama(), RTN(4, 32), out=tmp_path / "streamed", progress=False)
-    for folder in ("saved", "streamed"):
-        with pytest.raises(OSError, match="no file named model.safetensors"):
-            AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+    compress(model, RTN(4, 32), out=tmp_path / "run", progress=False)
+    monkeypatch.setattr("refimpl.core.files.io._SINGLE_FILE_LIMIT", 1000)
+    save(model, tmp_path / "split")
+    for folder in ("run", "split"):
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        assert torch.equal(logits(again, tokens), logits(model, tokens))
+    monkeypatch.undo()
+    save(model, tmp_path / "split")  # one file again, and no index of the others
+    assert not list(tmp_path.glob("split/*.index.json")) and len(list(tmp_path.glob("split/*.safetensors"))) == 1
+
+
+@pytest.mark.parametrize("options", [{"push_to_hub": True}, {"variant": "fp16"}, {"state_dict": {}}])
+def test_save_pretrained_refuses_what_it_would_ignore(options, tiny_llama: Factory, tmp_path) -> None:
+    model = compress(tiny_llama(), RTN(4, 32), progress=False).model
+    with pytest.raises(OptionError, match=f"{next(iter(options))}=.*refimpl.save"):
+        model.save_pretrained(tmp_path / "a", **options)
+    model.save_pretrained(tmp_path / "a", is_main_process=False)
+    assert not (tmp_path / "a").exists()
+
+
+def test_from_pretrained_names_what_is_missing(tiny_llama: Factory, tmp_path) -> None:
+    model = compress(tiny_llama(), RTN(4, 32), progress=False).model
+    save(model, tmp_path / "a")
+    damage(tmp_path / "a", "missing tensor")
+    with pytest.raises(CheckpointError, match="lacks .*scale"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    (tmp_path / "a" / "refimpl.json").unlink()
+    with pytest.raises(CheckpointError, match=r"lacks refimpl\.json; fetch the whole folder"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+
+
+def test_from_pretrained_without_refimpl_stops_instead_of_inventing_weights(tiny_llama: Factory, tmp_path) -> None:
+    model = compress(tiny_llama(), RTN(4, 32), out=tmp_path / "run", progress=False).model
+    save(model, tmp_path / "saved")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "saved").save_pretrained(tmp_path / "again")
+    code = (
+        "import sys\nfrom transformers import AutoModelForCausalLM\nfor folder in sys.argv[1:]:\n    try:\n"
+        "        AutoModelForCausalLM.from_pretrained(folder)\n    except OSError as error:\n        print(error)\n"
+        "assert 'refimpl' not in sys.modules\n"
+        "import refimpl\n"
+        "for folder in sys.argv[1:]:\n    AutoModelForCausalLM.from_pretrained(folder)\n"
+    )
+    folders = [str(tmp_path / name) for name in ("saved", "run", "again")]
+    done = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True, check=True)
+    assert done.stdout.count("no file named model.safetensors") == 3
+    assert "Unknown quantization type, got refimpl" in done.stderr
+
+
+def test_a_card_and_the_tokenizer_lie_beside_the_weights(tiny_llama: Factory, tokens, tmp_path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "dense" / name).write_text("{}")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    compress(model, SparseGPT("2:4"), tokens(), progress=False)
+    save(model, tmp_path / "a")
+    compress(tmp_path / "dense", SparseGPT("2:4"), tokens(), out=tmp_path / "b", progress=False)
+    compress(tmp_path / "b", GPTQ(4, 32), tokens(), out=tmp_path / "c", progress=False)
+    for folder in "abc":
+        assert (tmp_path / folder / "tokenizer.json").exists()
+        card = (tmp_path / folder / "README.md").read_text()
+        assert 'load("THIS FOLDER")' in card and "AutoTokenizer" in card and "1. `SparseGPT(" in card
+        assert ("2. `GPTQ(bits=4" in card) == (folder == "c")
+    (tmp_path / "a" / "README.md").write_text("mine")
+    (tmp_path / "a" / "tokenizer.json").write_text("mine")
+    save(model, tmp_path / "a")
+    assert (tmp_path / "a" / "README.md").read_text() == (tmp_path / "a" / "tokenizer.json").read_text() == "mine"
+    fresh = tiny_llama()
+    assert "There is no tokenizer here" in (save(fresh, tmp_path / "d") / "README.md").read_text()
 
 
 def test_saving_again_replaces_and_never_touches_what_is_not_ours(tiny_llama: Factory, tmp_path, state, same) -> None:
@@ -225,6 +340,80 @@ def test_index_that_names_a_missing_shard(tiny_llama: Factory, tmp_path) -> None
         Checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["../theirs.safetensors", "/etc/passwd", "a/../../b.safetensors", 3])
+def test_a_weight_map_stays_inside_its_folder(name, tiny_llama: Factory, tmp_path) -> None:
+    folder = tmp_path / "a"
+    tiny_llama().save_pretrained(folder, max_shard_size="100KB")
+    for file in ("model.safetensors.index.json", "refimpl.json"):
+        (folder / file).write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+        with pytest.raises(CheckpointError, match=f"{file} names the file .*not inside its folder"):
+            Checkpoint(folder)
+
+
+# ---- disks and paths
+
+
+def limited(work: Callable[[], Any], size: int = 20_000) -> None:
+    """Do the work where no file can be longer than `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        work()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tiny_llama: Factory, tmp_path, state, same) -> None:
+    model = tiny_llama()
+    compress(model, RTN(4, 32), progress=False)
+    calls = [
+        lambda out: save(model, out),
+        lambda out: model.save_pretrained(out),
+        lambda out: compress(tiny_llama(), RTN(4, 32), out=out, progress=False),
+        lambda out: export_dense(model, out),
+    ]
+    for number, call in enumerate(calls):
+        out = tmp_path / str(number)
+        with pytest.raises(
+            FileError, match=f"{out}.* cannot be written .File too large.; free some space there"
+        ) as found:
+            limited(lambda call=call, out=out: call(out))
+        assert "\n" not in str(found.value)
+        call(out)  # and with room it works
+    with pytest.raises(FileError):
+        limited(lambda: save(tiny_llama(seed=1), tmp_path / "0"))
+    assert same(state(load(tmp_path / "0")), state(model))
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_places_that_cannot_be_written(tiny_llama: Factory, tmp_path) -> None:
+    model = tiny_llama()
+    (tmp_path / "file").write_text("mine")
+    os.mkfifo(tmp_path / "pipe")
+    for out in (Path("/sys/kernel/model"), tmp_path / "file", tmp_path / "pipe", tmp_path / "file" / "inside"):
+        for call in (
+            lambda out: save(model, out),
+            lambda out: compress(tiny_llama(), RTN(4, 32), out=out, progress=False),
+            lambda out: export_dense(model, out),
+        ):
+            with pytest.raises(FileError, match=rf"{out.parent}/.*; (choose a folder that you may|move what is in)"):
+                call(out)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("file", ["config.json", "refimpl.json", "weights.safetensors"])
+@pytest.mark.parametrize("kind", ["folder", "named pipe"])
+def test_something_else_where_a_file_is_meant(file, kind, tiny_llama: Factory, tmp_path) -> None:
+    save(tiny_llama(), tmp_path)
+    (tmp_path / file).unlink()
+    (tmp_path / file).mkdir() if kind == "folder" else os.mkfifo(tmp_path / file)
+    with pytest.raises((FileError, CheckpointError), match=f"{file}.* is a {kind} where|no {file}|lacks {file}"):
+        load(tmp_path)
+    with pytest.raises((FileError, CheckpointError), match=f"{file} is a {kind} where a file is meant|did not write"):
+        save(tiny_llama(), tmp_path)
+    assert not hidden_files(tmp_path)
+
+
 # ---- block by block from a folder
 
 
@@ -323,6 +512,41 @@ def test_in_memory_interruption_leaves_whole_blocks(tiny_llama: Factory, tokens,
     assert torch.isfinite(logits(model, tokens)).all()
 
 
+def shifted(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """The same model with another value at the very end of one tensor."""
+    model.get_parameter(name).data.flatten()[-1] += 1.0
+    return model
+
+
+READ = ["layers.1.mlp.up_proj", "layers.1.input_layernorm", "embed_tokens", "norm"]
+
+
+@pytest.mark.parametrize("source", ["a model", "a folder"])
+@pytest.mark.parametrize("name", [f"model.{name}.weight" for name in READ] + ["lm_head.weight", "reference"])
+def test_other_weights_are_another_run(name, source, tiny_llama: Factory, tokens, tmp_path, monkeypatch) -> None:
+    """Whatever the run reads tells it from another: the last value of a weight, a norm, the embeddings, the reference."""
+    dense = tiny_llama()
+    base = tiny_llama()
+    compress(base, Magnitude("2:4"), targets="up_proj", progress=False)
+
+    def run(model: PreTrainedModel, reference: PreTrainedModel, number: int) -> Any:
+        method = EoRA(4) if name == "reference" else GPTQ(3, 32)
+        given = base if name == "reference" else model
+        start = copy.deepcopy(given)
+        if source == "a folder":
+            start = save(start, tmp_path / f"start{number}")
+        return compress(
+            start, method, tokens(), reference=reference, targets="up_proj", out=tmp_path / "out", progress=False
+        )
+
+    other = shifted(tiny_llama(), READ[0].join(("model.", ".weight")) if name == "reference" else name)
+    run(dense, dense, 0)
+    monkeypatch.setattr(driver, "_compress_block", lambda *_, **__: 1 / 0)
+    run(dense, dense, 1)  # the same again is done already
+    with pytest.raises(CheckpointError, match=r"out=.*another compressed model; choose another folder"):
+        run(other, other, 2)
+
+
 def test_another_model_or_batch_size_does_not_resume(tiny_llama: Factory, tokens, tmp_path, monkeypatch) -> None:
     with monkeypatch.context() as patched:
         interrupt_at(patched, 1)
@@ -358,29 +582,159 @@ def test_repeated_call_is_quick_and_another_step_is_refused(tiny_llama: Factory,
     assert same(state(model), finished)
 
 
-def test_interrupted_save_can_be_repeated(tiny_llama: Factory, tmp_path, state, same, monkeypatch) -> None:
-    from refimpl.core.files import io
+def killed(work: Callable[[], Any], patch: Callable[[pytest.MonkeyPatch], None]) -> None:
+    """Do the work in a process of its own, which `patch` makes kill itself somewhere in the middle."""
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)  # threads do not survive a fork
+        try:
+            patch(pytest.MonkeyPatch())
+            work()
+        finally:
+            os._exit(7)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
 
+
+def at_call(name: str, number: int, after: bool) -> Callable[[pytest.MonkeyPatch], None]:
+    """SIGKILL before or after the n-th call of a function of `io`."""
+    original = getattr(io, name)
+    calls = 0
+
+    def die(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **options)
+        if calls == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    return lambda patch: patch.setattr(io, name, die)
+
+
+def half_written(patch: pytest.MonkeyPatch) -> None:
+    """SIGKILL while a temporary file is on the disk."""
+    patch.setattr(io, "save_file", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def half_in_place(patch: pytest.MonkeyPatch) -> None:
+    """SIGKILL when the first file of a complete new model is in its place."""
+    patch.setattr(io, "_put_in_place", lambda folder: (replace_one(folder), os.kill(os.getpid(), signal.SIGKILL)))
+
+
+def replace_one(folder: Path) -> None:
+    path = folder / ".refimpl-saved" / "weights.safetensors"
+    os.replace(path, folder / path.name)
+
+
+def hidden_files(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+SAVE_KILLS = {
+    "half a file": (half_written, False),
+    "weights, no manifest": (at_call("_finish", 1, after=False), False),
+    "complete, not in place": (at_call("_put_in_place", 1, after=False), True),
+    "half in place": (half_in_place, True),
+}
+
+
+@pytest.mark.parametrize("where", list(SAVE_KILLS))
+def test_save_replaces_an_older_model_only_when_complete(where, tiny_llama: Factory, tmp_path, state, same) -> None:
+    patch, new = SAVE_KILLS[where]
+    older, newer = tiny_llama(), tiny_llama(seed=1, num_hidden_layers=1)
+    for model in (older, newer):
+        compress(model, RTN(4, 32), progress=False)
+    save(older, tmp_path / "a")
+    killed(lambda: save(newer, tmp_path / "a"), patch)
+    assert same(state(load(tmp_path / "a")), state(newer if new else older))
+    save(newer, tmp_path / "a")
+    assert same(state(load(tmp_path / "a")), state(newer)) and not hidden_files(tmp_path / "a")
+    killed(lambda: save(newer, tmp_path / "b"), patch)  # with nothing there before
+    if new:
+        assert same(state(load(tmp_path / "b")), state(newer))
+    else:
+        with pytest.raises(CheckpointError, match="saving was interrupted; save it again"):
+            load(tmp_path / "b")
+    save(newer, tmp_path / "b")
+    assert same(state(load(tmp_path / "b")), state(newer)) and not hidden_files(tmp_path / "b")
+
+
+def test_a_failed_save_leaves_nothing(tiny_llama: Factory, tmp_path, state, same, monkeypatch) -> None:
     model = tiny_llama()
-    compress(model, RTN(4, 32), progress=False)
-    save(model, tmp_path)
+    save(model, tmp_path / "a")
+    before = sorted(path.name for path in (tmp_path / "a").iterdir())
 
-    def stop(*_: Any) -> None:
+    def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched:
-        patched.setattr(io, "_finish", stop)
+    monkeypatch.setattr(io, "_finish", stop)
+    for folder in ("a", "b/c"):
         with pytest.raises(KeyboardInterrupt):
-            save(model, tmp_path)
-    with pytest.raises(CheckpointError, match="saving was interrupted"):
-        load(tmp_path)
-    save(model, tmp_path)
-    same(state(load(tmp_path)), state(model))
+            save(tiny_llama(seed=1), tmp_path / folder)
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == before and not (tmp_path / "b").exists()
+    assert same(state(load(tmp_path / "a")), state(model))
+
+
+RUN_KILLS = {
+    "before the first file": at_call("write_json", 1, after=False),
+    "half a block": half_written,
+    "a block without its progress": at_call("write_json", 2, after=False),
+    "between two blocks": at_call("write_json", 2, after=True),
+    "a manifest, and the progress still there": at_call("_finish", 1, after=True),
+}
+
+
+@pytest.mark.parametrize("where", list(RUN_KILLS))
+def test_a_killed_run_resumes(where, tiny_llama: Factory, tokens, tmp_path, state, same) -> None:
+    def run(out: str) -> Any:
+        return compress(tiny_llama(), GPTQ(3, 32), tokens(), out=tmp_path / out, progress=False)
+
+    whole = run("whole")
+    killed(lambda: run("out"), RUN_KILLS[where])
+    report = run("out")
+    assert same(state(report.model), state(whole.model)) and same(state(load(tmp_path / "out")), state(whole.model))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        path.name for path in (tmp_path / "whole").iterdir()
+    )
+
+
+def test_of_two_processes_on_one_folder_the_second_is_refused(tiny_llama: Factory, tmp_path, state, same) -> None:
+    model = tiny_llama()
+    compress(model, RTN(4, 32), progress=False)
+    ready, tell = os.pipe()
+
+    def wait(patch: pytest.MonkeyPatch) -> None:
+        def stay(*_: Any, **__: Any) -> None:
+            os.write(tell, b"x")
+            signal.pause()
+
+        patch.setattr(io, "_finish", stay)
+
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        try:
+            wait(pytest.MonkeyPatch())
+            save(model, tmp_path / "a")
+        finally:
+            os._exit(7)
+    os.read(ready, 1)
+    for call in (
+        lambda: save(model, tmp_path / "a"),
+        lambda: compress(tiny_llama(), RTN(4, 32), out=tmp_path / "a", progress=False),
+    ):
+        with pytest.raises(CheckpointError, match=f"is being written by process {child} on "):
+            call()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert (tmp_path / "a" / ".refimpl-lock").exists()  # nobody holds it now
+    save(model, tmp_path / "a")
+    assert same(state(load(tmp_path / "a")), state(model)) and not hidden_files(tmp_path / "a")
 
 
 def test_all_blocks_done_but_not_finished_takes_no_other_run(tiny_llama: Factory, tmp_path, monkeypatch) -> None:
-    from refimpl.core.files import io
-
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
