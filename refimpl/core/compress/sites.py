@@ -46,6 +46,9 @@ class UnfusedExperts(nn.Module):
     def __init__(self, fused: nn.Module) -> None:
         super().__init__()
         self.gate = cast(Any, type(fused))._apply_gate
+        for name, value in vars(fused).items():  # what its gate may read: limits, factors
+            if isinstance(value, (int, float, str)) and name not in vars(self):
+                setattr(self, name, value)
         self.act_fn = fused.act_fn
         self.num_experts = cast(Tensor, fused.down_proj).shape[0]
         for index in range(self.num_experts):
@@ -85,7 +88,7 @@ def _why_not_unfusable(module: nn.Module) -> str | None:
     for flag, wanted in layout.items():
         if getattr(module, flag, wanted) is not wanted:
             return f"{flag} is {not wanted}"
-    return None if hasattr(type(module), "_apply_gate") else "it has no _apply_gate"
+    return next((f"it has no {name}" for name in ("_apply_gate", "act_fn") if not hasattr(module, name)), None)
 
 
 def unfuse_experts(model: nn.Module) -> list[str]:
@@ -147,8 +150,16 @@ def _refuse_encoder_decoder(model: nn.Module) -> None:
         raise OptionError(f"model={type(model).__name__}: encoder-decoder models are not supported; use a decoder")
 
 
+def _size(module: nn.Module) -> int:
+    """The number of weights and buffers, those of compressed layers as if they were dense."""
+    if isinstance(module, CompressedLayer):
+        return module.in_features * module.out_features
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return sum(tensor.numel() for tensor in own) + sum(_size(child) for child in module.children())
+
+
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The stack of decoder blocks: the `nn.ModuleList` that holds most of the model's parameters.
+    """The stack of decoder blocks: the `nn.ModuleList` that holds most of the model's parameters, compressed or not.
 
     Raises:
         OptionError: an encoder-decoder, or no such list.
@@ -164,7 +175,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     best: tuple[int, str, nn.ModuleList] | None = None
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module):
-            size = sum(tensor.numel() for tensor in [*module.parameters(), *module.buffers()])
+            size = _size(module)
             if best is None or size > best[0]:  # strict, so that of equal ones the outermost wins
                 best = (size, name, module)
     if best is None or best[0] == 0:
@@ -397,9 +408,22 @@ def find_sites(model: nn.Module, targets: str | None = None) -> list[Site]:
     return chosen
 
 
+_PLAIN = ("FalconLinear",)  # subclasses of `nn.Linear` with a forward of their own that is its own
+_UNFIT = {"rwkv": "it scales the weights of its blocks in place when it is put to use"}  # by model_type
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether a subclass of `nn.Linear` computes something else than one."""
+    other = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    return other and type(module).__name__ not in _PLAIN
+
+
 def _sites_of_blocks(model: nn.Module) -> list[Site]:
     """The linear maps inside the decoder blocks, in the order of the blocks."""
     prefix, blocks = find_blocks(model)
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in _UNFIT:
+        raise OptionError(f"model={type(model).__name__} is not supported because {_UNFIT[kind]}; use another model")
     sites: list[Site] = []
     seen: set[nn.Module] = set()  # a module that several blocks share is one site, of the first of them
     for index, block in enumerate(blocks):
@@ -412,7 +436,7 @@ def _sites_of_blocks(model: nn.Module) -> list[Site]:
                 parent, _, attribute = name.rpartition(".")
                 owner = block.get_submodule(parent)
                 site = Site(f"{prefix}.{index}.{name}", index, owner, attribute)
-                if module in seen:
+                if module in seen or _has_own_forward(module):
                     continue
                 seen.add(module)
                 if site.out_features >= ROUTER_WIDTH and not _ROUTER.search(type(owner).__name__):
@@ -444,7 +468,8 @@ def skipped_modules(model: nn.Module, sites: list[Site]) -> dict[str, str]:
         elif is_linear(module):
             rows = module.out_features if isinstance(module, (nn.Linear, CompressedLayer)) else module.nf
             router = cast(int, rows) < ROUTER_WIDTH or _ROUTER.search(type(owner).__name__)
-            reason = "router or gate" if router else "head, or not among the targets"
+            left_as = "it has a forward of its own" if _has_own_forward(module) else "head, or not among the targets"
+            reason = "router or gate" if router else left_as
         else:
             reason = "not a linear map"
         left[name] = f"{kind}: {reason}"

@@ -201,7 +201,7 @@ class Checkpoint:
         key = self._tied.get(key, key)
         group = self._groups[key]
         if group.converter is None:
-            return self._read(group.sources[-1][0], index)
+            return self._read(group.sources[0][0], index)  # of several, transformers takes the first
         value = self._converted(group).get(key)
         if value is None:
             raise CheckpointError(

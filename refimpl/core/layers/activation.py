@@ -69,6 +69,8 @@ class QuantizedInput(CompressedLayer):
         ([0.0, 2.0], {'values': 16, 'activations': 8})
     """
 
+    is_its_weight = False
+
     def __init__(self, base: CompressedLayer, quantizer: ActivationQuantizer) -> None:
         super().__init__()
         self.base, self.quantizer = base, quantizer

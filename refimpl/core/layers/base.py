@@ -14,17 +14,30 @@ from refimpl.core.errors import CheckpointError
 class CompressedLayer(nn.Module, abc.ABC):
     """A linear map ``y = x W.T + b`` stored in fewer bytes than ``W``.
 
+    To a model that reads ``.weight`` instead of calling the layer, it gives `to_dense`: right, and slow.
+
     Attributes:
         in_features, out_features: sizes of the map, as in `torch.nn.Linear`.
     """
 
     in_features: int
     out_features: int
+    is_its_weight: ClassVar[bool] = True  # whether it does nothing else than apply `to_dense`
     types: ClassVar[dict[str, type[CompressedLayer]]] = {}
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         CompressedLayer.types[cls.__name__] = cls
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # state-space and sparse attention layers of transformers multiply with the weight of a child themselves;
+            # a layer with tensors of that name never comes here, nor one that is just being made
+            if name == "weight" and self.is_its_weight and (self._buffers or self._modules):
+                return self.to_dense()
+            raise
 
     @abc.abstractmethod
     def to_dense(self) -> Tensor:

@@ -193,6 +193,8 @@ class PackedConv2d(CompressedLayer):
         (True, torch.Size([8, 36]))
     """
 
+    is_its_weight = False
+
     def __init__(self, base: CompressedLayer, geometry: Geometry) -> None:
         super().__init__()
         assert base.in_features == geometry.in_features

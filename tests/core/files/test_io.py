@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +23,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from refimpl import (
     GPTQ,
@@ -256,6 +260,180 @@ def test_large_models_are_split_by_block(tiny_llama: Factory, tmp_path, state, s
     assert same(state(load(tmp_path)), state(model))
 
 
+# ---- every family of language models
+
+
+SIZES = {
+    **{"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1},
+    **{"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "d_model": 64, "num_layers": 2, "num_heads": 4},
+    **{"ffn_dim": 96, "word_embed_proj_dim": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "d_inner": 96},
+    **{"encoder_layers": 1, "encoder_attention_heads": 4, "decoder_ffn_dim": 96, "encoder_ffn_dim": 96},
+    **{
+        "num_local_experts": 4,
+        "num_experts": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+    },
+    **{"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "first_k_dense_replace": 1, "n_group": 1},
+    **{"topk_group": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16},
+    **{"v_head_dim": 16, "n_ctx": 64, "seq_length": 64, "n_inner": 96, "rotary_dim": 16, "embedding_size": 64},
+    **{"eos_token_id": 2, "max_seq_len": 64, "lru_width": 64, "state_size": 8, "mamba_d_state": 8, "conv_kernel": 4},
+    **{"expand": 2, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1, "n_mamba_heads": 2, "n_groups": 1},
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
+    **{"mamba_num_heads": 4, "mamba_head_dim": 32, "sliding_window": 16, "num_labels": 3},
+}
+HYBRID = {"num_hidden_layers": 6, "layers_block_type": ["mamba", "hybrid"] * 3}
+OWN_SIZES: dict[str, dict[str, Any]] = {  # where the sizes above contradict each other
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "zamba": {**HYBRID, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "zamba2": {**HYBRID, "num_mem_blocks": 1, "hybrid_layer_ids": [1, 3, 5]},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    **dict.fromkeys(
+        "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa longcat_flash minicpm3 sarvam_mla "
+        "youtu".split(),
+        {"num_key_value_heads": 4},
+    ),
+}
+REFUSED = {  # what compress says of them
+    **dict.fromkeys(["aria_text", "gpt_oss"], "the fused experts .* because is_transposed is True"),
+    **dict.fromkeys(["llama4_text", "longcat_flash"], "the fused experts .* because it has no _apply_gate"),
+    **dict.fromkeys(["hy_v4", "minimax_m3_vl_text"], "the fused experts .* because it has no act_fn"),
+    **dict.fromkeys(["inkling_text", "jetmoe", "nemotron_h"], "the fused experts .* because its parameters are not"),
+    "rwkv": "RwkvForCausalLM is not supported because it scales the weights of its blocks in place",
+}
+LARGE = 1_000_000  # weights of what needs more than small numbers, mostly a tower for images
+
+
+def tiny_of(family: str) -> Any:
+    """A small random model of a family, or a reason why there is none."""
+    kind = CONFIG_MAPPING[family]
+    known = {
+        *inspect.signature(kind.__init__).parameters,
+        *getattr(kind, "__dataclass_fields__", {}),
+        *kind.attribute_map,
+    }
+    sizes = {name: value for name, value in SIZES.items() if name in known} | OWN_SIZES.get(family, {})
+    try:
+        config = kind(**sizes)
+        with torch.device("meta"):
+            size = sum(p.numel() for p in AutoModelForCausalLM.from_config(copy.deepcopy(config)).parameters())
+        if size > LARGE:
+            return f"{size} weights"
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval()
+    except Exception as error:  # small sizes that its configuration does not take
+        return f"{type(error).__name__}: {error}"
+
+
+def run_plainly(model: Any) -> Tensor:
+    ids = torch.randint(3, 120, (1, 8), generator=torch.Generator().manual_seed(1))
+    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    with torch.no_grad():
+        return model(input_ids=ids, **options).logits
+
+
+def test_every_family_of_transformers_comes_back_or_is_refused_by_name(tmp_path) -> None:
+    """Saved, loaded by us and by transformers, and read block by block from what transformers saved: equal logits."""
+    left, seen = {}, 0
+    method = RTN(4, None)
+    transformers.logging.set_verbosity_error()
+    for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        model = tiny_of(family)
+        if isinstance(model, str):
+            left[family] = model
+            continue
+        try:
+            run_plainly(model)
+        except Exception as error:
+            left[family] = f"{type(error).__name__}: {error}"
+            continue
+        folder = tmp_path / family
+        model.save_pretrained(folder / "dense")
+        if family in REFUSED:
+            for source in (model, folder / "dense"):
+                with pytest.raises(OptionError, match=REFUSED[family]):
+                    compress(source, method, out=folder / "out", progress=False)
+            continue
+        compress(model, method, progress=False)
+        wanted = run_plainly(model)
+        model.save_pretrained(folder / "saved")
+        compress(folder / "dense", method, out=folder / "out", progress=False)
+        ways = {
+            "load": load(folder / "saved"),
+            "from_pretrained": type(model).from_pretrained(folder / "saved"),
+            "block by block": load(folder / "out"),
+        }
+        for way, again in ways.items():
+            assert type(again) is type(model) and torch.equal(run_plainly(again), wanted), f"{family}: {way}"
+        seen += 1
+        shutil.rmtree(folder)
+    assert seen > 2 * len(left) and not REFUSED.keys() & left.keys(), left
+
+
+TASKS = ["SequenceClassification", "TokenClassification", "QuestionAnswering", "CausalLM"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("family", ["Llama", "GPT2", "Qwen3Moe", "Mixtral"])
+def test_task_heads(family, task, tmp_path, tokens) -> None:
+    """Whatever class the model is of, that class comes back."""
+    kind = getattr(transformers, f"{family}For{task}", None) or getattr(transformers, f"{family}LMHeadModel")
+    known = inspect.signature(kind.config_class.__init__).parameters
+    torch.manual_seed(0)
+    model = kind(kind.config_class(**{k: v for k, v in SIZES.items() if k in known})).eval()
+    model.save_pretrained(tmp_path / "dense")
+    compress(model, GPTQ(4, 32), tokens() % 128, progress=False)
+    save(model, tmp_path / "saved")
+    compress(tmp_path / "dense", GPTQ(4, 32), tokens() % 128, out=tmp_path / "out", progress=False)
+    ids = tokens() % 120 + 3
+    for again in (load(tmp_path / "saved"), load(tmp_path / "out"), kind.from_pretrained(tmp_path / "saved")):
+        assert type(again) is kind
+        with torch.no_grad():
+            assert all(torch.equal(a, b) for a, b in zip(model(ids)[:1], again(ids)[:1], strict=True))
+
+
+def test_a_class_that_could_not_be_built_again_is_refused(tiny_llama: Factory, tmp_path) -> None:
+    class Mine(type(tiny_llama())):
+        pass
+
+    model = Mine(tiny_llama().config)
+    with pytest.raises(CheckpointError, match="model=Mine: it is no class of transformers, and LlamaConfig stands for"):
+        save(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_layers_at_several_places(tiny_llama: Factory, tokens, tmp_path) -> None:
+    """One module in two blocks is compressed once, and comes back with equal outputs."""
+    model = tiny_llama()
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    report = compress(model, GPTQ(3, 32), tokens(), progress=False)
+    assert len({site.name for site in report.sites}) == len(report.sites) == 11
+    assert model.model.layers[1].mlp.up_proj is model.model.layers[0].mlp.up_proj
+    for again in (load(save(model, tmp_path)), AutoModelForCausalLM.from_pretrained(tmp_path)):
+        assert torch.equal(logits(again, tokens), logits(model, tokens))
+
+
+@pytest.mark.parametrize("steps", [["layers.1"], ["layers.3"], [None], ["layers.3", "layers.1.*q_proj"]])
+def test_tied_layers_compressed_one_by_one(steps, tokens, tmp_path) -> None:
+    """Zamba ties the weights of some layers: each may be compressed, others keep what they were tied to."""
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 6, "layers_block_type": ["mamba", "hybrid"] * 3, "num_key_value_heads": 4}
+    known = inspect.signature(transformers.ZambaConfig.__init__).parameters
+    config = transformers.ZambaConfig(
+        **{k: v for k, v in SIZES.items() if k in known} | sizes, attn_layer_period=2, attn_layer_offset=1
+    )
+    model = transformers.ZambaForCausalLM(config).eval()
+    ids = tokens() % 128
+    for number, targets in enumerate(steps):
+        compress(model, GPTQ(4 - number, None), ids, targets=targets, progress=False)
+    for again in (load(save(model, tmp_path)), transformers.ZambaForCausalLM.from_pretrained(tmp_path)):
+        with torch.no_grad():
+            assert torch.equal(again(ids).logits, model(ids).logits)
+
+
 # ---- damaged and foreign folders
 
 
@@ -313,9 +491,12 @@ def test_foreign_folders_are_refused(tiny_llama: Factory, tiny_mixtral: Factory,
     (pickled / "pytorch_model.bin").write_bytes(pickle.dumps({}))
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is a pickle, which can run code.*save_pretrained"):
         Checkpoint(pickled)
-    tiny_mixtral().save_pretrained(tmp_path / "old layout")  # experts under the names of the first release
-    with pytest.raises(CheckpointError, match=r"older layout.*save_original_format=False"):
-        compress(tmp_path / "old layout", RTN(4, 32), out=tmp_path / "out", progress=False)
+    tiny_mixtral().save_pretrained(tmp_path / "other")
+    tiny_llama().config.save_pretrained(tmp_path / "other")
+    with pytest.raises(
+        CheckpointError, match=r"no tensor 'model.*mlp.*belongs to another model.*save_original_format="
+    ):
+        compress(tmp_path / "other", RTN(4, 32), out=tmp_path / "out", progress=False)
     dense = tmp_path / "dense"
     tiny_llama().save_pretrained(dense)
     with pytest.raises(OptionError, match="out=None"):

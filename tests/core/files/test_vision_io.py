@@ -102,12 +102,16 @@ def test_large_models_are_saved_whole(tiny_vit: Factory, state, same, tmp_path, 
     assert same(state(load(save(model, tmp_path))), state(model))
 
 
-def test_from_pretrained_stops_instead_of_inventing_weights(tiny_resnet: Factory, tmp_path) -> None:
+@pytest.mark.parametrize("folded", [False, True])
+def test_from_pretrained_and_save_pretrained(folded, tiny_resnet: Factory, images, tmp_path) -> None:
     model = tiny_resnet()
+    if folded:
+        fold_batch_norms(model, images())
     compress(model, RTN(4, None), progress=False)
-    save(model, tmp_path)
-    with pytest.raises(OSError, match="no file named model.safetensors"):
-        AutoModelForImageClassification.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForImageClassification.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(images()).logits, model(images()).logits)
 
 
 def test_plain_modules_are_refused_before_anything_is_written(inverted_residuals: Factory, tmp_path) -> None:
