@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,12 +19,12 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from refimpl.core.arguments import checked, shown
 from refimpl.core.cache.attention import NAME
-from refimpl.core.cache.content import load_described, to_json
+from refimpl.core.cache.content import load_described, seal, to_json
 from refimpl.core.cache.layer import KVLayer
 from refimpl.core.cache.policy import LayerShape, Policy, check_decoder, policy_from
 from refimpl.core.cache.rope import find_rotary
 from refimpl.core.cache.tap import attention_input, attention_modules
-from refimpl.core.errors import CheckpointError, OptionError, reason
+from refimpl.core.errors import CheckpointError, OptionError, reading, reason
 from refimpl.core.files.io import atomic_write
 from refimpl.core.stored import stored_dtype
 
@@ -267,7 +266,7 @@ class CompressedCache(Cache):
             "numbers": numbers,
         }
         with atomic_write(path) as temporary:
-            save_file(tensors, temporary, {_ABOUT: json.dumps(about)})
+            save_file(tensors, temporary, {_ABOUT: seal(about, tensors)})
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel, policy: Policy | None = None) -> CompressedCache:
@@ -282,18 +281,21 @@ class CompressedCache(Cache):
             CheckpointError: not a cache of ours, damaged, of another model, or of another policy.
         """
         about, tensors = load_described(path, _ABOUT, "cache", model.device)
-        if about["format"] != _FORMAT:
-            raise CheckpointError(f"path={str(path)!r}: format {about['format']} needs another version of refimpl")
-        if about["model"] != fingerprint(model):
-            raise CheckpointError(
-                f"path={str(path)!r} is the cache of another model (or of this one with other weights or another "
-                "dtype); prepare it again with this model"
+        with reading(f"path={str(path)!r}", "save the cache again"):
+            if about["format"] != _FORMAT:
+                raise CheckpointError(f"path={str(path)!r}: format {about['format']} needs another version of refimpl")
+            if about["model"] != fingerprint(model):
+                raise CheckpointError(
+                    f"path={str(path)!r} is the cache of another model (or of this one with other weights or another "
+                    "dtype); prepare it again with this model"
+                )
+            cache = cls(
+                model, policy_from(about["policy"], policy), prefill="streamed" if about["streamed"] else "exact"
             )
-        cache = cls(model, policy_from(about["policy"], policy), prefill="streamed" if about["streamed"] else "exact")
-        for index, (layer, numbers) in enumerate(zip(cache.layers, about["numbers"], strict=True)):
-            start = f"{index}."
-            parts = {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}
-            _set_layer_state(layer, parts, numbers, model)
+            for index, (layer, numbers) in enumerate(zip(cache.layers, about["numbers"], strict=True)):
+                start = f"{index}."
+                parts = {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}
+                _set_layer_state(layer, parts, numbers, model)
         return cache
 
 

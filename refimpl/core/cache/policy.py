@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -15,10 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from refimpl.core.arguments import Checked, checked, shown
-from refimpl.core.cache.content import ByContent, current_modules, from_json, load_described, to_json
+from refimpl.core.cache.content import ByContent, current_modules, from_json, load_described, seal, to_json
 from refimpl.core.cache.layer import KVLayer
 from refimpl.core.cache.rope import Rotary
-from refimpl.core.errors import CheckpointError, OptionError
+from refimpl.core.errors import CheckpointError, OptionError, reading
 from refimpl.core.files.io import atomic_write
 
 if TYPE_CHECKING:
@@ -278,7 +277,7 @@ class Policy(Checked, ByContent, abc.ABC):
         with atomic_write(path) as temporary:
             # safetensors refuses tensors that share memory: a view is copied
             save_file(
-                {name: tensor.clone() for name, tensor in tensors.items()}, temporary, {_ABOUT: json.dumps(about)}
+                {name: tensor.clone() for name, tensor in tensors.items()}, temporary, {_ABOUT: seal(about, tensors)}
             )
 
     @classmethod
@@ -293,9 +292,10 @@ class Policy(Checked, ByContent, abc.ABC):
             CheckpointError: not a policy of ours, damaged, of another kind, or of a class that is not known here.
         """
         about, tensors = load_described(path, _ABOUT, "policy", device)
-        if about["format"] != _FORMAT:
-            raise CheckpointError(f"path={str(path)!r}: format {about['format']} needs another version of refimpl")
-        policy = from_json(about, tensors)
+        with reading(f"path={str(path)!r}", "save the policy again"):
+            if about["format"] != _FORMAT:
+                raise CheckpointError(f"path={str(path)!r}: format {about['format']} needs another version of refimpl")
+            policy = from_json(about, tensors)
         if not isinstance(policy, cls):
             raise CheckpointError(f"path={str(path)!r} holds a {about['kind']}, not a {cls.__name__}")
         return policy

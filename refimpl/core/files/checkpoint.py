@@ -90,8 +90,8 @@ class Checkpoint:
             check_file(index)
             try:
                 names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise CheckpointError(f"{index} cannot be read ({error!r}); copy or download it again") from error
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+                raise CheckpointError(f"{index} cannot be read ({reason(error)}); copy or download it again") from error
             for name in names:
                 if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
                     raise CheckpointError(
