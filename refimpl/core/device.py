@@ -10,7 +10,10 @@ from __future__ import annotations
 import ctypes
 import sys
 
+import torch
 from torch import Tensor
+
+from refimpl.core.errors import OptionError, reason
 
 
 def read(value: Tensor) -> float:
@@ -33,6 +36,18 @@ def read_all(values: Tensor) -> list[float]:
         [2.5, 1.0]
     """
     return values.tolist()
+
+
+def check_device(device: torch.device | str | int) -> None:
+    """Raise `OptionError` unless tensors can be put on a device.
+
+    Example:
+        >>> check_device("cpu")
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # of torch: unknown, or not in this machine
+        raise OptionError(f"device={str(device)!r} cannot be used here ({reason(error)}); use 'cpu'") from error
 
 
 def give_back() -> None:

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
+from refimpl.core.arguments import checked
 from refimpl.core.cache import (
     ByContent,
     KVLayer,
@@ -692,6 +693,7 @@ class MatryoshkaKV(Policy):
         for table in self.path:
             rank_table(self.bases, table)
 
+    @checked()
     def fit(
         self,
         model: PreTrainedModel,

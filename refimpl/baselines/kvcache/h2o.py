@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from refimpl.core.cache import Dense, Incoming, KVLayer, LayerShape, Policy, Segment
+from refimpl.core.cache import Dense, Incoming, KVLayer, LayerShape, Policy, Segment, UpTo
 from refimpl.core.errors import OptionError
 
 
@@ -129,4 +129,4 @@ class H2O(Policy):
         return kept * (shape.token_bytes + 8 * shape.heads)  # with a slot and a mass for each entry
 
     def settings(self, shapes: Sequence[LayerShape], length: int) -> Sequence[int | None]:
-        return [*range(2, length + 1), None]
+        return UpTo(2, length)

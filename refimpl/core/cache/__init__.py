@@ -10,7 +10,7 @@ from refimpl.core.cache.attention import NAME, Dense, Mask, Segment, attend, cac
 from refimpl.core.cache.content import ByContent
 from refimpl.core.cache.host import CompressedCache, fingerprint, prefill
 from refimpl.core.cache.layer import CountedTail, Incoming, KVLayer, TailLayer, WindowLayer
-from refimpl.core.cache.policy import LayerShape, Policy, check_rank
+from refimpl.core.cache.policy import LayerShape, Policy, UpTo, check_rank
 from refimpl.core.cache.rope import Rotary, rotate, unrotate
 from refimpl.core.cache.sinks import Sinks, keep_sinks
 from refimpl.core.cache.tap import attention_modules, full_attention_layers, hidden_states, tapped
@@ -30,6 +30,7 @@ __all__ = [
     "Segment",
     "Sinks",
     "TailLayer",
+    "UpTo",
     "WindowLayer",
     "attend",
     "attention_modules",

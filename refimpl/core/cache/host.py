@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,14 +17,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
+from refimpl.core.arguments import checked, shown
 from refimpl.core.cache.attention import NAME, Mask, cache_argument
-from refimpl.core.cache.content import load_described, to_json
+from refimpl.core.cache.content import load_described, seal, to_json
 from refimpl.core.cache.layer import KVLayer
-from refimpl.core.cache.policy import LayerShape, Policy, policy_from
+from refimpl.core.cache.policy import LayerShape, Policy, check_decoder, policy_from
 from refimpl.core.cache.rope import find_rotary
 from refimpl.core.cache.tap import attention_input, attention_modules, attention_rotation
 from refimpl.core.cache.trial import Met, meet, modules_by_layer
-from refimpl.core.errors import CheckpointError, OptionError
+from refimpl.core.errors import CheckpointError, OptionError, reading, reason
 from refimpl.core.files.io import atomic_write
 from refimpl.core.stored import stored_dtype
 
@@ -258,7 +258,7 @@ class CompressedCache(Cache):
             "numbers": numbers,
         }
         with atomic_write(path) as temporary:
-            save_file(tensors, temporary, {_ABOUT: json.dumps(about)})
+            save_file(tensors, temporary, {_ABOUT: seal(about, tensors)})
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel, policy: Policy | None = None) -> CompressedCache:
@@ -273,18 +273,21 @@ class CompressedCache(Cache):
             CheckpointError: not a cache of ours, damaged, of another model, or of another policy.
         """
         about, tensors = load_described(path, _ABOUT, "cache", model.device)
-        if about["format"] != _FORMAT:
-            raise CheckpointError(f"path={str(path)!r}: format {about['format']} needs another version of refimpl")
-        if about["model"] != fingerprint(model):
-            raise CheckpointError(
-                f"path={str(path)!r} is the cache of another model (or of this one with other weights or another "
-                "dtype); prepare it again with this model"
+        with reading(f"path={str(path)!r}", "save the cache again"):
+            if about["format"] != _FORMAT:
+                raise CheckpointError(f"path={str(path)!r}: format {about['format']} needs another version of refimpl")
+            if about["model"] != fingerprint(model):
+                raise CheckpointError(
+                    f"path={str(path)!r} is the cache of another model (or of this one with other weights or another "
+                    "dtype); prepare it again with this model"
+                )
+            cache = cls(
+                model, policy_from(about["policy"], policy), prefill="streamed" if about["streamed"] else "exact"
             )
-        cache = cls(model, policy_from(about["policy"], policy), prefill="streamed" if about["streamed"] else "exact")
-        for index, (layer, numbers) in enumerate(zip(cache.layers, about["numbers"], strict=True)):
-            start = f"{index}."
-            parts = {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}
-            _set_layer_state(layer, parts, numbers, model)
+            for index, (layer, numbers) in enumerate(zip(cache.layers, about["numbers"], strict=True)):
+                start = f"{index}."
+                parts = {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}
+                _set_layer_state(layer, parts, numbers, model)
         return cache
 
 
@@ -351,6 +354,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+@checked()
 @torch.no_grad()
 def prefill(
     model: PreTrainedModel,
@@ -387,11 +391,16 @@ def prefill(
         >>> prefill(model, cache, torch.ones(1, 300, dtype=torch.long), chunk=100).shape, cache.nbytes
         (torch.Size([1, 50]), 4112)
     """
+    check_decoder(model)
     if chunk < 1:
         raise OptionError(f"chunk={chunk}: use 1 or more tokens")
+    if input_ids.dim() != 2 or input_ids.dtype not in (torch.int32, torch.int64):
+        raise OptionError(f"input_ids={shown(input_ids)}: use whole numbers [sequences, tokens]")
     if input_ids.shape[1] == 0:
         raise OptionError("input_ids has no token; feed at least one")
     before = cache.get_seq_length()
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise OptionError(f"attention_mask={shown(attention_mask)}: use 1 and 0, [sequences, tokens]")
     if attention_mask is not None and attention_mask.shape[1] != before + input_ids.shape[1]:
         raise OptionError(
             f"attention_mask covers {attention_mask.shape[1]} tokens, but the cache and the prompt have "
@@ -405,5 +414,8 @@ def prefill(
                 known = attention_mask[:, : before + last]
                 inputs["attention_mask"] = known
                 inputs["position_ids"] = (known.long().cumsum(-1) - 1).clamp(min=0)[:, before + first :]
-            out = model(input_ids[:, first:last], logits_to_keep=1, **cache_argument(cache), **inputs)
+            try:
+                out = model(input_ids[:, first:last], logits_to_keep=1, **cache_argument(cache), **inputs)
+            except IndexError as error:
+                raise OptionError(f"input_ids: {reason(error)}; use the model's own tokenizer") from error
     return out.logits[:, -1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -14,10 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from refimpl.core.cache.content import ByContent, current_modules, from_json, load_described, to_json
+from refimpl.core.arguments import Checked, checked, shown
+from refimpl.core.cache.content import ByContent, current_modules, from_json, load_described, seal, to_json
 from refimpl.core.cache.layer import KVLayer
 from refimpl.core.cache.rope import Rotary
-from refimpl.core.errors import CheckpointError, OptionError
+from refimpl.core.errors import CheckpointError, OptionError, reading
 from refimpl.core.files.io import atomic_write
 
 if TYPE_CHECKING:
@@ -100,8 +100,39 @@ def check_rank(name: str, rank: int, shape: LayerShape) -> None:
         )
 
 
+def check_decoder(model: object) -> None:
+    """Raise `OptionError` unless `model` is a model of transformers.
+
+    Example:
+        >>> check_decoder(torch.nn.Linear(2, 2))
+        Traceback (most recent call last):
+        ...
+        refimpl.core.errors.OptionError: model=Linear(in_features=2, out_features=2, bias=True): pass a decoder of transformers
+    """
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
+        raise OptionError(f"model={shown(model)}: pass a decoder of transformers")
+
+
+class UpTo(Sequence["int | None"]):
+    """The whole numbers from one to another and then None, for all: `Policy.settings` of a capacity, not written out.
+
+    Example:
+        >>> list(UpTo(2, 4)), len(UpTo(1, 10**12))
+        ([2, 3, 4, None], 1000000000001)
+    """
+
+    def __init__(self, first: int, last: int) -> None:
+        self.whole = range(first, last + 1)
+
+    def __len__(self) -> int:
+        return len(self.whole) + 1
+
+    def __getitem__(self, place: Any) -> Any:
+        return None if place in (-1, len(self.whole)) else self.whole[place]
+
+
 @dataclass(frozen=True)
-class Policy(ByContent, abc.ABC):
+class Policy(Checked, ByContent, abc.ABC):
     """Base class of cache-compression policies; a subclass is a frozen dataclass of hyper-parameters.
 
     Tensors (fitted factors, say) may be among them: see `ByContent` and `save`. The stages of its life have the same
@@ -182,6 +213,7 @@ class Policy(ByContent, abc.ABC):
             )
         return tuned(values[best])
 
+    @checked()
     def cache(
         self,
         model: PreTrainedModel,
@@ -222,12 +254,14 @@ class Policy(ByContent, abc.ABC):
         """
         from refimpl.core.cache.host import CompressedCache
 
+        check_decoder(model)
         return CompressedCache(model, self, budget, bytes_per_token, length, prefill)
 
     def config(self) -> dict[str, Any]:
         """The hyper-parameters as JSON; a digest stands for each tensor."""
         return {field.name: to_json(getattr(self, field.name), name=field.name) for field in fields(self)}
 
+    @checked()
     def save(self, path: str | Path) -> None:
         """Write the policy to a safetensors file, tensors included (fitted factors, trained bases).
 
@@ -253,7 +287,7 @@ class Policy(ByContent, abc.ABC):
         with atomic_write(path) as temporary:
             # safetensors refuses tensors that share memory: a view is copied
             save_file(
-                {name: tensor.clone() for name, tensor in tensors.items()}, temporary, {_ABOUT: json.dumps(about)}
+                {name: tensor.clone() for name, tensor in tensors.items()}, temporary, {_ABOUT: seal(about, tensors)}
             )
 
     @classmethod
@@ -268,9 +302,10 @@ class Policy(ByContent, abc.ABC):
             CheckpointError: not a policy of ours, damaged, of another kind, or of a class that is not known here.
         """
         about, tensors = load_described(path, _ABOUT, "policy", device)
-        if about["format"] != _FORMAT:
-            raise CheckpointError(f"path={str(path)!r}: format {about['format']} needs another version of refimpl")
-        policy = from_json(about, tensors)
+        with reading(f"path={str(path)!r}", "save the policy again"):
+            if about["format"] != _FORMAT:
+                raise CheckpointError(f"path={str(path)!r}: format {about['format']} needs another version of refimpl")
+            policy = from_json(about, tensors)
         if not isinstance(policy, cls):
             raise CheckpointError(f"path={str(path)!r} holds a {about['kind']}, not a {cls.__name__}")
         return policy

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from refimpl.core.arguments import shown
 from refimpl.core.cache.layer import Incoming, TailLayer
 from refimpl.core.cache.policy import LayerShape, Policy
 from refimpl.core.errors import OptionError
@@ -36,6 +37,8 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
         >>> [type(module).__name__ for module in attention_modules(model)], attention_modules(nn.Linear(2, 2))
         (['LlamaAttention', 'LlamaAttention'], [])
     """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model={shown(model)}: pass a decoder of transformers")
     found: dict[Any, nn.Module] = {
         module.layer_idx: module
         for module in model.modules()

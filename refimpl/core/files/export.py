@@ -31,6 +31,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from refimpl.core.arguments import checked
 from refimpl.core.compress.fold import _feeds
 from refimpl.core.compress.sites import _ROUTER, UnfusedExperts, find_blocks, is_conv1d
 from refimpl.core.device import read
@@ -67,6 +68,7 @@ _SHARD_LIMIT = 2_000_000_000  # bytes of one file, all of which are in memory wh
 # ---- the three formats
 
 
+@checked()
 @torch.no_grad()
 def export_dense(model: nn.Module, folder: str | Path, *, adapter: str | Path | None = None) -> Path:
     """Write an ordinary transformers checkpoint, in which every compressed layer is a plain one again.
@@ -118,6 +120,7 @@ def export_dense(model: nn.Module, folder: str | Path, *, adapter: str | Path | 
     return Path(folder)
 
 
+@checked()
 @torch.no_grad()
 def export_compressed_tensors(
     model: nn.Module, folder: str | Path, *, symmetric: bool = False, adapter: str | Path | None = None
@@ -191,6 +194,7 @@ def export_compressed_tensors(
     return Path(folder)
 
 
+@checked()
 @torch.no_grad()
 def export_peft(model: nn.Module, folder: str | Path, *, base: str | Path) -> Path:
     """Write the low-rank paths of a model as a LoRA adapter for PEFT.

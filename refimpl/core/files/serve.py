@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from tqdm.auto import tqdm
 
+from refimpl.core.arguments import checked
 from refimpl.core.device import give_back
 from refimpl.core.errors import OptionError
 from refimpl.core.layers import CompressedLayer, PackedLinear, ProcessorLinear
@@ -103,6 +104,7 @@ class _ForProcessor:
         )
 
 
+@checked()
 def serve(
     model: nn.Module, progress: bool = True, *, device: str | None = None, memory: int | None = None
 ) -> ServeReport:

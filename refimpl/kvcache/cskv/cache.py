@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from refimpl.core.arguments import checked
 from refimpl.core.cache import (
     Dense,
     Incoming,
@@ -495,6 +496,7 @@ class CSKV(Policy):
                 return every[:count]
         return every
 
+    @checked()
     def fit(
         self,
         model: PreTrainedModel,

@@ -384,8 +384,8 @@ def test_a_policy_with_tensors_can_be_kept(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no policy written by refimpl"):
         Policy.load(path)
     for other in (torch.nn.Linear(1, 1), Unmarked()):  # what could not be read again is not written
-        with pytest.raises(OptionError, match=rf"share=.*: an? {type(other).__name__} cannot be written to a file"):
-            replace(policy, share=other).save(path)  # type: ignore[arg-type]
+        with pytest.raises(OptionError, match=rf"A=.*: an? {type(other).__name__} cannot be written to a file"):
+            replace(policy, pairs=(Pair(other),)).save(path)  # type: ignore[arg-type]
     assert "a" in load_file(path)  # the old file is as it was
 
 
