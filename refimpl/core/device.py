@@ -1,4 +1,4 @@
-"""The operations that depend on the device of a tensor: reading a value, and freeing memory.
+"""The operations that depend on the device or the process: reading a value, freeing memory, who else is at work.
 
 `read` and `read_all` are the only places where values cross from the device to Python. All other code stays on the
 tensor's device. A test with fake CUDA tensors checks this; it replaces both functions by constants, because a fake tensor
@@ -11,6 +11,7 @@ import ctypes
 import sys
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from refimpl.core.errors import OptionError, reason
@@ -48,6 +49,18 @@ def check_device(device: torch.device | str | int) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # of torch: unknown, or not in this machine
         raise OptionError(f"device={str(device)!r} cannot be used here ({reason(error)}); use 'cpu'") from error
+
+
+def rank_and_world() -> tuple[int, int]:
+    """The number of this process in its group, and the size of the group; 0 and 1 without one.
+
+    Example:
+        >>> rank_and_world()
+        (0, 1)
+    """
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def give_back() -> None:

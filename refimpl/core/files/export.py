@@ -32,7 +32,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from refimpl.core.arguments import checked
-from refimpl.core.compress.fold import _feeds
+from refimpl.core.compress.fold import fed_norms
 from refimpl.core.compress.sites import _ROUTER, UnfusedExperts, find_blocks, is_conv1d
 from refimpl.core.device import read
 from refimpl.core.errors import CheckpointError, FileError, OptionError, require
@@ -671,7 +671,7 @@ class _Source:
             channels = next(m.in_channels for m in self.architecture.modules() if isinstance(m, nn.Conv2d))
             shape = (1, channels, *([size, size] if isinstance(size, int) else size))
             # the same search as at the time of folding tells which batch norm follows which convolution
-            behind, _ = _feeds(self.architecture, torch.empty(shape, dtype=self.dtype, device="meta"))
+            behind, _ = fed_norms(self.architecture, torch.empty(shape, dtype=self.dtype, device="meta"))
             for conv, bias in biases.items():
                 if conv not in behind:
                     continue  # the check of shapes and names will say so

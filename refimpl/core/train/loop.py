@@ -33,7 +33,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Tenso
 from tqdm.auto import tqdm
 
 from refimpl.core.arguments import Checked, checked, fits, shown
-from refimpl.core.device import read, read_all
+from refimpl.core.device import rank_and_world, read, read_all
 from refimpl.core.errors import CheckpointError, OptionError, TrainingError, nearest, reading
 from refimpl.core.train.checkpoints import Checkpoints, described, like, pack, whole
 from refimpl.core.train.optimizers import (
@@ -206,7 +206,7 @@ def batches(
     """
     if not tensors or len({len(tensor) for tensor in tensors}) > 1:
         raise OptionError(f"tensors have {[len(t) for t in tensors]} rows; pass at least one, all of one length")
-    rank, world = _rank_and_world()
+    rank, world = rank_and_world()
     share = len(tensors[0]) // world if drop_last else math.ceil(len(tensors[0]) / world)
     if batch_size < 1 or share < (batch_size if drop_last else 1):
         raise OptionError(
@@ -217,12 +217,6 @@ def batches(
         rows, num_replicas=world, rank=rank, shuffle=shuffle, seed=seed, drop_last=drop_last
     )
     return DataLoader(rows, sampler=BatchSampler(order, batch_size, drop_last), batch_size=None)
-
-
-def _rank_and_world() -> tuple[int, int]:
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
 
 
 def _length(data: DataLoader) -> int | None:
@@ -447,7 +441,7 @@ class _Run:
         self.optimizer = make_optimizer(parameter_groups(model, parameters, recipe), recipe, optimizer)
         self.trained: list[Tensor] = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.device = self.trained[0].device
-        self.rank, self.world = _rank_and_world()
+        self.rank, self.world = rank_and_world()
         self.sharded = hasattr(model, "set_requires_gradient_sync")  # by fully_shard
         wrapped = isinstance(model, DistributedDataParallel)
         if local and (self.sharded or wrapped):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refimpl.core.arguments import Checked, checked, shown
-from refimpl.core.device import read, read_all
+from refimpl.core.device import rank_and_world, read, read_all
 from refimpl.core.errors import CalibrationError, OptionError, reason
 from refimpl.kernels.cross_entropy import sequence_cross_entropy
 
@@ -252,7 +252,7 @@ class Weighted(Checked):
         """From this process's losses [B] to the scalar whose gradient is averaged over processes."""
         if not isinstance(own, Tensor) or own.dim() != 1:
             raise CalibrationError(f"losses={shown(own)}: it must be a vector, one loss a sample")
-        rank, world = _rank_and_world()
+        rank, world = rank_and_world()
         every = own.detach().float()
         if world > 1:
             parts = [torch.empty_like(every) for _ in range(world)]
@@ -305,9 +305,3 @@ class Weighted(Checked):
             self._model._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
                 name for name in ignored if name != _CALLS
             ]
-
-
-def _rank_and_world() -> tuple[int, int]:
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
 
 from refimpl.core.arguments import Checked, checked, fits, shown
+from refimpl.core.device import rank_and_world
 from refimpl.core.errors import CheckpointError, OptionError, reason, require
-from refimpl.core.train.loop import _rank_and_world
 
 Shares = Sequence[float] | Callable[[int], Sequence[float]]
 
@@ -91,10 +91,10 @@ class EpochSampler(Checked, Sampler[int]):
 
     def __len__(self) -> int:
         """Rows of an epoch for this process: the same for all, so up to ``world - 1`` rows are left out."""
-        return len(self.indices()) // _rank_and_world()[1]
+        return len(self.indices()) // rank_and_world()[1]
 
     def __iter__(self) -> Iterator[int]:
-        rank, world = _rank_and_world()
+        rank, world = rank_and_world()
         own = self.indices()[rank::world][: len(self)]
         self._given, self._begin = self._begin, 0
         for index in own[self._given :].tolist():
@@ -107,7 +107,7 @@ class EpochSampler(Checked, Sampler[int]):
         ``position`` counts rows of the epoch over all processes. A loader with workers asks for rows ahead of the
         batches it yields: put the rows of the batches you took there instead.
         """
-        position = self._given * _rank_and_world()[1]
+        position = self._given * rank_and_world()[1]
         return {"epoch": self.epoch, "position": position, "rows": self._digest()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -119,7 +119,7 @@ class EpochSampler(Checked, Sampler[int]):
         Raises:
             CheckpointError: the state is of another sampler, or its position cannot be shared among these processes.
         """
-        world = _rank_and_world()[1]
+        world = rank_and_world()[1]
         self.set_epoch(state["epoch"])
         if state["rows"] != self._digest():
             raise CheckpointError(
@@ -266,7 +266,7 @@ class Mixture(Checked, Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         first = self.start + self.epoch * self.steps
-        rank, world = _rank_and_world()
+        rank, world = rank_and_world()
         for step in range(first, first + self.steps):
             yield self.batch(step)[rank::world]
 
@@ -287,7 +287,7 @@ class Mixture(Checked, Sampler[list[int]]):
         return rows
 
     def _global_batch(self) -> int:
-        return self.batch_size * _rank_and_world()[1]
+        return self.batch_size * rank_and_world()[1]
 
     def _parts(self, step: int) -> list[Fraction]:
         found = self._shares(step) if callable(self._shares) else self._shares

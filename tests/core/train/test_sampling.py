@@ -27,7 +27,7 @@ SAMPLERS: dict[str, Callable[[int], EpochSampler]] = {
 
 
 def as_process(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:
-    monkeypatch.setattr(sampling, "_rank_and_world", lambda: (rank, world))
+    monkeypatch.setattr(sampling, "rank_and_world", lambda: (rank, world))
 
 
 def values(batches: Any) -> list[list[int]]:
