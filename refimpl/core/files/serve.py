@@ -15,7 +15,7 @@ from refimpl.core.layers import CompressedLayer, PackedLinear, ProcessorLinear
 from refimpl.core.layers.processor import FORMS, PACKED, Dense, measure
 from refimpl.core.layers.served import Change, for_kernels, served
 
-_WORTH = 1.05  # how many times faster than unpacked weights a form must be that rounds
+_WORTH = 1.2  # how many times faster than unpacked weights a form must be that rounds
 
 
 @dataclass(frozen=True)

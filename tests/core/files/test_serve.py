@@ -279,7 +279,7 @@ def dense(layer: PackedLinear) -> int:
     [
         ({"packed": 5.0, "int4": 1.0, "half": 2.0, "dense": 3.0}, Int4.name),
         ({"packed": 5.0, "int4": 4.0, "half": 2.0, "dense": 3.0}, Half.name),
-        ({"packed": 5.0, "int4": 4.0, "half": 3.9, "dense": 4.0}, Dense.name),  # not worth the rounding
+        ({"packed": 5.0, "int4": 4.0, "half": 3.5, "dense": 4.0}, Dense.name),  # not worth the rounding
         ({"packed": 1.0, "int4": 4.0, "half": 2.0, "dense": 3.0}, None),
         ({"packed": 2.5, "int4": 4.0, "half": 2.0, "dense": 3.0}, Half.name),
     ],
