@@ -443,6 +443,7 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.dev
 
     Raises:
         CheckpointError: not written by refimpl, unfinished, truncated, or with tensors missing or left over.
+        FileError: there is a folder or a named pipe where a file is meant.
 
     Example:
         >>> load("/nowhere")
