@@ -129,6 +129,22 @@ def test_compress_refuses_what_it_cannot_do(tmp_path: Path, tiny_llama: Factory)
     assert "no decoder blocks" in refused(OptionError, "compress", "resnet-digits", "RTN", "--out", tmp_path / "o")
 
 
+def test_a_disk_that_is_full_and_what_is_in_the_way(tmp_path: Path, tiny_llama: Factory) -> None:
+    """One line that names the path and the remedy, and exit code 1: in a process of its own, as a person sees it."""
+    tiny_llama().save_pretrained(tmp_path / "source")
+    (tmp_path / "file").touch()
+    for out, limit, message in (
+        ("full", "20", r"full/(block-00000|rest).safetensors cannot be written \(File too large\); free some space there, or"),
+        ("file", "unlimited", r"file' is no folder; move what is in the way, or choose another path"),
+    ):
+        line = 'ulimit -f "$1"; shift; exec "$@"'
+        call = [sys.executable, "-m", "refimpl", "compress", "source", "RTN", "--set", "group_size=32", "--out", out]
+        done = subprocess.run(["bash", "-c", line, "bash", limit, *call], cwd=tmp_path, capture_output=True, text=True)
+        *waiting, last = done.stderr.splitlines()
+        assert done.returncode == 1 and re.fullmatch(rf"refimpl: .*{message}.*", last), done.stderr
+        assert all(text.endswith("...") for text in waiting)
+
+
 def test_calibration_text_of_your_own(tmp_path: Path, own: dict[str, Path], text_file: Path) -> None:
     call = ["compress", own["qwen3"], "Wanda", "--calibration"]
     assert "did you mean 'wikipedia'" in refused(OptionError, *call, "wikpedia", "--out", tmp_path / "o")

@@ -224,8 +224,8 @@ def _fingerprints(
 ) -> list[str]:
     """Identify a run for resuming: for each block a digest of all that blocks share, and one of the block before the run.
 
-    Every weight that the run reads goes into one of them. That takes about half a second per GB, and from a folder
-    every weight is read once more than without.
+    Every weight that the run reads goes into one of them. That takes about a second per GB, and from a folder every
+    weight is read once more for it.
     """
     prefix, blocks = find_blocks(model)
     run = hashlib.sha256(f"{method!r} {order} {getattr(model, 'config', None)}".encode())
@@ -308,8 +308,9 @@ def compress(
         batch_size: sequences (4 unless given) or images (64) per forward pass; activations inside a block scale
             with it.
         targets: regular expression; only sites whose name matches are touched.
-        out: folder for the result, in `save` format. Every finished block is written at once; the same call
-            resumes after an interruption. Only for models with blocks; use `save` for others.
+        out: folder for the result, in `save` format, which one process at a time may write. Every finished block is
+            written at once; the same call resumes after an interruption. To tell it from other calls, every weight it
+            reads is hashed first, about a second per GB. Only for models with blocks; use `save` for others.
         dtype: when `model` is a folder: the dtype to compute in; default: as stored. Many CPUs are slow at bfloat16, and
             float32 is the better choice there.
         store: when `model` is a folder: the dtype to store unpacked weights in; default: `dtype`. A model in memory is
@@ -322,7 +323,9 @@ def compress(
     Raises:
         OptionError: an option that cannot work here; raised before any work.
         CalibrationError: missing, empty or too short calibration, or NaN activations.
-        CheckpointError: model or reference folder damaged or foreign, or `out` holds another run.
+        CheckpointError: model or reference folder damaged or foreign, or `out` holds another run, or another process
+            writes to it.
+        FileError: `out` cannot be written: a full disk, a read-only folder, a file in the way.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM

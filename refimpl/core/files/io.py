@@ -455,6 +455,7 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.dev
     Raises:
         CheckpointError: not written by refimpl, unfinished, truncated, or with tensors missing or left over.
         OptionError: a device that this machine has not.
+        FileError: there is a folder or a named pipe where a file is meant.
 
     Example:
         >>> load("/nowhere")

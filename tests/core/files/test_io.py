@@ -301,10 +301,10 @@ REFUSED = {  # what compress says of them
     **dict.fromkeys(["aria_text", "gpt_oss"], "the fused experts .* because is_transposed is True"),
     **dict.fromkeys(["llama4_text", "longcat_flash"], "the fused experts .* because it has no _apply_gate"),
     **dict.fromkeys(["hy_v4", "minimax_m3_vl_text"], "the fused experts .* because it has no act_fn"),
-    **dict.fromkeys(["inkling_text", "jetmoe"], "the fused experts .* because its parameters are not"),
+    **dict.fromkeys(["inkling_text", "jetmoe", "nemotron_h"], "the fused experts .* because its parameters are not"),
     "rwkv": "RwkvForCausalLM is not supported because it scales the weights of its blocks in place",
 }
-LARGE = 2_000_000  # weights of what needs more than small numbers, mostly a tower for images
+LARGE = 3_000_000  # weights of what needs more than small numbers, mostly a tower for images
 
 
 def tiny_of(family: str) -> Any:
