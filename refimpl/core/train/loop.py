@@ -290,7 +290,7 @@ def _seed_step(device: torch.device, *numbers: int) -> None:
         torch.cuda.manual_seed(seed)
 
 
-@checked()
+@checked("optimizer", "remember")
 def train(
     model: nn.Module,
     data: DataLoader,
@@ -388,6 +388,8 @@ def train(
     for name, value in (("evaluate_every", evaluate_every), ("checkpoint_every", checkpoint_every)):
         if value is not None and value < 1:
             raise OptionError(f"{name}={value}: use 1 or more")
+    if not isinstance(remember, (Mapping, type(None))):
+        raise OptionError(f"remember={shown(remember)}: use a dictionary of objects with state_dict()")
     if sync not in SYNCS:
         raise OptionError(f"sync={sync!r}: use {nearest(sync, SYNCS)}")
     run = _Run(
@@ -670,12 +672,15 @@ class _Run:
     def _check_states(self, shared: dict[str, Any]) -> None:
         """Raise unless weights and the optimiser's state are all there, of the right shapes, and finite."""
         found, expected = shared["model"], get_model_state_dict(self.model)
-        if found.keys() != expected.keys():
-            name = min(found.keys() ^ expected.keys())
-            raise ValueError(f"{name!r} is {'missing' if name in expected else 'of no model here'}")
-        for name, tensor in found.items():
-            if tensor.shape != expected[name].shape or tensor.dtype != expected[name].dtype:
-                raise ValueError(f"{name!r} is {shown(tensor)}, the model has {shown(expected[name])}")
+        for weights in (found, shared["best"]):
+            if weights is None and weights is not found:
+                continue
+            if weights.keys() != expected.keys():
+                name = min(weights.keys() ^ expected.keys())
+                raise ValueError(f"{name!r} is {'missing' if name in expected else 'of no model here'}")
+            for name, tensor in weights.items():
+                if tensor.shape != expected[name].shape or tensor.dtype != expected[name].dtype:
+                    raise ValueError(f"{name!r} is {shown(tensor)}, the model has {shown(expected[name])}")
         states, options = shared["optimizer"]["state"], self.optimizer.defaults
         if not states and (options.get("momentum") or "exp_avg" in _kept_by(self.optimizer)):
             raise ValueError("it has no state of the optimiser")
@@ -698,7 +703,7 @@ class _Run:
                 continue
             before: Any = theirs.get(key)
             now: Any = value
-            if key == "recipe":
+            if key == "recipe" and isinstance(before, dict):
                 names = [name for name in value if before.get(name) != value[name]]
                 before, now = ({name: side.get(name) for name in names} for side in (before, now))
             raise CheckpointError(

@@ -251,7 +251,8 @@ class Weighted(Checked):
     def combine(self, own: Tensor) -> Tensor:
         """From this process's losses [B] to the scalar whose gradient is averaged over processes."""
         if not isinstance(own, Tensor) or own.dim() != 1:
-            raise CalibrationError(f"losses={shown(own)}: it must be a vector, one loss a sample")
+            found = f"has shape {list(own.shape)}" if isinstance(own, Tensor) else f"is {shown(own)}"
+            raise CalibrationError(f"losses {found}; it must be a vector, one loss a sample")
         rank, world = rank_and_world()
         every = own.detach().float()
         if world > 1:
@@ -268,7 +269,8 @@ class Weighted(Checked):
             self._keep(every, torch.full_like(every, 1 / len(every)))
             return own.mean()
         if not isinstance(weights, Tensor) or weights.shape != every.shape:
-            raise CalibrationError(f"weights={shown(weights)} for losses of shape {list(every.shape)}; give one each")
+            found = f"has shape {list(weights.shape)}" if isinstance(weights, Tensor) else f"is {shown(weights)}"
+            raise CalibrationError(f"weights {found}, losses {list(every.shape)}")
         self._keep(every, weights)
         mine = weights[rank * len(own) : (rank + 1) * len(own)]
         return world * (mine.detach() * own).sum()
