@@ -339,7 +339,10 @@ def compress(
     if order not in ORDERS:
         raise OptionError(f"order={order!r}: use {nearest(order, ORDERS)}")
     options = (reference, order, batch_size, targets, out, dtype, store, progress)
-    with nullcontext() if out is None else lock(out):
+    if out is not None and dist.is_available() and dist.is_initialized():
+        raise OptionError(f"out={str(out)!r} does not work under torchrun; save(model, ...) on rank 0 afterwards")
+    finished = out is not None and (Path(out) / MANIFEST).exists()  # nothing will be written, it may be read-only
+    with nullcontext() if out is None or finished else lock(out):
         report = _compress(model, method, calibration, *options)
     report.seconds = time.perf_counter() - start
     return report
@@ -402,10 +405,6 @@ def _compress(
         by_block = {index: [site for site in sites if site.block == index] for index in range(len(blocks))}
         writer = None
         if out is not None:
-            if dist.is_available() and dist.is_initialized():
-                raise OptionError(
-                    f"out={str(out)!r} does not work under torchrun; save(model, ...) on rank 0 afterwards"
-                )
             marks = _fingerprints(model, method, batches, order, by_block, source, original)
             writer = io.ShardWriter(Path(out), model, marks)
         done = writer.done if writer else 0
