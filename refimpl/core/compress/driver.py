@@ -52,7 +52,7 @@ from refimpl.core.files.checkpoint import (
     weight_key,
 )
 from refimpl.core.files.companions import methods_of, note_methods
-from refimpl.core.files.folders import lock
+from refimpl.core.files.folders import LOCK, lock
 from refimpl.core.layers import empty_layer
 from refimpl.core.stored import declare_stored, stored_dtype, stored_dtypes
 
@@ -341,7 +341,8 @@ def compress(
     options = (reference, order, batch_size, targets, out, dtype, store, progress)
     if out is not None and dist.is_available() and dist.is_initialized():
         raise OptionError(f"out={str(out)!r} does not work under torchrun; save(model, ...) on rank 0 afterwards")
-    finished = out is not None and (Path(out) / MANIFEST).exists()  # nothing will be written, it may be read-only
+    # into a finished folder nothing will be written (it may be read-only), unless it was left by a killed process
+    finished = out is not None and (Path(out) / MANIFEST).exists() and not (Path(out) / LOCK).exists()
     with nullcontext() if out is None or finished else lock(out):
         report = _compress(model, method, calibration, *options)
     report.seconds = time.perf_counter() - start
