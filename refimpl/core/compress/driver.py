@@ -53,7 +53,7 @@ from refimpl.core.files.checkpoint import (
     weight_key,
 )
 from refimpl.core.files.companions import methods_of, note_methods
-from refimpl.core.files.folders import lock
+from refimpl.core.files.folders import LOCK, lock
 from refimpl.core.layers import empty_layer
 from refimpl.core.stored import declare_stored, stored_dtype, stored_dtypes
 
@@ -341,7 +341,11 @@ def compress(
     if order not in ORDERS:
         raise OptionError(f"order={order!r}: use {nearest(order, ORDERS)}")
     options = (reference, order, batch_size, targets, out, dtype, store, progress)
-    with nullcontext() if out is None else lock(out):
+    if out is not None and dist.is_available() and dist.is_initialized():
+        raise OptionError(f"out={str(out)!r} does not work under torchrun; save(model, ...) on rank 0 afterwards")
+    # into a finished folder nothing will be written (it may be read-only), unless it was left by a killed process
+    finished = out is not None and (Path(out) / MANIFEST).exists() and not (Path(out) / LOCK).exists()
+    with nullcontext() if out is None or finished else lock(out):
         report = _compress(model, method, calibration, *options)
     report.seconds = time.perf_counter() - start
     return report
@@ -404,10 +408,6 @@ def _compress(
         by_block = {index: [site for site in sites if site.block == index] for index in range(len(blocks))}
         writer = None
         if out is not None:
-            if dist.is_available() and dist.is_initialized():
-                raise OptionError(
-                    f"out={str(out)!r} does not work under torchrun; save(model, ...) on rank 0 afterwards"
-                )
             marks = _fingerprints(model, method, batches, order, by_block, source, original)
             writer = io.ShardWriter(Path(out), model, marks)
         done = writer.done if writer else 0

@@ -47,7 +47,7 @@ class UnfusedExperts(nn.Module):
         super().__init__()
         self.gate = cast(Any, type(fused))._apply_gate
         for name, value in vars(fused).items():  # what its gate may read: limits, factors
-            if isinstance(value, (int, float, str)) and name not in vars(self):
+            if isinstance(value, (int, float, str)) and name[0] != "_" and name not in vars(self):
                 setattr(self, name, value)
         self.act_fn = fused.act_fn
         self.num_experts = cast(Tensor, fused.down_proj).shape[0]

@@ -14,7 +14,7 @@ from refimpl.core.stored import stored_dtype
 
 TOKENIZER = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*", "merges.txt"),
-    *("spiece.model", "sentencepiece*"),
+    *("spiece.model", "sentencepiece*", "preprocessor_config.json", "processor_config.json"),
 )
 CARD = "<!-- written by refimpl.save -->"
 _METHODS = "_refimpl_methods"

@@ -113,10 +113,10 @@ def export_dense(model: nn.Module, folder: str | Path, *, adapter: str | Path | 
     with _whole(folder) as staging, nullcontext() if adapter is None else _whole(adapter) as beside:
         pieces = source.pieces(lambda name, layer: source.dense(name, layer, bases), source.fused)
         _write_checkpoint(staging, source, pieces)
-        source.check_loads(staging, folder, "keep the model with save()")
         (staging / "README.md").write_text(_dense_card(source, bases))
         if beside is not None:
             _write_adapter(beside, source, folder)
+        source.check_loads(staging, beside, folder, "keep the model with save()")
     return Path(folder)
 
 
@@ -187,10 +187,10 @@ def export_compressed_tensors(
     with _whole(folder) as staging, nullcontext() if adapter is None else _whole(adapter) as beside:
         pieces = source.pieces(tensors, lambda name: source.packed_experts(name, quantised, pack))
         _write_checkpoint(staging, source, pieces, config)
-        source.check_loads(staging, folder, "use export_dense")
         (staging / "README.md").write_text(_packed_card(source, quantised, config, adapter is not None))
         if beside is not None:
             _write_adapter(beside, source, folder)
+        source.check_loads(staging, beside, folder, "use export_dense")
     return Path(folder)
 
 
@@ -477,10 +477,15 @@ class _Source:
         stored = self.stored({key: torch.zeros(2, 2, 2)})
         return next((k for k, tensor in stored.items() if tensor.dim() != 2 or not k.endswith(".weight")), None)
 
-    def check_loads(self, staging: Path, folder: str | Path, remedy: str) -> None:
+    def check_loads(self, staging: Path, adapter: Path | None, folder: str | Path, remedy: str) -> None:
         """Raise `CheckpointError` unless transformers reads what was written, all of it, and the result runs.
 
         Where memory is short for a second model, its tensors are read one by one and not kept, and it does not run.
+
+        Args:
+            staging: what was written.
+            adapter: the adapter that was written beside it, which PEFT must find a place for.
+            folder, remedy: for the message.
         """
         from transformers.utils import is_accelerate_available, logging
 
@@ -496,8 +501,13 @@ class _Source:
                 model, found = type(self.model).from_pretrained(
                     staging, output_loading_info=True, device_map={"": "meta"} if short else None
                 )
-                if not short and self.runs(self.model):
+                runs = not short and self.runs(self.model)
+                if runs:
                     model(**_TWO_TOKENS)
+                if runs and adapter is not None:
+                    with warnings.catch_warnings():
+                        warnings.filterwarnings("error", message=".*adapter keys")
+                        require("peft", "export").PeftModel.from_pretrained(model, adapter)(**_TWO_TOKENS)
         except Exception as error:  # of libraries of others, whatever it is
             raise CheckpointError(
                 f"folder={str(folder)!r}: transformers cannot run a {type(self.model).__name__} from what was written "

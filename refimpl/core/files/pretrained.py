@@ -29,9 +29,31 @@ _plain_save_pretrained = PreTrainedModel.save_pretrained
 _FIRST = (("is_main_process", True), ("state_dict", None))  # arguments of save_pretrained after the folder
 
 
-@functools.wraps(_plain_save_pretrained)
+@functools.wraps(_plain_save_pretrained, assigned=())  # for its signature
 def save_pretrained(self: nn.Module, save_directory: str | Path, *args: Any, **options: Any) -> Any:
-    """As in transformers; a model with compressed layers goes to `refimpl.save`."""
+    """As in transformers; a model with compressed layers goes to `refimpl.save`.
+
+    Args:
+        self: the model, whose method this is.
+        save_directory: the folder.
+        args, options: those of transformers. With compressed layers, sizes and formats of files are not asked for, and
+            what cannot be done is refused.
+
+    Raises:
+        OptionError: `push_to_hub`, `variant` or another `state_dict` than the model's own, for a compressed model.
+        CheckpointError: as for `refimpl.save`.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+        >>> from refimpl import RTN, compress
+        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1,
+        ...     intermediate_size=64, vocab_size=50)).eval()
+        >>> _ = compress(model, RTN(bits=4, group_size=32), progress=False)
+        >>> folder = tempfile.mkdtemp(); model.save_pretrained(folder)
+        >>> AutoModelForCausalLM.from_pretrained(folder).model.layers[0].mlp.up_proj
+        PackedLinear(32 -> 64, 4 bits, groups of 32)
+    """
     if not compressed_layers(self) or getattr(self, "_hf_peft_config_loaded", False):  # or its adapter only
         return _plain_save_pretrained(self, save_directory, *args, **options)  # type: ignore[arg-type]
     main, given = [*args, *(options.pop(name, default) for name, default in _FIRST[len(args) :])][:2]
@@ -103,6 +125,12 @@ class RefimplQuantizer(HfQuantizer):
                 "and pass it"
             )
         del model.config.transformers_weights  # has done its work
+        saved = (model.config.architectures or [""])[0]
+        if saved != type(model).__name__:
+            raise CheckpointError(
+                f"checkpoint={str(folder)!r} holds a {saved} in the names of that class, no {type(model).__name__}; "
+                f"use {saved}.from_pretrained or refimpl.load"
+            )
         manifest = read_json(folder / MANIFEST)
         restore_layers(model, folder, dtype=self.dtype)
         check_tensors(model, folder)
