@@ -345,7 +345,7 @@ def test_wrong_arguments_are_refused_by_name(
         ("abc", Sequence[str], "use a Sequence of a string"),
         (2**63, int, "use a whole number"),
         (10**400, float, "use a finite number"),
-        (torch.ones(2), Sequence[float], r"x\[0\]=Tensor of torch.float32 \[\]: use a finite number"),
+        (torch.ones(2), Sequence[float], r"x=Tensor of torch.float32 \[2\]: use a Sequence of a finite number"),
         (object(), int | None, "use a whole number or None"),
         (int, nn.Module, "x=the class int: use a Module"),
     ],
