@@ -135,17 +135,22 @@ def test_a_saved_model(tmp_path: Path, name: str) -> None:
     assert check(folder, name, lambda: refimpl.load(folder)) > 10
 
 
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors"])
-def test_a_checkpoint_of_others(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_the_configuration_of_a_checkpoint(tmp_path: Path, name: str) -> None:
+    tiny().save_pretrained(tmp_path)
+    assert check(tmp_path, name, lambda: refimpl.plan(tmp_path, refimpl.RTN(4, 16)), depth=1) > 10
+    assert check(tmp_path, name, lambda: models.load(tmp_path), depth=1) > 10
+
+
+def test_the_weights_of_a_checkpoint(tmp_path: Path) -> None:
     folder, out = tmp_path / "model", tmp_path / "out"
     tiny().save_pretrained(folder)
 
     def compressed() -> None:
         refimpl.compress(folder, refimpl.RTN(4, 16), out=out, progress=False)
 
-    assert check(folder, name, compressed, before=lambda: shutil.rmtree(out, ignore_errors=True)) > 10
-    assert check(folder, name, lambda: models.load(folder)) > 10
-    check(folder, name, lambda: refimpl.plan(folder, refimpl.RTN(4, 16)))
+    assert check(folder, "model.safetensors", compressed, before=lambda: shutil.rmtree(out, ignore_errors=True)) > 10
+    assert check(folder, "model.safetensors", lambda: models.load(folder)) > 10
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])

@@ -102,6 +102,7 @@ def study(
         raise OptionError(f"slug={slug!r} has no study; use {nearest(slug, known)}")
     if importlib.util.find_spec(f"refimpl.studies.{slug}") is None:
         raise RefimplError(f"refimpl.studies.{slug} is missing from this installation; install refimpl again")
+    from refimpl.core.files.folders import check_file, writing
     from refimpl.core.files.io import data_path
 
     # The ledger reads data/results only; smaller runs stay out of its way.
@@ -111,7 +112,9 @@ def study(
         else Path(f"results-{profile.value}") / f"{slug}.json"
     )
     os.environ["REFIMPL_PROFILE"] = profile.value
-    target.parent.mkdir(parents=True, exist_ok=True)
+    check_file(target)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
     with waiting(f"Loading the study of {slug}"):
         module = importlib.import_module(f"refimpl.studies.{slug}")
         from refimpl.lab.study.study import run

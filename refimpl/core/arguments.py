@@ -90,7 +90,7 @@ class Checked:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs:  # copies are made without any, and then given their fields
-            check_call(cls.__name__, *_constructor(cls), args, kwargs)
+            check_call(cls.__name__, *_constructor(cls), args, kwargs)  # type: ignore[arg-type]
         return super().__new__(cls)
 
 
@@ -104,7 +104,8 @@ def _constructor(cls: type) -> tuple[inspect.Signature, dict[str, Any]]:
         for base in reversed(cls.__mro__)
         for name, annotation in inspect.get_annotations(base).items()
     }
-    own = vars(sys.modules[cls.__init__.__module__]) if hasattr(cls.__init__, "__module__") else {}
+    start: Any = cls.__init__  # type: ignore[misc]
+    own = vars(sys.modules[start.__module__]) if hasattr(start, "__module__") else {}
     kinds = {p.name: _resolved(*fields.get(p.name, (p.annotation, own))) for p in parameters}
     return initialise.replace(parameters=parameters), kinds
 
@@ -172,7 +173,7 @@ def fits(value: object, kind: Any) -> bool:
     if base is bool:
         return isinstance(value, bool)
     if base is int:
-        return isinstance(value, numbers.Integral) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+        return isinstance(value, numbers.Integral) and not isinstance(value, bool) and -(2**63) <= int(value) < 2**63
     if base is float:
         return isinstance(value, numbers.Real) and not isinstance(value, bool) and _finite(value)
     if base is Callable or not isinstance(base, type):

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from refimpl.core.arguments import fits, shown
 from refimpl.core.compress.sites import Site, UnfusedExperts, is_conv1d
 from refimpl.core.errors import CheckpointError, reason
 from refimpl.core.files.folders import check_file
@@ -323,6 +324,11 @@ def read_config(folder: str | Path) -> Any:
         raise CheckpointError(
             f"{Path(folder) / 'config.json'} describes no model of transformers ({reason(error)}); copy or save it again"
         ) from error
+    if not fits(getattr(config, "architectures", None), list[str] | None):
+        raise CheckpointError(
+            f"{Path(folder) / 'config.json'} says architectures={shown(config.architectures)}, which is no list of names; copy "
+            "or save it again"
+        )
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if isinstance(layers, int) and layers > _MOST_LAYERS:
         raise CheckpointError(

@@ -671,7 +671,8 @@ class _Run:
 
     def _check_states(self, shared: dict[str, Any]) -> None:
         """Raise unless weights and the optimiser's state are all there, of the right shapes, and finite."""
-        found, expected = shared["model"], get_model_state_dict(self.model)
+        found: dict[str, Tensor] = shared["model"]
+        expected: Any = get_model_state_dict(self.model)
         for weights in (found, shared["best"]):
             if weights is None and weights is not found:
                 continue

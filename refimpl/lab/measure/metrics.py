@@ -99,7 +99,7 @@ def perplexity(model: nn.Module, tokens: Tokens | Tensor, batch_size: int = 2, p
         >>> result.nll.shape, result.counts.tolist()
         ((3,), [15, 15, 15])
     """
-    ids = getattr(tokens, "ids", tokens)
+    ids: Any = getattr(tokens, "ids", tokens)
     if batch_size < 1:
         raise OptionError(f"batch_size is {batch_size}; it must be at least 1")
     _check_ids(model, ids)

@@ -117,8 +117,8 @@ def paired_bootstrap(
     rng = np.random.default_rng(seed)
     try:
         means = np.empty(n)
-    except MemoryError as error:
-        raise OptionError(f"n={n}: so many resamples do not fit into memory; 10,000 are enough") from error
+    except MemoryError as full:
+        raise OptionError(f"n={n}: so many resamples do not fit into memory; 10,000 are enough") from full
     step = max(1, _BLOCK // units)
     for start in range(0, n, step):
         rows = rng.integers(units, size=(min(step, n - start), units))

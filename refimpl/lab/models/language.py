@@ -40,6 +40,7 @@ from refimpl.lab.models.dtypes import compute_dtype
 # Raise the number when the conversion changes: the folder in the cache carries it in its name.
 SMOLLM2_FOLDER = "smollm2-135m-instruct-0.1.2-r1"
 PERMUTATION_SEED = 20240
+LAYERS = 30  # of SmolLM2-135M
 
 
 def smollm2_path() -> Path:
@@ -89,12 +90,11 @@ def smollm2(dtype: torch.dtype | None = None, layers: int | None = None) -> PreT
         >>> len(model.model.layers), model.training
         (1, False)
     """
+    if layers is not None and not 1 <= layers <= LAYERS:  # before anything is fetched
+        raise OptionError(f"layers={layers!r} must be an integer from 1 to {LAYERS}")
     folder = smollm2_path()
     config = AutoConfig.from_pretrained(folder)
     if layers is not None:
-        most = config.num_hidden_layers
-        if isinstance(layers, bool) or not isinstance(layers, int) or not 1 <= layers <= most:
-            raise OptionError(f"layers={layers!r} must be an integer from 1 to {most}")
         config.num_hidden_layers = layers
     with small.quietly():
         model = LlamaForCausalLM.from_pretrained(folder, config=config, dtype=dtype or compute_dtype())

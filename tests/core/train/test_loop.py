@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from refimpl.core.errors import CheckpointError, OptionError, TrainingError
+from refimpl.core.errors import CheckpointError, FileError, OptionError, TrainingError
 from refimpl.core.train.loop import History, Recipe, batches, train
 from refimpl.lab.study.jobs import in_group
 
@@ -333,6 +334,19 @@ def test_other_data_or_another_loss_is_noticed(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="holds a run with another loss"):
             run("loss", loss=other)
     run("loss", loss=scaled(1.0))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "below a file"])
+def test_what_is_in_the_way_of_a_checkpoint_is_named(tmp_path: Path, kind: str) -> None:
+    folder, path = tmp_path / "run", tmp_path / "run" / "checkpoint.safetensors"
+    if kind == "below a file":
+        folder.touch()
+    else:
+        folder.mkdir()
+        os.mkfifo(path) if kind == "pipe" else path.mkdir()
+    with pytest.raises(FileError, match=r"run.*(is a named pipe|is a folder|cannot be written)") as error:
+        train(network(), batches(*data(64), batch_size=16), squared_error, Recipe(4), folder=folder, progress=False)
+    assert "\n" not in str(error.value)
 
 
 def test_a_checkpoint_without_weights_optimiser_or_finite_values_is_refused(tmp_path: Path) -> None:
