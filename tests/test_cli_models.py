@@ -135,7 +135,11 @@ def test_a_disk_that_is_full_and_what_is_in_the_way(tmp_path: Path, tiny_llama: 
     tiny_llama().save_pretrained(tmp_path / "source")
     (tmp_path / "file").touch()
     for out, limit, message in (
-        ("full", "20", r"full/(block-00000|rest).safetensors cannot be written \(File too large\); free some space there, or"),
+        (
+            "full",
+            "20",
+            r"full/(block-00000|rest).safetensors cannot be written \(File too large\); free some space there, or",
+        ),
         ("file", "unlimited", r"file' is no folder; move what is in the way, or choose another path"),
     ):
         line = 'ulimit -f "$1"; shift; exec "$@"'

@@ -202,7 +202,7 @@ def ledger(
 ) -> None:
     """Show the claims checked so far, with our numbers and the verdicts."""
     with waiting("Comparing results with the sources they were made from"), stdout_for_json(as_json):
-        from refimpl.lab.study.ledger import table
+        from refimpl.lab.study.ledger import said, table
 
         everything = table()
     parts = {entry.slug: entry.part for entry in papers()}
@@ -217,7 +217,7 @@ def ledger(
         print_json(rows)
         return
     for row in rows:
-        notes = [*row["problems"], *([f"stale: {', '.join(row['stale'])} changed"] if row["stale"] else [])]
+        notes = [*row["problems"], *([said(row["stale"])] if row["stale"] else [])]
         typer.echo(f"{row['paper']}: {row['text']}")
         typer.echo(f"    paper: {row['paper_number']}")
         typer.echo(

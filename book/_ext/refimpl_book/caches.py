@@ -286,7 +286,7 @@ def position_chart(chart: Chart) -> str:
 
 def verdicts(chart: Chart) -> str:
     """The study's claims and what came of them, with whatever has changed since."""
-    rows = [row for row in ledger.table() if row["paper"] == "caches"]
+    rows = ledger.table(paper="caches")
     return markdown(rows) if rows else NOTHING
 
 

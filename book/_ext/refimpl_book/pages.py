@@ -151,7 +151,7 @@ def why_blind(row: dict[str, Any]) -> str:
 
 def claim_card(row: dict[str, Any], paper: Paper) -> str:
     """One claim: the verdict, what the paper reports and what we measured, and against what."""
-    doubts = [f"stale: {', '.join(row['stale'])} changed since"] if row["stale"] else []
+    doubts = [ledger.said(row["stale"])] if row["stale"] else []
     doubts += row["problems"]
     warning = f'<p class="doubt">{html.escape("; ".join(doubts))}</p>' if doubts else ""
     ours = f"{row['quantity']}: {row['estimate']:.4g} [{row['low']:.4g}, {row['high']:.4g}]"

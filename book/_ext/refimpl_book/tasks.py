@@ -150,7 +150,7 @@ def disagreements() -> str:
 
 def verdict() -> str:
     """The study's claim and what came of it, with whatever has changed since."""
-    return markdown([row for row in ledger.table() if row["paper"] == "tasks"])
+    return markdown(ledger.table(paper="tasks"))
 
 
 GENERATED: dict[str, Callable[[Chart], str]] = {

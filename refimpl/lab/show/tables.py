@@ -164,7 +164,7 @@ def verdicts(name: str) -> Any:
         >>> verdicts("smollm2-replay").data.count("`smollm2`")
         1
     """
-    rows = ledger.table()
+    rows = ledger.table(paper=name) or ledger.table()
     found = [row for row in rows if name in (row["paper"], row["id"])]
     if not found:
         known = dict.fromkeys(row[key] for key in ("paper", "id") for row in rows)

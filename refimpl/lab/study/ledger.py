@@ -19,7 +19,7 @@ from refimpl.lab import wheels
 from refimpl.lab.study.records import RULE, Results, differences, git, rule_commit, utc
 from refimpl.lab.study.sources import Sources
 
-__all__ = ["current_data", "markdown", "rule_commit", "rule_problems", "stale", "table"]
+__all__ = ["current_data", "markdown", "rule_commit", "rule_problems", "said", "stale", "table"]
 
 
 def stale(results: Results, data: Mapping[str, str] | None = None) -> list[str]:
@@ -36,6 +36,17 @@ def stale(results: Results, data: Mapping[str, str] | None = None) -> list[str]:
     """
     changed = results.changed_functions()
     return changed if data is None else changed + differences(results.header["data"], data)
+
+
+def said(changed: list[str]) -> str:
+    """`stale` in words, on one line however much has changed.
+
+    Example:
+        >>> said(["a.f"]), said(["a.f", "a.g", "b.h", "b.i", "c.j"])
+        ('stale: a.f changed since', 'stale: a.f, a.g, b.h and 2 more changed since')
+    """
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return f"stale: {', '.join(changed[:3])}{more} changed since"
 
 
 def current_data(recorded: Mapping[str, str]) -> dict[str, str]:
@@ -117,7 +128,7 @@ def rule_problems(results: Results, repository: str | Path | None = None) -> lis
     return problems
 
 
-def table(folder: str | Path | None = None) -> list[dict[str, Any]]:
+def table(folder: str | Path | None = None, paper: str | None = None) -> list[dict[str, Any]]:
     """One row for each judged claim of each results file, in the order of file names.
 
     Each row has the keys of a claim (`judge`) and "paper" (slug), "study", "started", "rule_commit", "stands_as_of" (time
@@ -126,13 +137,14 @@ def table(folder: str | Path | None = None) -> list[dict[str, Any]]:
 
     Args:
         folder: where the results files are; data/results by default.
+        paper: slug of the only file that is read; None: all.
 
     Example:
         >>> all(row["low"] <= row["estimate"] <= row["high"] for row in table())
         True
     """
     rows = []
-    for path in sorted(Path(folder if folder is not None else data_path("results")).glob("*.json")):
+    for path in sorted(Path(folder if folder is not None else data_path("results")).glob(f"{paper or '*'}.json")):
         results = Results.load(path)
         header = results.header
         problems = rule_problems(results)
@@ -162,7 +174,7 @@ def markdown(rows: Iterable[Mapping[str, Any]]) -> str:
     for row in rows:
         verdict = f"**{row['verdict']}**"
         if row["stale"]:
-            verdict += f" (stale: {', '.join(row['stale'])} changed since)"
+            verdict += f" ({said(row['stale'])})"
         if row["problems"]:
             verdict += f" ({'; '.join(row['problems'])})"
         cells = [
