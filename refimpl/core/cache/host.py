@@ -25,7 +25,7 @@ from refimpl.core.cache.policy import LayerShape, Policy, policy_from
 from refimpl.core.cache.rope import find_rotary
 from refimpl.core.cache.tap import attention_input, attention_modules
 from refimpl.core.errors import CheckpointError, OptionError
-from refimpl.core.files.io import atomic_write
+from refimpl.core.files.io import new_file
 from refimpl.core.stored import stored_dtype
 
 if TYPE_CHECKING:
@@ -265,7 +265,7 @@ class CompressedCache(Cache):
             "policy": to_json(self.policy),
             "numbers": numbers,
         }
-        with atomic_write(path) as temporary:
+        with new_file(path) as temporary:
             save_file(tensors, temporary, {_ABOUT: json.dumps(about)})
 
     @classmethod
