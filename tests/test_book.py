@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import json
 import re
@@ -231,3 +231,25 @@ def test_official_codes_belong_to_papers() -> None:
     assert set(codes) <= {paper.slug for paper in pages.papers()}
     assert {paper.slug for paper in listing.chapters()} <= set(codes), "a chapter names the licence of its paper's code"
     assert pages.code_table().count("\n") == len(codes) + 1
+
+
+def test_outputs_go_into_a_notebook_without_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("execute", ROOT / "scripts" / "execute.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    result, bar = (
+        {"output_type": "stream", "name": "stdout", "text": ["2\n"]},
+        {"output_type": "stream", "name": "stderr"},
+    )
+    cells = [{"cell_type": "markdown", "source": "é"}, {"cell_type": "code", "source": "1 + 1", "metadata": {"id": 1}}]
+    (tmp_path / "done.ipynb").write_text(
+        json.dumps({"cells": [cells[0], cells[1] | {"outputs": [bar, result], "execution_count": 7, "metadata": {}}]})
+    )
+    (tmp_path / "n.ipynb").write_text(
+        json.dumps({"cells": [cells[0], cells[1] | {"outputs": [], "execution_count": 1}]})
+    )
+    monkeypatch.setattr(script, "executed_path", lambda notebook: tmp_path / "done.ipynb")
+    script.put_outputs(tmp_path / "n.ipynb")
+    now = json.loads((tmp_path / "n.ipynb").read_text(encoding="utf8"))
+    assert now["cells"] == [cells[0], cells[1] | {"outputs": [result], "execution_count": 7}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from refimpl import load
 from refimpl.cli import app
-from refimpl.core.errors import CheckpointError, OptionError, RefimplError
+from refimpl.core.errors import CheckpointError, FileError, OptionError, RefimplError
 
 Factory = Callable[..., Any]
 FIRST = ["--sequences", "4", "--length", "64"]
@@ -164,6 +165,45 @@ def test_windows_of_your_own_text_come_from_all_of_it_and_differ_between_methods
     first, again, second = (own_text("--on", str(text_file), tokenizer, 64, draw).ids for draw in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first[:4], second[:4])
     assert sorted(map(tuple, first.tolist())) == sorted(map(tuple, every.tolist()))
+
+
+def test_a_text_in_another_encoding_is_refused_with_the_byte(tmp_path: Path, own: dict[str, Path]) -> None:
+    (tmp_path / "latin.txt").write_bytes(("Café naïve résumé over straße. " * 90).encode("latin-1"))
+    (tmp_path / "good.txt").write_text("The quick brown fox jumps over the lazy dog. " * 90)
+    for call in (
+        ["evaluate", "llama-small", "--on", tmp_path / "latin.txt", *FIRST],
+        ["compress", own["qwen3"], "Wanda", "--calibration", tmp_path / "latin.txt", *FIRST, "--out", tmp_path / "o"],
+    ):
+        assert "latin.txt: byte 3 is 0xe9" in refused(OptionError, *call)
+    assert not (tmp_path / "o").exists()
+    os.mkfifo(tmp_path / "pipe")
+    assert "neither a file or folder" in refused(OptionError, "evaluate", "llama-small", "--on", tmp_path / "pipe")
+    (tmp_path / "pipe").unlink()
+    shown = run("evaluate", "llama-small", "--on", tmp_path, *FIRST)
+    assert shown.exit_code == 0 and "1 file was skipped; the first:" in shown.stderr and "latin.txt" in shown.stderr
+
+
+def test_where_no_file_can_be_written_nothing_is_computed(tmp_path: Path) -> None:
+    measured = {"value": 9.0, "documents": [{"document": "d", "nll": 9.0, "tokens": 5}]}
+    mine = tmp_path / "mine.json"
+    mine.write_text(json.dumps({"bits_per_weight": 4.0, "perplexity": {"wikipedia": measured}}))
+    for name in ("pipe.svg", "folder.svg", "file/chart.svg"):
+        out = tmp_path / name
+        os.mkfifo(out) if name == "pipe.svg" else out.mkdir() if name == "folder.svg" else out.parent.touch()
+        for call in (["chart", mine], ["study", "eora", "--profile", "quick"]):
+            message = refused(FileError, *call, "--out", out)
+            assert str(out) in message and ("name a file" in message or "choose another path" in message)
+            assert "\n" not in message
+    assert "is a named pipe" in refused(FileError, "chart", tmp_path / "pipe.svg", "--out", tmp_path / "chart.svg")
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    measured = {"value": 9.0, "documents": [{"document": "d", "nll": 9.0, "tokens": 5}]}
+    (tmp_path / "mine.json").write_text(json.dumps({"bits_per_weight": 4.0, "perplexity": {"wikipedia": measured}}))
+    line = f"ulimit -f 4; trap '' XFSZ; {sys.executable} -m refimpl chart mine.json --out chart.html"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "chart.html cannot be written" in done.stderr and "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.json"]
 
 
 PIPELINE = [

@@ -20,12 +20,22 @@ import torch
 from torch import Tensor
 
 from refimpl.core.device import read
-from refimpl.core.errors import CalibrationError
+from refimpl.core.errors import CalibrationError, OptionError
 from refimpl.core.layers import parse_pattern
 from refimpl.core.layers.grid import Grid, minmax_grid
 
 BLOCK = 32  # columns updated one by one before a matrix product updates the rest; affects speed only
 MASK_BLOCK = 128  # unstructured pruning chooses its zeros among this many columns at a time (SparseGPT's B_s)
+
+
+def check_damping(damping: float) -> None:
+    """Raise `OptionError` if the damping is negative: the second moment would no longer be positive.
+
+    Example:
+        >>> check_damping(0.01)
+    """
+    if damping < 0:
+        raise OptionError(f"damping={damping}: use a fraction of 0 or more")
 
 
 def inverse_root(gram: Tensor, damping: float, log: dict[str, Any]) -> Tensor:

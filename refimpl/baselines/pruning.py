@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from refimpl.baselines.obs import inverse_root, lowest, solve
+from refimpl.baselines.obs import check_damping, inverse_root, lowest, solve
 from refimpl.core.compress.method import Method, check_pattern
 from refimpl.core.compress.sites import Site
 from refimpl.core.compress.stats import InputStats
@@ -147,6 +147,10 @@ class SparseGPT(Pruner):
 
     damping: float = 0.01
     statistics: ClassVar[frozenset[str]] = frozenset({"gram"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_damping(self.damping)
 
     def compress_site(self, site: Site, stats: InputStats | None, original: Tensor | None) -> PackedLinear:
         assert stats is not None

@@ -81,6 +81,10 @@ class ActSVD(LowRankRepair):
     alpha: float = 0.5
     statistics: ClassVar[frozenset[str]] = frozenset({"abs"})
 
+    def __post_init__(self) -> None:
+        if self.alpha < 0:
+            raise OptionError(f"alpha={self.alpha}: use an exponent of 0 (plain SVD) or more")
+
     def compress_site(self, site: Site, stats: InputStats | None, original: Tensor | None) -> CompensatedLinear:
         assert stats is not None and original is not None
         s = stats.mean_abs**self.alpha

@@ -102,6 +102,7 @@ def study(
         raise OptionError(f"slug={slug!r} has no study; use {nearest(slug, known)}")
     if importlib.util.find_spec(f"refimpl.studies.{slug}") is None:
         raise RefimplError(f"refimpl.studies.{slug} is missing from this installation; install refimpl again")
+    from refimpl.core.files.folders import check_file, writing
     from refimpl.core.files.io import data_path
 
     # The ledger reads data/results only; smaller runs stay out of its way.
@@ -111,14 +112,13 @@ def study(
         else Path(f"results-{profile.value}") / f"{slug}.json"
     )
     os.environ["REFIMPL_PROFILE"] = profile.value
-    target.parent.mkdir(parents=True, exist_ok=True)
+    check_file(target)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
     with waiting(f"Loading the study of {slug}"):
         module = importlib.import_module(f"refimpl.studies.{slug}")
         from refimpl.lab.study.study import run
-    if hasattr(module, "STUDY"):
-        run(module.__name__, target, profile.value, again or ())
-    else:
-        module.run(target, profile.value)
+    run(module.__name__, target, profile.value, again or ())
     typer.echo(f"Results: {target}")
 
 
@@ -154,9 +154,6 @@ def restamp(
             typer.echo(f"{slug}: not recorded yet")
             continue
         results = Results.load(path)
-        if check and not results.header.get("functions"):
-            typer.echo(f"{slug}: {replay.NEVER_REPLAYED}")
-            continue
         if check:
             changed = stale(results)
             arms = [kind for kind, names in results.kinds_resting_on(changed).items() if names]

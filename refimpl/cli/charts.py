@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from refimpl.cli.console import one_of, waiting
-from refimpl.core.errors import OptionError, nearest, require
+from refimpl.core.arguments import misfit
+from refimpl.core.errors import OptionError, nearest, reason, require
 from refimpl.papers import papers
 
 if TYPE_CHECKING:
@@ -174,22 +175,33 @@ def _read(file: Path, bench: str) -> tuple[str, float, Perplexity]:
     """Name, bits per weight and perplexity of what `refimpl evaluate --json` wrote."""
     import numpy as np
 
+    from refimpl.core.files.folders import check_file
     from refimpl.lab.measure.metrics import Perplexity
 
+    remedy = f"run `refimpl evaluate --json > {file}` again"
+    check_file(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        corpora = content["perplexity"]
-        bits = float(content["bits_per_weight"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise OptionError(
-            f"{file} is not what `refimpl evaluate --json` writes ({error!r}); run it again into that file"
-        ) from error
-    if bench not in corpora:
-        raise OptionError(f"--bench {bench}: {file} was measured on {nearest(bench, corpora)}")
-    rows = corpora[bench]["documents"]
+    except (OSError, ValueError, RecursionError) as error:
+        raise OptionError(f"{file} is not what `refimpl evaluate --json` writes ({reason(error)}); {remedy}") from error
+    wrong = misfit(content, {"bits_per_weight": float, "perplexity": dict[str, dict]})
+    if wrong is None and bench not in content["perplexity"]:
+        raise OptionError(f"--bench {bench}: {file} was measured on {nearest(bench, content['perplexity'])}")
+    if wrong is None:
+        measured = content["perplexity"][bench]
+        wrong = misfit(measured, {"value": float, "documents": list[dict]})
+    if wrong is None:
+        rows = measured["documents"]
+        fields = {"document": str, "nll": float, "tokens": int}
+        wrong = next(filter(None, (misfit(row, fields) for row in rows)), None if rows else "it has no documents")
+    if wrong is None and any(row["tokens"] < 1 for row in rows):
+        wrong = "a document has no tokens"
+    if wrong is not None:
+        raise OptionError(f"{file} is not what `refimpl evaluate --json` writes ({wrong}); {remedy}")
+    bits = float(content["bits_per_weight"])
     result = Perplexity(
-        corpora[bench]["value"],
-        np.array([row["nll"] for row in rows]),
+        measured["value"],
+        np.array([row["nll"] for row in rows], dtype=float),
         np.array([row["tokens"] for row in rows]),
         [row["document"] for row in rows],
         bench,

@@ -81,12 +81,7 @@ def checkpoint(model: str) -> Path:
 def read_config(folder: Path) -> Any:
     from refimpl.core.files.checkpoint import read_config
 
-    try:
-        return read_config(folder)
-    except (ValueError, KeyError, OSError) as error:  # what transformers raises for a kind it does not know
-        raise CheckpointError(
-            f"{folder / 'config.json'} describes no model of transformers: {str(error).partition(chr(10))[0]}"
-        ) from error
+    return read_config(folder)
 
 
 def longest(config: Any) -> int:
@@ -118,7 +113,7 @@ def own_text(option: str, source: str, tokenizer: PreTrainedTokenizerBase, lengt
     from refimpl.lab.data import text
 
     path = Path(source).expanduser()
-    if not path.exists():
+    if not (path.is_file() or path.is_dir()):
         raise OptionError(f"{option} {source} is neither a file or folder nor {nearest(source, text.CORPORA)}")
     try:
         tokens = text.from_texts(path, tokenizer, length)

@@ -33,6 +33,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from refimpl.core.arguments import Checked, checked
 from refimpl.core.errors import OptionError
 from refimpl.core.train.loop import History, Loss, train
 from refimpl.core.train.losses import sequence_losses
@@ -42,6 +43,7 @@ from refimpl.core.train.schedules import Cosine, Infinite, Scheduled
 # -- steps 2 and 3: the learning rate --
 
 
+@checked()
 def rewarm_redecay(T: int, eta_max: float, eta_min: float, warmup: float = 0.01) -> Cosine:
     """Steps 2 and 3: linear from 0 to `eta_max`, then a cosine that reaches `eta_min` when the phase ends.
 
@@ -64,6 +66,7 @@ def rewarm_redecay(T: int, eta_max: float, eta_min: float, warmup: float = 0.01)
     return Cosine(T, eta_max, eta_min, _updates("warmup", warmup, T))
 
 
+@checked()
 def infinite(
     T: int,
     eta_max: float,
@@ -107,6 +110,7 @@ def infinite(
     return Infinite(rise, fall, T - sum(lengths), end, eta_max, constant * eta_max, low * eta_max, form)
 
 
+@checked()
 def extended(schedule: Infinite, T: int) -> Infinite:
     """The same schedule with T more updates of new data: the constant phase grows, and annealing comes after it.
 
@@ -134,6 +138,7 @@ def extended(schedule: Infinite, T: int) -> Infinite:
 # -- steps 4 and 6: the data --
 
 
+@checked()
 def shares(r: float, sizes: Sequence[int]) -> list[float]:
     """Steps 4 and 6: the share of each data set in a batch, the new one first.
 
@@ -156,6 +161,7 @@ def shares(r: float, sizes: Sequence[int]) -> list[float]:
     return [1 - r, *(r * size / sum(sizes) if r else 0.0 for size in sizes)]
 
 
+@checked()
 def replay_loader(
     new: Any, old: Sequence[Any], r: float, batch_size: int, steps: int, seed: int = 0, start: int = 0
 ) -> DataLoader:
@@ -185,6 +191,7 @@ def replay_loader(
     return mixture_loader([new, *old], shares(r, sizes), batch_size, steps, seed, start)
 
 
+@checked()
 def replay_stream(new: Any, old: Sequence[Any], r: float, sizes: Sequence[int] | None = None, seed: int = 0) -> Any:
     """Step 4 for Hugging Face datasets, streaming or not: rows are drawn one by one, so r holds on average only.
 
@@ -211,6 +218,7 @@ def replay_stream(new: Any, old: Sequence[Any], r: float, sizes: Sequence[int] |
     return interleave([new, *old], shares(r, sizes), seed)
 
 
+@checked()
 def phases(*parts: tuple[int, Sequence[float]]) -> Callable[[int], Sequence[float]]:
     """Shares that change with the step, for one run through several data sets.
 
@@ -249,7 +257,7 @@ def phases(*parts: tuple[int, Sequence[float]]) -> Callable[[int], Sequence[floa
 
 
 @dataclass(frozen=True)
-class ContinualPretraining:
+class ContinualPretraining(Checked):
     """The recipe for one more data set.
 
     Args:
@@ -284,11 +292,13 @@ class ContinualPretraining:
         shares(self.replay, [1])
         self.schedule(10**6)  # raises now if a rate is invalid
 
+    @checked()
     def schedule(self, steps: int) -> Cosine:
         """The learning rate of a phase of `steps` updates (steps 2 and 3)."""
         low = 0.1 * self.eta_max if self.eta_min is None else self.eta_min
         return rewarm_redecay(steps, self.eta_max, low, self.warmup)
 
+    @checked()
     def recipe(self, steps: int, **options: Any) -> Scheduled:
         """Optimiser and rates for `refimpl.core.train.loop.train`.
 
@@ -299,6 +309,7 @@ class ContinualPretraining:
         own = {"betas": self.betas, "weight_decay": self.weight_decay, "clip": self.clip}
         return Scheduled.of(self.schedule(steps), **{**own, **options})
 
+    @checked()
     def train(
         self,
         model: nn.Module,
@@ -333,6 +344,7 @@ class ContinualPretraining:
         return train(model, data, next_token_loss if loss is None else loss, settings, **options)
 
 
+@checked()
 def next_token_loss(model: nn.Module, batch: Any) -> Tensor:
     """Step 5: mean cross-entropy in nats over the sequences of a batch, all of one length.
 

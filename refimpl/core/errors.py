@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 
@@ -78,6 +79,42 @@ def nearest(value: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(value.lower(), folded, n=1)
     hint = f" (did you mean {folded[close[0]]!r}?)" if close else ""
     return "one of " + ", ".join(repr(name) for name in names) + hint
+
+
+def reason(error: BaseException) -> str:
+    """What another library says about an error, on one line, to be quoted in a message of ours.
+
+    Example:
+        >>> reason(ValueError("bad value\\nin line 3"))
+        'bad value'
+    """
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
+
+
+@contextmanager
+def reading(path: object, remedy: str) -> Iterator[None]:
+    """Around the reading of a file or folder: whatever a damaged one makes Python or a library raise names it.
+
+    Args:
+        path: what is read.
+        remedy: the end of the message.
+
+    Raises:
+        CheckpointError: instead of any error that is not one of refimpl.
+
+    Example:
+        >>> with reading("a.json", "save it again"):
+        ...     {}["layers"]
+        Traceback (most recent call last):
+        ...
+        refimpl.core.errors.CheckpointError: a.json is damaged (KeyError: 'layers'); save it again
+    """
+    try:
+        yield
+    except RefimplError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {reason(error)}); {remedy}") from error
 
 
 def positive_integer(name: str, value: object) -> None:

@@ -29,7 +29,18 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-from refimpl.core.cache import ByContent, LayerShape, Policy, cache_argument, check_rank, full_attention_layers, tapped
+from refimpl.core.arguments import checked
+from refimpl.core.cache import (
+    ByContent,
+    KVLayer,
+    LayerShape,
+    Policy,
+    TailLayer,
+    cache_argument,
+    check_rank,
+    full_attention_layers,
+    tapped,
+)
 from refimpl.core.device import read, read_all
 from refimpl.core.errors import CalibrationError, OptionError, nearest
 from refimpl.core.train.loop import History, Recipe, batches, train
@@ -653,7 +664,8 @@ class MatryoshkaKV(Policy):
 
     Args:
         bases: one per layer of the model, None for layers with a sliding window: from `fit` (or `pca`, `fit_bases`).
-        ranks: columns kept: the same number everywhere, a `Table`, or None for all; a budget sets it.
+        ranks: columns kept: the same number everywhere or a `Table`; None keeps keys and values as they come; a budget
+            sets it.
         path: tables from the fewest bytes to the most (of `search`); the budget then chooses among them, else among
             uniform ranks.
 
@@ -681,6 +693,7 @@ class MatryoshkaKV(Policy):
         for table in self.path:
             rank_table(self.bases, table)
 
+    @checked()
     def fit(
         self,
         model: PreTrainedModel,
@@ -752,7 +765,7 @@ class MatryoshkaKV(Policy):
         assert found is not None
         return found
 
-    def layer(self, shape: LayerShape, streamed: bool) -> MatryoshkaLayer:
+    def layer(self, shape: LayerShape, streamed: bool) -> KVLayer:
         ranks = self._ranks(shape)
         output = output_matrix(shape.module)
         if isinstance(output, FoldedOutput) and output.ranks != ranks[1]:
@@ -760,6 +773,8 @@ class MatryoshkaKV(Policy):
                 f"model: the output matrix of layer {shape.index} was folded for values of ranks {output.ranks}, but "
                 f"this policy has {ranks[1]}; pass the policy it was folded for, or load the model again"
             )
+        if self.ranks is None:  # a rotation gives nothing up, but rounds
+            return TailLayer(shape.heads, streamed=True)
         return MatryoshkaLayer(_of_layer(self.bases, shape.index), ranks, shape.heads)
 
     def nbytes(self, shape: LayerShape, length: int) -> int:
@@ -767,7 +782,7 @@ class MatryoshkaKV(Policy):
 
     def settings(self, shapes: Sequence[LayerShape], length: int) -> Sequence[int | None | Table]:
         if self.path:
-            return self.path
+            return [*self.path, None]
         return [*range(1, min(shape.head_dim for shape in shapes)), None]
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from refimpl.core.errors import FetchError, require
+from refimpl.core.files.folders import writing
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def cache_folder() -> Path:
         folder = Path(chosen).expanduser()
     else:
         folder = Path(require("platformdirs", "lab").user_cache_dir("refimpl", appauthor=False))
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -121,7 +123,7 @@ def build_folder(name: str, build: Callable[[Path], None]) -> Path:
         return final
     if _cached_only.get():
         raise FetchError(f"{name} is not in the cache; run `refimpl fetch`")
-    with FileLock(str(final.with_name(f".{name}.lock"))):
+    with writing(final), FileLock(str(final.with_name(f".{name}.lock"))):
         if final.is_dir():
             return final
         for leftover in final.parent.glob(

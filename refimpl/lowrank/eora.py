@@ -31,6 +31,7 @@ from refimpl.core.errors import OptionError
 from refimpl.core.layers import CompensatedLinear, PackedLinear
 
 EPSILON = 1e-8  # eigenvalues below this fraction of the largest are noise, or directions without any input
+DAMPING = 0.01  # of the mean diagonal of G: what inputs that the calibration did not show may have in every direction
 
 
 def eigenspace(G: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,13 +80,82 @@ def eora(dW: Tensor, S: Tensor, S_inv: Tensor, rank: int) -> tuple[Tensor, Tenso
     return B, A @ S_inv  # back from dW' to dW: B A = B' A' inv(S), so theorem 1's minimum is kept
 
 
+def damped(G: Tensor) -> Tensor:
+    """H = G + `DAMPING` mean(diag G) I, the second moment that 4-bit factors are rounded for; I without any input.
+
+    G alone says that errors outside the span of the calibration inputs cost nothing. Rounding leaves errors everywhere,
+    and other inputs do see them.
+
+    Args:
+        G: second moment of the inputs, [d, d].
+
+    Returns:
+        fp64 [d, d], positive definite.
+
+    Example:
+        >>> damped(torch.tensor([[4.0, 0.0], [0.0, 0.0]])).tolist()
+        [[4.02, 0.0], [0.0, 0.02]]
+    """
+    G = G.double()
+    mean = G.diagonal().mean()
+    return G + torch.where(mean > 0, DAMPING * mean, 1.0) * torch.eye(len(G), dtype=G.dtype, device=G.device)
+
+
+def equal_sizes(B: Tensor, A: Tensor, H: Tensor) -> Tensor:
+    """Factors c that give both sides of every direction the same size: B_k <- c_k B_k and A_k <- A_k / c_k.
+
+    A group of a row of B shares one scale, so a column far below the others is rounded to nothing or to noise. In the
+    directions that the calibration inputs hardly reach, S is tiny and inv(S) is huge: there `eora` gives B tiny columns,
+    and A huge rows that would multiply their rounding errors. Where the calibration inputs do reach, both sides have
+    equal sizes already, since ``||A_k||_H`` is about ``||A_k||_G = ||B_k||``.
+
+    Args:
+        B: [m, r].
+        A: [r, d].
+        H: from `damped`.
+
+    Returns:
+        fp32 [r], powers of two: scaling by them is exact. 1 where there is nothing to repair.
+
+    Example:
+        >>> equal_sizes(torch.tensor([[1e-3]]), torch.tensor([[16.4]]), torch.eye(1).double()).tolist()
+        [128.0]
+    """
+    inputs = ((A.double() @ H) * A.double()).sum(1).sqrt()  # ||A_k||_H = sqrt(A_k H A_k^T), the size of input k of B
+    # c ||B_k|| = ||A_k||_H / c
+    c = (inputs / B.double().norm(dim=0)).sqrt().log2().round().exp2()
+    return torch.where(c.isfinite() & (c > 0), c, 1.0).float()
+
+
+def refit(dW: Tensor, A_hat: Tensor, H: Tensor) -> Tensor:
+    """The best B for an A that was rounded, so that B corrects what the rounding of A has done.
+
+    Args:
+        dW: weight error, [m, d].
+        A_hat: [r, d].
+        H: from `damped`.
+
+    Returns:
+        B [m, r], in the dtype of `dW`, which minimises ``tr((dW - B A_hat) H (dW - B A_hat)^T)``.
+
+    Example:
+        >>> refit(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.5, 0.0]]), torch.eye(2).double()).tolist()
+        [[4.0]]
+    """
+    A = A_hat.double()
+    # the normal equations B A H A^T = dW H A^T; the pseudo-inverse, since rows of A may be zero
+    return (dW.double() @ H @ A.T @ torch.linalg.pinv(A @ H @ A.T, hermitian=True)).to(dW.dtype)
+
+
 @dataclass(frozen=True)
 class EoRA(LowRankRepair):
     """Repair compressed layers for the outputs on a chosen task; the compressed weights do not change.
 
     Args:
         rank: r of the path added to every site (the paper's main tables use 128 for models with d = 4096).
-        adapter_bits: quantise both factors with GPTQ to this many bits (the paper recommends 4); None keeps 16 bits.
+        adapter_bits: quantise both factors with GPTQ to this many bits (the paper recommends 4); None keeps 16 bits. B is
+            fitted again to A as it was rounded (`refit`), and both are scaled to equal sizes (`equal_sizes`), which the
+            paper does not say.
         adapter_group: inputs per scale of a quantised factor; where it does not divide the factor's width, their greatest
             common divisor.
 
@@ -124,19 +194,25 @@ class EoRA(LowRankRepair):
         # 1. the second moment G was summed over the calibration tokens while the model ran; G / tokens, the paper's mean,
         # would scale S and inv(S) by reciprocal factors and give the same B A
         S, S_inv = (root.float() for root in eigenspace(stats.gram.double()))
-        B, A = eora(self.error(site, original), S, S_inv, self.rank)
+        dW = self.error(site, original)
+        B, A = eora(dW, S, S_inv, self.rank)
         if self.adapter_bits is None:
             return self.attach(site, *to_layer_dtype(site, A, B))
         # the paper quantises both factors with GPTQ; in y = B (A x) each is a layer with inputs of its own
+        H = damped(stats.gram)
         A_packed = self._quantise(site, A, stats.gram)
-        A_hat = A_packed.to_dense().float()
-        # the inputs of B are A x, whose second moment A G A^T needs no second pass over the data
-        return self.attach(site, A_packed, self._quantise(site, B, A_hat @ stats.gram @ A_hat.T))
+        B = refit(dW, A_packed.to_dense().float(), H)
+        c = equal_sizes(B, A_packed.to_dense(), H)
+        A_packed.scale = (A_packed.scale / c[:, None]).to(A_packed.scale)
+        # the inputs of B are A x, whose second moment A H A^T needs no second pass over the data
+        A_hat = A_packed.to_dense().double()
+        return self.attach(site, A_packed, self._quantise(site, B * c, (A_hat @ H @ A_hat.T).float()))
 
     def _quantise(self, site: Site, factor: Tensor, gram: Tensor) -> PackedLinear:
         assert self.adapter_bits is not None
         group = gcd(self.adapter_group, factor.shape[1])
-        found = GPTQ(self.adapter_bits).quantise(factor, gram, None, site.log, group)
+        # large inputs first: a few large ones carry most of what reaches a down projection
+        found = GPTQ(self.adapter_bits, act_order=True, damping=DAMPING).quantise(factor, gram, None, site.log, group)
         return PackedLinear(
             codes=found.codes, scale=found.scale, zero=found.zero, bits=self.adapter_bits, dtype=site.weight.dtype
         )

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from refimpl.core.arguments import Checked, checked
 from refimpl.core.device import read, read_all
 from refimpl.core.errors import OptionError, nearest
 from refimpl.core.layers import parse_pattern
@@ -184,7 +185,7 @@ class Update:
 
 
 @dataclass(frozen=True)
-class GradualMagnitude:
+class GradualMagnitude(Checked):
     """Prune while training, on the paper's schedule.
 
     Args:
@@ -302,6 +303,7 @@ class GradualMagnitude:
         s_i = min(self.initial_sparsity, s_f)  # an override below s_i: such a layer starts at its own s_f
         return sparsity_at(t, s_f, s_i, self.start, self.updates, self.frequency, self.exponent)
 
+    @checked()
     def attach(self, model: nn.Module, recipe: Recipe | None = None) -> MaskUpdates:
         """Put masks on `model`, in place, and return the hook for ``train(..., after_step=[hook])``.
 

@@ -69,6 +69,7 @@ class Size:
         pool: rows that RS2 draws from; a round sees a tenth.
         kept: rows of Wikipedia in the buffer at the start.
         look, measured: windows of each kind of text on the way and at the end.
+        texts: documents of each kind of text that are read; None: all.
     """
 
     layers: int | None
@@ -80,9 +81,10 @@ class Size:
     kept: int
     look: int
     measured: int
+    texts: int | None = None
 
 
-SIZES = {"study": Size(None, 128, 32, 12, (8, 32), 240, 192, 4, 32), "quick": Size(1, 16, 2, 4, (2, 4), 80, 16, 1, 2)}
+SIZES = {"study": Size(None, 128, 32, 12, (8, 32), 240, 192, 4, 32), "quick": Size(1, 8, 2, 4, (2, 2), 80, 8, 1, 2, 4)}
 
 
 # -- arms --
@@ -261,10 +263,10 @@ CLAIMS = [
 
 
 @functools.cache
-def _windows(kind: str, split: str, length: int) -> tuple[Tensor, list[str]]:
+def _windows(kind: str, split: str, size: Size) -> tuple[Tensor, list[str]]:
     """All windows of a split, int64 [n, length + 1], and the document of each."""
-    found = domains.documents(kind, split)
-    tokens = text.from_texts([document.text for document in found], length=length + 1)
+    found = domains.documents(kind, split)[: size.texts]
+    tokens = text.from_texts([document.text for document in found], length=size.length + 1)
     return tokens.ids, [found[int(unit.removeprefix("text "))].id for unit in tokens.units]
 
 
@@ -273,9 +275,9 @@ def rows(kind: str, size: Size, count: int | None = None) -> Tensor:
 
     Example:
         >>> rows("prose", SIZES["quick"], count=3).shape
-        torch.Size([3, 17])
+        torch.Size([3, 9])
     """
-    ids, _ = _windows(kind, "calibration", size.length)
+    ids, _ = _windows(kind, "calibration", size)
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
     return ids[order if count is None else order[:count]]
 
@@ -285,7 +287,7 @@ def spent(model: nn.Module, job: Job, count: int) -> dict[str, BitsPerByte]:
     found = {}
     size = SIZES[job.profile]
     for kind in domains.DOMAINS:
-        ids, units = _windows(kind, "test", size.length)
+        ids, units = _windows(kind, "test", size)
         chosen = [k * len(units) // count for k in range(count)]
         with _precise(job):
             found[kind] = bits_per_byte(model, ids[chosen], [units[k] for k in chosen], _tokenizer(), BATCH)

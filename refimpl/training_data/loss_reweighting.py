@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from refimpl.core.arguments import Checked
 from refimpl.core.errors import OptionError, nearest
 
 Shape = Callable[[Tensor], Tensor]
@@ -126,7 +127,7 @@ def tempered(f: Tensor, r: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class LossReweighting:
+class LossReweighting(Checked):
     """The paper's rule: weights of a batch from its losses, for `refimpl.core.train.losses.Weighted`.
 
     Args:
@@ -180,7 +181,7 @@ def most_concentrated(m: int, r: float) -> float:
 
 
 @dataclass(frozen=True)
-class Focal:
+class Focal(Checked):
     """Control: weights proportional to a power of the loss, in the manner of the focal loss.
 
     Args:
@@ -208,7 +209,7 @@ class Focal:
 
 
 @dataclass(frozen=True)
-class OnLoss:
+class OnLoss(Checked):
     """Control: softmax of the losses themselves, the worst case in a KL ball (distributionally robust training).
 
     Args:

@@ -20,12 +20,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from refimpl.core.arguments import checked
 from refimpl.core.errors import OptionError, nearest
 from refimpl.core.train.sampling import EpochSampler, Shuffled
 
 VARIANTS = ("without", "with", "stratified")
 
 
+@checked()
 def subset_size(n: int, r: float) -> int:
     """k = round(r N), with halves rounded to even.
 
@@ -48,6 +50,7 @@ def subset_size(n: int, r: float) -> int:
     return k
 
 
+@checked()
 def steps(n: int, r: float, rounds: int, batch_size: int) -> int:
     """The horizon of the learning rate, T = X floor(k / b): the number of updates that are really made.
 
@@ -74,6 +77,7 @@ def steps(n: int, r: float, rounds: int, batch_size: int) -> int:
     return rounds * (k // batch_size)
 
 
+@checked()
 def draw_with(n: int, k: int, seed: int, j: int) -> Tensor:
     """Variant 1: round j is an independent uniform draw of k different indices.
 
@@ -97,6 +101,7 @@ def draw_with(n: int, k: int, seed: int, j: int) -> Tensor:
     return _permutation(n, seed, j)[:k]  # S_j: the head of a permutation that only round j uses
 
 
+@checked()
 def draw_stratified(labels: Tensor, r: float, seed: int, j: int) -> Tensor:
     """Variant 2: as variant 1, class by class: round(r N_c) of class c.
 
@@ -140,6 +145,7 @@ def draw_stratified(labels: Tensor, r: float, seed: int, j: int) -> Tensor:
     return order[torch.cat(kept).sort().values]
 
 
+@checked()
 def draw_without(n: int, k: int, seed: int, j: int) -> Tensor:
     """Variant 3: round j is the next k entries of a permutation of all data, which is drawn anew when it is used up.
 
@@ -253,6 +259,7 @@ class RS2(EpochSampler):
 # -- predictions --
 
 
+@checked()
 def expected_distinct(n: int, k: int, rounds: int) -> float:
     """Expected number of different examples seen in X rounds of variant 1: N (1 - (1 - k/N)^X).
 
@@ -266,6 +273,7 @@ def expected_distinct(n: int, k: int, rounds: int) -> float:
     return n * (1 - (1 - k / n) ** rounds)
 
 
+@checked()
 def draw_variance(n: int, k: int, variance: float) -> float:
     """Variance of the mean over k different examples of N: that of one example times (N - k) / (k (N - 1)).
 
@@ -281,6 +289,7 @@ def draw_variance(n: int, k: int, variance: float) -> float:
     return variance * (n - k) / (k * (n - 1)) if n > 1 else 0.0
 
 
+@checked()
 def gradient_bound(gap: float, smoothness: float, variance: float, steps: int) -> tuple[float, float]:
     """Upper bound on the gradient after T steps of SGD, from standard theory, and the constant rate that attains it.
 

@@ -41,7 +41,9 @@ def stats_of(X: Tensor) -> InputStats:
 def grid(columns: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Min-max scale and zero of [m, group], in fp64 with the scale rounded as stored."""
     low, high = columns.amin(1).clamp(max=0), columns.amax(1).clamp(min=0)
-    if symmetric:
+    if symmetric and bits <= 3:
+        scale = 2 * torch.maximum(high, -low) / (2**bits - 1)
+    elif symmetric:
         scale = torch.maximum(high / (2 ** (bits - 1) - 1), -low / 2 ** (bits - 1))
     else:
         scale = (high - low) / (2**bits - 1)

@@ -12,6 +12,7 @@ from refimpl import GPTQ, RTN
 from refimpl.core.compress.sites import Site
 from refimpl.core.errors import OptionError
 from refimpl.core.layers.grid import minmax_grid
+from refimpl.lab.models import small
 
 
 def site_of(W: Tensor) -> Site:
@@ -43,6 +44,32 @@ def test_grid_holds_zero_exactly_and_survives_constant_rows() -> None:
             assert (grid.scale > 0).all()
             assert grid.decode(grid.encode(torch.zeros(1, 4))).tolist() == [[0.0] * 4]
             assert torch.allclose(grid.decode(grid.encode(w)), w, rtol=0.02)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("group", [32, 64, 192])
+@pytest.mark.parametrize("weights", ["normal", "model"])
+def test_the_symmetric_grid_has_the_better_of_two_steps(bits: int, group: int, weights: str) -> None:
+    """With a single step above zero, as at 2 bits, keeping the largest weight inside makes all others a third worse."""
+    W = torch.randn(256, 192, generator=torch.Generator().manual_seed(0))
+    if weights == "model":
+        W = small.load("llama-small").get_submodule("model.layers.0.mlp.down_proj").weight.detach()
+    groups, half = W.unflatten(1, (-1, group)), 2 ** (bits - 1)
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    through = 2 * torch.maximum(high, -low) / (2**bits - 1)
+    inside = torch.maximum(high / (half - 1), -low / half)
+    grid = minmax_grid(groups, bits, symmetric=True)
+
+    def loss(step: Tensor) -> float:
+        other = grid._replace(scale=step.bfloat16().float())
+        return float((other.decode(other.encode(groups)) - groups).norm() / groups.norm())
+
+    if bits <= 3:
+        assert torch.equal(grid.scale, through.bfloat16().float()) and loss(through) < loss(inside)
+    else:  # about as good as the other, and none of the weights is outside
+        assert torch.equal(grid.scale, inside.bfloat16().float()) and loss(inside) < 1.02 * loss(through)
+    if bits == 2:
+        assert loss(through) < 0.85 * loss(inside)
 
 
 def test_error_falls_with_bits_and_with_smaller_groups() -> None:

@@ -130,7 +130,8 @@ def test_full_rank_changes_nothing(name: str, make: Make) -> None:
     far = random_orthogonal(moments, seed=3)
     far = tuple(b and Bases(b.Q_K, b.Q_V, b.mu_K + 0.3, b.mu_V - 0.2) for b in far)  # any means
     for bases in (pca(moments), far):
-        for cache in (projected(model, bases, None), MatryoshkaKV(bases).cache(model)):
+        whole = MatryoshkaKV(bases, rank_table(bases, None))  # None itself keeps them as they come
+        for cache in (projected(model, bases, None), whole.cache(model), MatryoshkaKV(bases).cache(model)):
             assert torch.allclose(logits(model, ids, cache), exact, atol=1e-4)
 
 

@@ -500,6 +500,54 @@ def test_the_papers_size_fractions() -> None:
         allocate_bits(delta, savings, eight * (1 - 4 * 0.12))
 
 
+def test_a_budget_that_is_advertised_is_met_however_unlike_the_sites_are() -> None:
+    delta = {"big": {4: 0.1}, "small": {4: 0.5}}
+    for small in (80.0, 1.0, 0.1, 1e-6):
+        savings = {"big": {4: 4e8}, "small": {4: small}}
+        assert allocate_bits(delta, savings, 4e8 + small).policy == {"big": 4, "small": 4}
+        assert allocate_bits(delta, savings, 4e8).policy == {"big": 4, "small": 8}
+        assert allocate_bits(delta, savings, small).policy == {"big": 4, "small": 8}
+    tenths = {f"l{i}": {4: 0.1} for i in range(10)}  # their sum depends on the order in the last digit
+    assert set(allocate_bits(tenths, tenths, 1.0).policy.values()) == {4}
+    assert set(allocate_bits(tenths, tenths, sum([0.1] * 10) + 2e-16).policy.values()) == {4}
+
+
+@few
+@given(st.integers(0, 10_000), st.floats(0.0, 1.0))
+def test_program_equals_exhaustive_search_over_seven_orders_of_magnitude(seed: int, share: float) -> None:
+    random = np.random.default_rng(seed)
+    delta = {f"l{i}": {k: float(10.0 ** random.uniform(-6, 1)) for k in (4, 3, 2)} for i in range(5)}
+    savings = {f"l{i}": {k: float(10.0 ** random.uniform(0, 7)) for k in (4, 3, 2)} for i in range(5)}
+    budget = share * sum(max(values.values()) for values in savings.values())
+    found = allocate_bits(delta, savings, budget)
+    assert found.delta == pytest.approx(exhaustive(delta, savings, budget, 8), rel=1e-12)
+    assert found.saved >= budget and found.bound <= found.delta * (1 + 1e-12)
+
+
+def test_many_sites_are_no_trouble() -> None:
+    delta, savings = tables(6, 150, (4, 3, 2))
+    most = sum(values[2] for values in savings.values())
+    found = allocate_bits(delta, savings, 0.6 * most)
+    assert found.saved >= 0.6 * most and found.bound <= found.delta <= 1.02 * found.bound
+
+
+def test_an_option_that_saves_nothing_or_costs_bytes() -> None:
+    delta, savings = {"a": {4: 0.5, 3: 0.1}, "b": {4: 0.2, 3: -0.1}}, {"a": {4: 5.0, 3: -1.0}, "b": {4: 0.0, 3: -2.0}}
+    assert allocate_bits(delta, savings, 3.0).policy == {"a": 4, "b": 3}
+    assert allocate_bits(delta, savings, 4.0).policy == {"a": 4, "b": 8}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_no_numbers_are_refused_by_name(bad: float) -> None:
+    delta, savings = tables(3, 3, (4, 2))
+    with pytest.raises(OptionError, match=r"delta\['l1'\]\[2\]=(nan|inf): use finite numbers"):
+        allocate_bits(delta | {"l1": {4: 0.1, 2: bad}}, savings, 1.0)
+    with pytest.raises(OptionError, match=r"savings\['l0'\]\[4\]=(nan|inf): use finite numbers"):
+        allocate_bits(delta, savings | {"l0": {4: bad, 2: 1.0}}, 1.0)
+    with pytest.raises(OptionError, match=r"budget=(nan: use a number|inf cannot be met)"):
+        allocate_bits(delta, savings, bad)
+
+
 def test_tables_that_differ_are_refused_by_name() -> None:
     delta, savings = tables(3, 3, (4,))
     del savings["l1"]

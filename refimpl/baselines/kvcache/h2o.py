@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from refimpl.core.cache import Dense, Incoming, KVLayer, LayerShape, Policy, Segment
+from refimpl.core.cache import Dense, Incoming, KVLayer, LayerShape, Policy, Segment, UpTo
 from refimpl.core.errors import OptionError
 
 
@@ -30,12 +30,18 @@ class H2OLayer(KVLayer):
 
     needs_mass = True
     wide = ("mass",)
+    numbers = (*KVLayer.numbers, "gapped")
 
     def __init__(self, policy: H2O, shape: LayerShape, streamed: bool) -> None:
         super().__init__(shape.heads, streamed)
         self.capacity, self.recent = policy.capacity, policy.newest
 
+    def reset(self) -> None:
+        super().reset()
+        self.gapped = False  # padding lies between real tokens
+
     def append(self, incoming: Incoming) -> None:
+        self.gapped = not incoming.mask.padded_on_the_left
         rows, heads, count, _ = incoming.keys.shape
         slots = torch.arange(incoming.slots.start, incoming.slots.stop, dtype=torch.int32, device=incoming.keys.device)
         # padding starts at minus infinity and leaves first
@@ -63,13 +69,18 @@ class H2OLayer(KVLayer):
         count = self.parts["keys"].shape[2]
         if self.capacity is None or count <= self.capacity:
             return
-        # algorithm 1: the newest stay; of the older entries, those with the most attention so far
+        # algorithm 1: the newest stay; of the older entries, those with the most attention so far; kept: [B, H, capacity]
         older = count - self.recent
-        best = self.parts["mass"][..., :older].topk(self.capacity - self.recent, dim=-1).indices.sort(-1).values
-        newest = torch.arange(older, count, device=best.device).expand(*best.shape[:2], -1)
-        kept = torch.cat([best, newest], -1)  # [B, H, capacity]
+        mass = self.parts["mass"]
+        if self.gapped:  # the newest real tokens, wherever they are; padding leaves first
+            real = mass > -torch.inf
+            newest = real & (real.flip(-1).cumsum(-1).flip(-1) <= self.recent)
+            kept = mass.masked_fill(newest, torch.inf).topk(self.capacity, dim=-1).indices.sort(-1).values
+        else:
+            best = mass[..., :older].topk(self.capacity - self.recent, dim=-1).indices.sort(-1).values
+            kept = torch.cat([best, torch.arange(older, count, device=best.device).expand(*best.shape[:2], -1)], -1)
         # whole rows of a flattened tensor: several times faster than `gather` along one dimension
-        rows = torch.arange(kept.shape[0] * kept.shape[1], device=best.device).view(*kept.shape[:2], 1)
+        rows = torch.arange(kept.shape[0] * kept.shape[1], device=kept.device).view(*kept.shape[:2], 1)
         index = (rows * count + kept).flatten()
         for name, tensor in self.parts.items():
             taken = tensor.flatten(0, 2).index_select(0, index)
@@ -118,4 +129,4 @@ class H2O(Policy):
         return kept * (shape.token_bytes + 8 * shape.heads)  # with a slot and a mass for each entry
 
     def settings(self, shapes: Sequence[LayerShape], length: int) -> Sequence[int | None]:
-        return [*range(2, length + 1), None]
+        return UpTo(2, length)

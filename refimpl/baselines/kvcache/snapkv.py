@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from refimpl.core.cache import Dense, Incoming, LayerShape, Mask, Policy, Segment, TailLayer, weights
+from refimpl.core.cache import Dense, Incoming, LayerShape, Mask, Policy, Segment, TailLayer, UpTo, weights
 from refimpl.core.errors import OptionError
 
 
@@ -154,4 +154,4 @@ class SnapKV(Policy):
         return self.capacity * shape.token_bytes + 4 * shape.heads * (self.capacity - self.window)
 
     def settings(self, shapes: Sequence[LayerShape], length: int) -> Sequence[int | None]:
-        return [*range(self.window + 1, length), None]
+        return UpTo(self.window + 1, length - 1)

@@ -4,8 +4,8 @@ Source: Xu et al., 2024, arXiv 2407.21018, section 3 (equations 5 and 6).
 
 Channel i of a head adds the outer product of the queries' and the keys' column i to the scores, whose Frobenius norm is
 ``|Q_i| |K_i|``. With the last ``window`` queries of the first prompt, each head keeps the channels where it is largest.
-Keys of tokens that leave the window of exact tokens are cut to these channels; values stay whole, so no budget under
-half of the full cache can be met (the paper stacks it on SnapKV or KIVI for that).
+Keys of tokens that leave the window of exact tokens are cut to these channels; values stay whole, so a budget has to be
+above half of the full cache (the paper stacks it on SnapKV or KIVI to get below).
 
 With grouped queries, ``Q_i`` runs over all query heads that share the key head.
 """
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from refimpl.baselines.kvcache.snapkv import ObservingLayer
-from refimpl.core.cache import Dense, Incoming, LayerShape, Policy, Segment
+from refimpl.core.cache import CountedTail, Dense, Incoming, LayerShape, Policy, Segment
 from refimpl.core.errors import OptionError
 
 
@@ -35,14 +35,16 @@ class Narrow(Dense):
         return super().scores(query.gather(-1, index), slots)
 
 
-class ThinKLayer(ObservingLayer):
+class ThinKLayer(CountedTail, ObservingLayer):
     """One layer of a ThinK cache.
 
     Parts beside the tail: "narrow_keys" [B, H, n, r], "wide_values" [B, H, n, d], "channels" uint8 [B, H, r].
     """
 
+    numbers = (*ObservingLayer.numbers, "gapped")
+
     def __init__(self, policy: ThinK, shape: LayerShape) -> None:
-        super().__init__(shape.heads, policy.window)
+        ObservingLayer.__init__(self, shape.heads, policy.window)
         self.channels, self.group = policy.kept(shape.head_dim), policy.group
         self.narrow = self.channels < shape.head_dim
 
@@ -71,16 +73,17 @@ class ThinKLayer(ObservingLayer):
             self.ended = True
 
     def tokens_until_compress(self) -> int:
-        return self.observed + self.group - (self.seen - self.start)
+        return 1 if self.gapped else self.observed + self.group - (self.seen - self.start)
 
     def compress_decoded(self, incoming: Incoming, mass: Tensor | None) -> None:
         if self.ended and self.narrow:
             self._leave()
 
     def _leave(self) -> None:
-        count = (self.seen - self.start - self.observed) // self.group * self.group
-        if count > 0:
-            keys, values = self.drop(count)
+        count = self.surplus(self.observed, self.group)
+        if count:
+            names = ("keys", "values", "valid") if "valid" in self.parts else ("keys", "values")
+            keys, values = self.drop(count, names)[:2]
             index = self.parts["channels"].long().unsqueeze(2).expand(-1, -1, count, -1)
             self.extend(narrow_keys=keys.gather(-1, index), wide_values=values.clone())
 

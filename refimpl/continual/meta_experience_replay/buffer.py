@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from refimpl.core.arguments import Checked, checked, misfit
 from refimpl.core.errors import CheckpointError, OptionError, nearest
+from refimpl.core.files.folders import check_file, writing
 from refimpl.core.files.io import read_json, write_json
 
 DTYPES = ("uint8", "uint16", "int32", "int64", "float32")
@@ -28,6 +30,10 @@ DTYPES = ("uint8", "uint16", "int32", "int64", "float32")
 _ABOUT, _ROWS, _SLOTS = "buffer.json", "rows.bin", "slots.bin"
 _SLOT = np.dtype([("item", "<i8"), ("check", "<u4")])  # packed: 12 bytes
 _FIXED = ("format", "capacity", "row", "dtype", "seed")
+_FIELDS = {
+    **{"format": int, "capacity": int, "row": list[int], "dtype": str, "seed": int, "seen": int},
+    "marks": dict[str, dict],
+}
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -48,7 +54,7 @@ class Storage:
     disk: int
 
 
-class ReplayBuffer:
+class ReplayBuffer(Checked):
     """Rows seen before, from which any number can be drawn uniformly.
 
     Every row is kept until the buffer is full. From then on it is a reservoir (Vitter's algorithm R): row number i
@@ -94,9 +100,10 @@ class ReplayBuffer:
             raise OptionError(f"dtype={dtype!r}: use {nearest(str(dtype), DTYPES)}")
         if capacity < 1:
             raise OptionError(f"capacity={capacity}: use 1 row or more")
+        row = tuple(row)
         if not row or min(row) < 1:
-            raise OptionError(f"row={tuple(row)}: use the shape of one row, e.g. (129,)")
-        self.capacity, self.row, self.seed = capacity, tuple(row), seed
+            raise OptionError(f"row={row}: use the shape of one row, e.g. (129,)")
+        self.capacity, self.row, self.seed = capacity, row, seed
         self.folder = None if folder is None else Path(folder)
         self.seen = 0
         self._marks: dict[str, dict[str, Any]] = {}
@@ -110,8 +117,13 @@ class ReplayBuffer:
                 "a smaller dtype, or raise the limit"
             )
         if self.folder is None:
-            self._rows = np.zeros((capacity, *row), self._dtype)
-            self._slots = np.zeros(capacity, _SLOT)
+            try:
+                self._rows = np.zeros((capacity, *row), self._dtype)
+                self._slots = np.zeros(capacity, _SLOT)
+            except (MemoryError, ValueError) as error:  # ValueError: more than any address space
+                raise OptionError(
+                    f"capacity={capacity}: takes {needed} bytes, more than there is memory; lower it, or give a folder"
+                ) from error
             return
         if (self.folder / _ABOUT).exists():
             self._reopen()
@@ -154,6 +166,7 @@ class ReplayBuffer:
             disk = sum((self.folder / name).stat().st_size for name in (_ABOUT, _ROWS, _SLOTS))
         return Storage(row, len(self) * row, self.capacity * row if self.folder is None else 0, disk)
 
+    @checked()
     def add(self, rows: Tensor) -> None:
         """Store rows [n, ...]; once the buffer is full, each either replaces another row or is not stored.
 
@@ -192,6 +205,7 @@ class ReplayBuffer:
         self.seen += len(stored)
         self._note()
 
+    @checked()
     def sample(self, count: int, draw: int, seen: int | None = None) -> tuple[Tensor, Tensor]:
         """Draw rows uniformly, with replacement, from all stored ones.
 
@@ -231,6 +245,7 @@ class ReplayBuffer:
         dtype = np.int64 if self._dtype.kind in "ui" else self._dtype
         return torch.from_numpy(np.array(rows, dtype)), torch.from_numpy(slots["item"].astype(np.int64))
 
+    @checked()
     def begin(self, run: str, about: dict[str, Any]) -> int:
         """Record where a run begins; for a known run, return where it began the first time.
 
@@ -265,6 +280,7 @@ class ReplayBuffer:
             )
         return self._marks[run]["seen"]
 
+    @checked()
     def rewind(self, seen: int) -> None:
         """Take the buffer back to its state after this many rows had been added.
 
@@ -325,7 +341,12 @@ class ReplayBuffer:
                 f"folder={str(self.folder)!r} holds {there[0]} but no {_ABOUT}: a damaged buffer, or something else; "
                 "delete it, or choose another folder"
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._fill(needed)
+
+    def _fill(self, needed: int) -> None:
+        assert self.folder is not None
         try:
             for name, size in ((_ROWS, self._row_bytes), (_SLOTS, _SLOT.itemsize)):
                 _allocate(self.folder / name, self.capacity * size)
@@ -351,6 +372,7 @@ class ReplayBuffer:
                 )
         for name, size in ((_ROWS, self._row_bytes), (_SLOTS, _SLOT.itemsize)):
             path = self.folder / name
+            check_file(path)
             found = path.stat().st_size if path.exists() else 0
             if found != self.capacity * size:
                 raise CheckpointError(
@@ -364,9 +386,16 @@ def _read(folder: Path) -> dict[str, Any]:
     if not (folder / _ABOUT).exists():
         raise CheckpointError(f"folder={str(folder)!r} holds no replay buffer (no {_ABOUT})")
     about: Any = read_json(folder / _ABOUT)
-    if not isinstance(about, dict) or not {*_FIXED, "seen", "marks"} <= about.keys() or about["format"] != 1:
+    wrong = misfit(about, _FIELDS)
+    if wrong is None and not (about["format"] == 1 and about["seen"] >= 0 and about["dtype"] in DTYPES):
+        wrong = "another version wrote it, or it was changed"
+    if wrong is None:
+        marks = about["marks"].values()
+        wrong = next(filter(None, (misfit(mark, {"seen": int, "about": dict}) for mark in marks)), None)
+    if wrong is not None:
         raise CheckpointError(
-            f"folder={str(folder)!r}: {_ABOUT} does not describe a replay buffer; delete the folder and fill it again"
+            f"folder={str(folder)!r}: {_ABOUT} does not describe a replay buffer ({wrong}); delete the folder and fill it "
+            "again"
         )
     return about
 

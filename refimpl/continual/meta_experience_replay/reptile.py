@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from refimpl.core.arguments import Checked, checked
 from refimpl.core.errors import OptionError
 from refimpl.core.train.outer import OuterStep
 
@@ -40,7 +41,7 @@ def merge(slow: Sequence[Tensor], fast: Sequence[Tensor], epsilon: float) -> Non
 
 
 @dataclass(frozen=True)
-class Reptile:
+class Reptile(Checked):
     """Step 3 of MER. A merge changes neither the optimiser's moments nor the learning rate.
 
     With ``every=1`` each update of the optimiser is multiplied by epsilon: this is AdamW (or SGD without momentum) with
@@ -80,6 +81,7 @@ class Reptile:
                 "updates before it as the others"
             )
 
+    @checked()
     def attach(self, model: nn.Module) -> Merges:
         """The hook for `refimpl.core.train.loop.train`; it keeps the weights of k updates ago in buffers of the model.
 

@@ -12,11 +12,11 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from refimpl.continual.meta_experience_replay.buffer import ReplayBuffer
+from refimpl.core.device import rank_and_world
 from refimpl.core.errors import OptionError
 from refimpl.core.train.sampling import Mixture
 
@@ -165,15 +165,11 @@ class ReplayLoader(DataLoader):
         if old:
             replayed, known = self._buffer.sample(old, draw=step, seen=seen)
             together, items = torch.cat([rows, replayed.to(rows.dtype)]), torch.cat([items, known])
-        rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
+        rank, world = rank_and_world()
         return (together[rank::world], items[rank::world]), rows
 
     def _stage(self, step: int) -> int:
         return min(bisect(self._ends, step), len(self._ends) - 1)
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 class _Steps(Sampler[int]):

@@ -6,11 +6,11 @@ A policy (a short dataclass, see `refimpl.baselines.kvcache`) makes a `Compresse
     model.generate(**inputs, cache=cache)   # before transformers 5.24: past_key_values=cache
 """
 
-from refimpl.core.cache.attention import NAME, Dense, Mask, Segment, attend, weights
+from refimpl.core.cache.attention import NAME, Dense, Mask, Segment, attend, cache_argument, weights
 from refimpl.core.cache.content import ByContent
-from refimpl.core.cache.host import CompressedCache, cache_argument, fingerprint, prefill
-from refimpl.core.cache.layer import Incoming, KVLayer, TailLayer, WindowLayer
-from refimpl.core.cache.policy import LayerShape, Policy, check_rank
+from refimpl.core.cache.host import CompressedCache, fingerprint, prefill
+from refimpl.core.cache.layer import CountedTail, Incoming, KVLayer, TailLayer, WindowLayer
+from refimpl.core.cache.policy import LayerShape, Policy, UpTo, check_rank
 from refimpl.core.cache.rope import Rotary, rotate, unrotate
 from refimpl.core.cache.sinks import Sinks, keep_sinks
 from refimpl.core.cache.tap import attention_modules, full_attention_layers, hidden_states, tapped
@@ -19,6 +19,7 @@ __all__ = [
     "NAME",
     "ByContent",
     "CompressedCache",
+    "CountedTail",
     "Dense",
     "KVLayer",
     "LayerShape",
@@ -29,6 +30,7 @@ __all__ = [
     "Segment",
     "Sinks",
     "TailLayer",
+    "UpTo",
     "WindowLayer",
     "attend",
     "attention_modules",

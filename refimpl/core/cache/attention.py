@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from inspect import signature
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin
+from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
@@ -24,7 +26,21 @@ if TYPE_CHECKING:
     from refimpl.core.cache.layer import KVLayer
 
 NAME = "refimpl"
+# transformers 5.24 renamed the argument, and warns at every use of the old name
+ARGUMENT = (
+    "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
+)
 SCORES = 1 << 22  # most attention scores held at once: 16 MB in fp32 (with 64 MB attention takes twice as long)
+
+
+def cache_argument(cache: Cache | None) -> dict[str, Cache | None]:
+    """The cache as a keyword argument of a model or of ``generate``, by the name that this transformers has for it.
+
+    Example:
+        >>> list(cache_argument(None)) in (["cache"], ["past_key_values"])   # from 5.24 on, and before
+        True
+    """
+    return {ARGUMENT: cache}
 
 
 class Mask:
@@ -68,15 +84,18 @@ class Mask:
     @cached_property
     def padding(self) -> Tensor | None:
         """True for real tokens, bool [B, slots so far]; None if nothing is padded."""
+        self.check_width()
         given = self._rule["attention_mask"]
-        if given is None or read(given.all()):
-            return None
-        if given.shape[-1] < self.keys:
+        return None if given is None or read(given.all()) else given
+
+    def check_width(self) -> None:
+        """Raise `OptionError` if the mask of padding ends before the sequence does: it is that of the new tokens only."""
+        given = self._rule["attention_mask"]
+        if given is not None and given.shape[-1] < self.keys:
             raise OptionError(
                 f"attention_mask covers {given.shape[-1]} tokens, but the cache and the input have {self.keys}; "
-                "pass the mask of the whole sequence"
+                "pass the mask of the whole sequence, and to generate its ids: torch.cat([document, question], 1)"
             )
-        return given
 
     @cached_property
     def first_real(self) -> Tensor | None:
@@ -114,7 +133,7 @@ class Mask:
         Args:
             queries: slots of the queries.
             index: slots of the entries; a tensor [B, H, n] if rows or heads keep different ones (H may be 1).
-            window: a query sees only so many of the latest slots, its own included; None for all.
+            window: a query sees only so many of the latest tokens, its own included, padding not counted; None for all.
 
         Returns:
             bool, broadcasts against [B, H, Q, n]; None if every entry is visible.
@@ -137,10 +156,13 @@ class Mask:
         rows = torch.arange(queries.start, queries.stop, device=device).view(1, 1, -1, 1)
         batch = torch.arange(rule["batch_size"], device=device).view(-1, 1, 1, 1)
         seen = rule["mask_function"](batch, 0, rows, slots)
-        if window is not None:
-            seen = seen & (slots > rows - window)
         if self.padding is not None:
             seen = seen & self.padding[batch, slots]
+        if window is not None:
+            if not self.padded_on_the_left:  # tokens, not slots: padding between them does not count
+                counts = self.positions(range(self.keys))
+                slots, rows = counts[batch, slots], counts[batch, rows]
+            seen = seen & (slots > rows - window)
         return seen
 
 
@@ -192,7 +214,7 @@ class Segment:
 
     Attributes:
         index: slots of the entries, as `Mask.block` takes them.
-        window: a query sees only so many of the latest slots, its own included; None for all.
+        window: a query sees only so many of the latest tokens, its own included; None for all.
     """
 
     index: range | Tensor

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from refimpl.core.errors import CheckpointError, OptionError
+from refimpl.core.errors import CheckpointError, OptionError, reading
 from refimpl.core.files.folders import check_file
 
 K = TypeVar("K", bound=type)
@@ -208,7 +208,7 @@ def from_json(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     config = {name: from_json(item, tensors) for name, item in tree["config"].items()}
     try:
         return kind(**config)
-    except TypeError as error:  # written by a version with other fields
+    except (TypeError, OptionError) as error:  # damaged, or written by a version with other fields
         raise CheckpointError(f"{tree['kind']} of {tree['module']} cannot be built again: {error}") from error
 
 
@@ -258,6 +258,25 @@ def _class(kind: str, module: str) -> type:
     return found
 
 
+def seal(about: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """A description as the JSON for `load_described`, which finds out whether it or the tensors are others since.
+
+    Args:
+        about: JSON.
+        tensors: by name; their dtypes and shapes count.
+
+    Example:
+        >>> seal({"bits": 4}, {})
+        '{"bits": 4, "seal": "...'
+    """
+    return json.dumps(about | {"seal": _seal(about, tensors)})
+
+
+def _seal(about: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    outline = sorted((name, str(tensor.dtype), list(tensor.shape)) for name, tensor in tensors.items())
+    return hashlib.sha256(json.dumps([about, outline], sort_keys=True).encode()).hexdigest()
+
+
 def load_described(
     path: str | Path, key: str, what: str, device: torch.device | str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -291,4 +310,9 @@ def load_described(
         raise CheckpointError(f"path={str(path)!r} cannot be read ({error}); save the {what} again") from error
     if key not in metadata:
         raise CheckpointError(f"path={str(path)!r} is no {what} written by refimpl")
-    return json.loads(metadata[key]), tensors
+    with reading(f"path={str(path)!r}", f"save the {what} again"):
+        about = json.loads(metadata[key])
+        known = about.pop("seal", None)  # older files have none
+        if known is not None and known != _seal(about, tensors):
+            raise ValueError("its description is not the one that was written")
+    return about, tensors

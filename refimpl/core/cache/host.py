@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from inspect import signature
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
 
-from refimpl.core.cache.attention import NAME
-from refimpl.core.cache.content import load_described, to_json
+from refimpl.core.arguments import checked, shown
+from refimpl.core.cache.attention import NAME, Mask, cache_argument
+from refimpl.core.cache.content import load_described, seal, to_json
 from refimpl.core.cache.layer import KVLayer
-from refimpl.core.cache.policy import LayerShape, Policy, policy_from
+from refimpl.core.cache.policy import LayerShape, Policy, check_decoder, policy_from
 from refimpl.core.cache.rope import find_rotary
-from refimpl.core.cache.tap import attention_input, attention_modules
-from refimpl.core.errors import CheckpointError, OptionError
+from refimpl.core.cache.tap import attention_input, attention_modules, attention_rotation
+from refimpl.core.cache.trial import Met, meet, modules_by_layer
+from refimpl.core.errors import CheckpointError, OptionError, reading, reason
 from refimpl.core.files.io import new_file
 from refimpl.core.stored import stored_dtype
 
@@ -32,27 +33,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _HOOKED = "_refimpl_cache_hook"
-# transformers 5.24 renamed the argument, and warns at every use of the old name
-ARGUMENT = (
-    "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
-)
 _ABOUT, _FORMAT = "refimpl-cache", 2
 
 
-def cache_argument(cache: Cache | None) -> dict[str, Cache | None]:
-    """The cache as a keyword argument of a model or of ``generate``, by the name that this transformers has for it.
-
-    Example:
-        >>> list(cache_argument(None)) in (["cache"], ["past_key_values"])   # from 5.24 on, and before
-        True
-    """
-    return {ARGUMENT: cache}
-
-
 def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    cache = kwargs.get(ARGUMENT)
-    if isinstance(cache, CompressedCache):
-        cache._expect(module, attention_input(args, kwargs), kwargs.get("position_embeddings"))
+    for given in kwargs.values():  # some models call it `layer_past`
+        if isinstance(given, CompressedCache):
+            rotation, mask = attention_rotation(kwargs), kwargs.get("attention_mask")
+            given._expect(module, attention_input(args, kwargs), rotation, mask)
 
 
 class CompressedCache(Cache):
@@ -75,14 +63,10 @@ class CompressedCache(Cache):
         length: int | None = None,
         prefill: str | None = None,
     ) -> None:
-        self._modules = [weakref.ref(module) for module in attention_modules(model)]
-        self._model = weakref.ref(model)
         stock = DynamicCache(config=model.config).layers
-        if len(stock) != len(self._modules) or not any(type(layer) is DynamicLayer for layer in stock):
-            raise OptionError(
-                f"model: {type(model).__name__} has no layer with full attention whose cache could be compressed "
-                f"({len(self._modules)} attention modules, {len(stock)} cache layers)"
-            )
+        modules = modules_by_layer(model, stock)
+        self._modules = [weakref.ref(module) for module in modules]
+        self._model = weakref.ref(model)
         mode = policy.prefills[0] if prefill is None else prefill
         if mode not in policy.prefills:
             raise OptionError(
@@ -90,7 +74,7 @@ class CompressedCache(Cache):
             )
         self.streamed = mode == "streamed"
         shapes = {
-            index: self.layer_shape(model, index) for index in range(len(stock)) if type(stock[index]) is DynamicLayer
+            index: _as_met(self.layer_shape(model, index), met) for index, met in meet(model, modules, stock).items()
         }
         self.policy = _within_budget(policy, list(shapes.values()), budget, bytes_per_token, length)
         layers = [
@@ -103,7 +87,7 @@ class CompressedCache(Cache):
                 layer.stored = self._stored
         if model.config._attn_implementation != NAME:
             model.set_attn_implementation(NAME)
-        for module in attention_modules(model):
+        for module in modules:
             if not hasattr(module, _HOOKED):
                 setattr(module, _HOOKED, module.register_forward_pre_hook(_before_attention, with_kwargs=True))
         super().__init__(layers=layers)
@@ -126,6 +110,7 @@ class CompressedCache(Cache):
             model.dtype,
             find_rotary(model, types[index] if types else None),
             stored_dtype(model),
+            owner=type(model).__name__,
         )
 
     # -- the life of a cache ---------------------------------------------------------------------------------------
@@ -145,7 +130,7 @@ class CompressedCache(Cache):
         """The layers a policy made; the others keep a sliding window and are the library's."""
         return [layer for layer in self.layers if isinstance(layer, KVLayer)]
 
-    def _expect(self, module: nn.Module, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> None:
+    def _expect(self, module: nn.Module, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: Any) -> None:
         index: int = module.layer_idx  # type: ignore[assignment]
         if index >= len(self._modules) or self._modules[index]() is not module:
             raise OptionError(
@@ -159,6 +144,13 @@ class CompressedCache(Cache):
                 f"model.set_attn_implementation({NAME!r})"
             )
         layer = self.layers[index]
+        if not hidden.shape[1]:  # generate cuts off as many ids as the cache holds
+            raise OptionError(
+                f"input_ids: none is left after the {self.get_seq_length()} tokens that the cache holds; generate takes "
+                "the ids of the whole sequence, so pass torch.cat([document, question], 1)"
+            )
+        if isinstance(mask, Mask):
+            mask.check_width()
         if isinstance(layer, KVLayer):
             layer.expect(module, hidden, rotation)
 
@@ -266,7 +258,7 @@ class CompressedCache(Cache):
             "numbers": numbers,
         }
         with new_file(path) as temporary:
-            save_file(tensors, temporary, {_ABOUT: json.dumps(about)})
+            save_file(tensors, temporary, {_ABOUT: seal(about, tensors)})
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel, policy: Policy | None = None) -> CompressedCache:
@@ -281,19 +273,28 @@ class CompressedCache(Cache):
             CheckpointError: not a cache of ours, damaged, of another model, or of another policy.
         """
         about, tensors = load_described(path, _ABOUT, "cache", model.device)
-        if about["format"] != _FORMAT:
-            raise CheckpointError(f"path={str(path)!r}: format {about['format']} needs another version of refimpl")
-        if about["model"] != fingerprint(model):
-            raise CheckpointError(
-                f"path={str(path)!r} is the cache of another model (or of this one with other weights or another "
-                "dtype); prepare it again with this model"
+        with reading(f"path={str(path)!r}", "save the cache again"):
+            if about["format"] != _FORMAT:
+                raise CheckpointError(f"path={str(path)!r}: format {about['format']} needs another version of refimpl")
+            if about["model"] != fingerprint(model):
+                raise CheckpointError(
+                    f"path={str(path)!r} is the cache of another model (or of this one with other weights or another "
+                    "dtype); prepare it again with this model"
+                )
+            cache = cls(
+                model, policy_from(about["policy"], policy), prefill="streamed" if about["streamed"] else "exact"
             )
-        cache = cls(model, policy_from(about["policy"], policy), prefill="streamed" if about["streamed"] else "exact")
-        for index, (layer, numbers) in enumerate(zip(cache.layers, about["numbers"], strict=True)):
-            start = f"{index}."
-            parts = {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}
-            _set_layer_state(layer, parts, numbers, model)
+            for index, (layer, numbers) in enumerate(zip(cache.layers, about["numbers"], strict=True)):
+                start = f"{index}."
+                parts = {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}
+                _set_layer_state(layer, parts, numbers, model)
         return cache
+
+
+def _as_met(shape: LayerShape, met: Met) -> LayerShape:
+    """A shape with what the layer itself showed, which configurations do not always say."""
+    heads, _, head_dim = met.keys.shape[1:]
+    return replace(shape, heads=heads, groups=met.query_heads // heads, head_dim=head_dim, shown=met.keys)
 
 
 def _within_budget(
@@ -353,6 +354,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+@checked()
 @torch.no_grad()
 def prefill(
     model: PreTrainedModel,
@@ -365,6 +367,10 @@ def prefill(
 
     The result is that of one piece. In "exact" mode the uncompressed keys and values of the prompt stand in memory
     until its end; in "streamed" mode never.
+
+    ``generate`` takes the ids of the whole sequence afterwards, the document's again in front of the question's, and skips
+    as many as the cache holds. A short question alone leaves none to feed and is refused; it cannot be noticed that a long
+    one begins with other ids than the document's.
 
     Args:
         model: the model of the cache.
@@ -385,11 +391,16 @@ def prefill(
         >>> prefill(model, cache, torch.ones(1, 300, dtype=torch.long), chunk=100).shape, cache.nbytes
         (torch.Size([1, 50]), 4112)
     """
+    check_decoder(model)
     if chunk < 1:
         raise OptionError(f"chunk={chunk}: use 1 or more tokens")
+    if input_ids.dim() != 2 or input_ids.dtype not in (torch.int32, torch.int64):
+        raise OptionError(f"input_ids={shown(input_ids)}: use whole numbers [sequences, tokens]")
     if input_ids.shape[1] == 0:
         raise OptionError("input_ids has no token; feed at least one")
     before = cache.get_seq_length()
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise OptionError(f"attention_mask={shown(attention_mask)}: use 1 and 0, [sequences, tokens]")
     if attention_mask is not None and attention_mask.shape[1] != before + input_ids.shape[1]:
         raise OptionError(
             f"attention_mask covers {attention_mask.shape[1]} tokens, but the cache and the prompt have "
@@ -403,5 +414,8 @@ def prefill(
                 known = attention_mask[:, : before + last]
                 inputs["attention_mask"] = known
                 inputs["position_ids"] = (known.long().cumsum(-1) - 1).clamp(min=0)[:, before + first :]
-            out = model(input_ids[:, first:last], logits_to_keep=1, **cache_argument(cache), **inputs)
+            try:
+                out = model(input_ids[:, first:last], logits_to_keep=1, **cache_argument(cache), **inputs)
+            except IndexError as error:
+                raise OptionError(f"input_ids: {reason(error)}; use the model's own tokenizer") from error
     return out.logits[:, -1]

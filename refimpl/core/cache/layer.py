@@ -22,6 +22,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from refimpl.core.cache.attention import DeferredKV, Dense, Mask, Segment, attend, plain, single
 from refimpl.core.cache.rope import Rotary
+from refimpl.core.device import read
 from refimpl.core.errors import OptionError
 
 ENDLESS = 1 << 62
@@ -36,7 +37,8 @@ class Incoming:
         query: [B, Hq, N, d], rotated.
         keys, values: [B, H, N, d]; keys are rotated.
         hidden: [B, N, width], input of the attention module and so of its projections.
-        rotation: cos and sin the keys were rotated with, [B or 1, N, d] each; None in models without RoPE.
+        rotation: cos and sin as the module was given them, [B or 1, N, r] each, whether or not it uses them (see
+            `Rotary`); None in models without RoPE.
         slots: places of the tokens in the sequence as it was fed, padding included.
         mask: the rule of which slots a query sees; `valid` comes from it.
         scaling, softcap: of the attention scores.
@@ -57,7 +59,7 @@ class Incoming:
         """Tokens ``first`` to ``last`` - 1 of these."""
         if (first, last) == (0, len(self.slots)):
             return self
-        rotation = self.rotation and (self.rotation[0][:, first:last], self.rotation[1][:, first:last])
+        rotation = self.rotation and (self.rotation[0][..., first:last, :], self.rotation[1][..., first:last, :])
         return replace(
             self,
             query=self.query[:, :, first:last],
@@ -73,9 +75,16 @@ class Incoming:
         """True for real tokens, bool [B, N]; None if the batch has no padding."""
         return self.mask.valid(self.slots)
 
-    def check(self, rotary: Rotary) -> None:
-        """Raise `OptionError` unless the model rotates these tokens as ``rotary`` does."""
-        if self.rotation is not None:
+    def check(self, rotary: Rotary, seen: int) -> None:
+        """Raise `OptionError` unless the model gives these tokens the angles that ``rotary`` does.
+
+        Single tokens after the first are taken on trust: they would cost a wait for the device each.
+
+        Args:
+            rotary: of the layer.
+            seen: slots of the layer before these tokens.
+        """
+        if self.rotation is not None and (not seen or len(self.slots) > 1):
             rotary.check(self.mask.positions(self.slots), self.rotation, self.valid)
 
 
@@ -405,11 +414,52 @@ class TailLayer(KVLayer):
         )
 
 
-class WindowLayer(TailLayer):
+class CountedTail(TailLayer):
+    """A tail that knows which of its slots are padding: part "valid" bool [B, 1, n], once a batch is padded."""
+
+    numbers = (*TailLayer.numbers, "gapped")
+
+    def reset(self) -> None:
+        super().reset()
+        self.gapped = False  # padding lies between real tokens of the tail
+
+    def append(self, incoming: Incoming) -> None:
+        valid = incoming.valid
+        if valid is not None or "valid" in self.parts:  # once padded, always: the tail is short
+            rows, _, count, _ = incoming.keys.shape
+            ones = torch.ones(rows, 1, self.seen - self.start + count, dtype=torch.bool, device=incoming.keys.device)
+            if "valid" not in self.parts:
+                self.parts["valid"] = ones[:, :, count:]
+            self.extend(valid=ones[:, :, :count] if valid is None else valid.unsqueeze(1))
+        super().append(incoming)
+
+    def _run(self, incoming: Incoming, decoded: bool, replayed: bool = False) -> Tensor:
+        if not incoming.mask.padded_on_the_left:
+            real = incoming.mask.valid(range(self.start, incoming.slots.stop))
+            self.gapped = real is not None and read((~real & (real.cumsum(-1) > 0)).any()) > 0
+        return super()._run(incoming, decoded, replayed)
+
+    def surplus(self, window: int, group: int) -> int:
+        """Slots of the tail, a multiple of ``group``, without which each row has its newest ``window`` real tokens."""
+        count = (self.seen - self.start - window) // group * group
+        if count > 0 and self.gapped and "valid" in self.parts:
+            left = self.parts["valid"][:, 0].flip(-1).cumsum(-1).flip(-1)  # real tokens from each slot on
+            enough = (left >= left[:, :1].clamp(max=window)).all(0)
+            count = min(count, (int(read(enough.sum())) - 1) // group * group)
+        return max(count, 0)
+
+    def crop_to(self, length: int) -> None:
+        super().crop_to(length)
+        if "valid" in self.parts:
+            self.parts["valid"] = self.parts["valid"][:, :, : length - self.start].clone()
+
+
+class WindowLayer(CountedTail):
     """Entries leave the tail for a store in groups, oldest first, and are not changed afterwards.
 
     A group leaves as soon as ``window`` tokens remain without it: after t tokens,
-    ``floor((t - window) / group) * group`` are in the store, however they were fed.
+    ``floor((t - window) / group) * group`` are in the store, however they were fed. Padding between tokens lies in groups
+    with them, but is not counted: with it, groups leave when each row has ``window`` real tokens without them.
 
     Args:
         heads, streamed: see `KVLayer`.
@@ -430,25 +480,15 @@ class WindowLayer(TailLayer):
             valid: True for real tokens, bool [B, n]; None if there is no padding.
         """
 
-    def append(self, incoming: Incoming) -> None:
-        valid = incoming.valid
-        if valid is not None or "valid" in self.parts:  # once padded, always: the tail is short
-            rows, _, count, _ = incoming.keys.shape
-            ones = torch.ones(rows, 1, self.seen - self.start + count, dtype=torch.bool, device=incoming.keys.device)
-            if "valid" not in self.parts:
-                self.parts["valid"] = ones[:, :, count:]
-            self.extend(valid=ones[:, :, :count] if valid is None else valid.unsqueeze(1))
-        super().append(incoming)
-
     def tokens_until_compress(self) -> int:
-        return self.window + self.group - (self.seen - self.start)
+        return 1 if self.gapped else self.window + self.group - (self.seen - self.start)
 
     def compress_decoded(self, incoming: Incoming, mass: Tensor | None) -> None:
         self.finish_prompt()
 
     def finish_prompt(self) -> None:
-        count = (self.seen - self.start - self.window) // self.group * self.group
-        if count <= 0:
+        count = self.surplus(self.window, self.group)
+        if not count:
             return
         if "valid" in self.parts:
             keys, values, valid = self.drop(count, ("keys", "values", "valid"))
@@ -456,8 +496,3 @@ class WindowLayer(TailLayer):
         else:
             keys, values = self.drop(count)
             self.store(keys, values, None)
-
-    def crop_to(self, length: int) -> None:
-        super().crop_to(length)
-        if "valid" in self.parts:
-            self.parts["valid"] = self.parts["valid"][:, :, : length - self.start].clone()

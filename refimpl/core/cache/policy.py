@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -14,10 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from refimpl.core.cache.content import ByContent, current_modules, from_json, load_described, to_json
+from refimpl.core.arguments import Checked, checked, shown
+from refimpl.core.cache.content import ByContent, current_modules, from_json, load_described, seal, to_json
 from refimpl.core.cache.layer import KVLayer
 from refimpl.core.cache.rope import Rotary
-from refimpl.core.errors import CheckpointError, OptionError
+from refimpl.core.errors import CheckpointError, OptionError, reading
 from refimpl.core.files.io import new_file
 
 if TYPE_CHECKING:
@@ -40,8 +40,12 @@ class LayerShape:
         groups: query heads that share each of them.
         head_dim: width of a head.
         dtype: of keys and values as they are computed.
-        rotary: the model's rotary embedding for this layer; None if keys are not rotated, or not in the usual way.
+        rotary: how the layer turns queries and keys by their positions; None if the model has no rotary embedding, or
+            none that can be computed again from positions.
         stored: what keys and values count as (`refimpl.core.stored`); None: their dtype.
+        owner: class of the model, for messages.
+        shown: keys of one vector at positions 0, 1, ..., as the layer turned them, [1, H, n, d] (`refimpl.core.cache.trial`);
+            None if that was not asked.
     """
 
     index: int
@@ -52,6 +56,8 @@ class LayerShape:
     dtype: torch.dtype
     rotary: Rotary | None
     stored: torch.dtype | None = None
+    owner: str = "the model"
+    shown: Tensor | None = None
 
     @property
     def itemsize(self) -> int:
@@ -64,18 +70,19 @@ class LayerShape:
         return 2 * self.heads * self.head_dim * self.itemsize
 
     def rotation(self, policy: Policy) -> Rotary:
-        """The rotary embedding, for policies that turn keys themselves.
+        """How the layer turns queries and keys, for policies that turn them themselves.
 
         Raises:
-            OptionError: this model has none that can be recomputed from positions.
+            OptionError: in no way that can be computed again from positions.
         """
-        if self.rotary is None:
+        found = self.rotary if self.rotary is None or self.shown is None else self.rotary.seen_in(self.shown)
+        if found is None:
             raise OptionError(
-                f"model: {type(policy).__name__} turns keys by their positions, but layer {self.index} "
-                f"({type(self.module).__name__}) has no rotary embedding that depends on positions alone; use a "
-                "policy that works on keys as they come, such as KIVI or SnapKV"
+                f"model: {type(policy).__name__} turns keys by their positions, but layer {self.index} of {self.owner} "
+                f"({type(self.module).__name__}) has no rotary embedding that depends on positions alone and turns the "
+                "first channels in pairs; use a policy that works on keys as they come, such as KIVI or SnapKV"
             )
-        return self.rotary
+        return found
 
 
 def check_rank(name: str, rank: int, shape: LayerShape) -> None:
@@ -93,8 +100,39 @@ def check_rank(name: str, rank: int, shape: LayerShape) -> None:
         )
 
 
+def check_decoder(model: object) -> None:
+    """Raise `OptionError` unless `model` is a model of transformers.
+
+    Example:
+        >>> check_decoder(torch.nn.Linear(2, 2))
+        Traceback (most recent call last):
+        ...
+        refimpl.core.errors.OptionError: model=Linear(in_features=2, out_features=2, bias=True): pass a decoder of transformers
+    """
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
+        raise OptionError(f"model={shown(model)}: pass a decoder of transformers")
+
+
+class UpTo(Sequence["int | None"]):
+    """The whole numbers from one to another and then None, for all: `Policy.settings` of a capacity, not written out.
+
+    Example:
+        >>> list(UpTo(2, 4)), len(UpTo(1, 10**12))
+        ([2, 3, 4, None], 1000000000001)
+    """
+
+    def __init__(self, first: int, last: int) -> None:
+        self.whole = range(first, last + 1)
+
+    def __len__(self) -> int:
+        return len(self.whole) + 1
+
+    def __getitem__(self, place: Any) -> Any:
+        return None if place in (-1, len(self.whole)) else self.whole[place]
+
+
 @dataclass(frozen=True)
-class Policy(ByContent, abc.ABC):
+class Policy(Checked, ByContent, abc.ABC):
     """Base class of cache-compression policies; a subclass is a frozen dataclass of hyper-parameters.
 
     Tensors (fitted factors, say) may be among them: see `ByContent` and `save`. The stages of its life have the same
@@ -175,6 +213,7 @@ class Policy(ByContent, abc.ABC):
             )
         return tuned(values[best])
 
+    @checked()
     def cache(
         self,
         model: PreTrainedModel,
@@ -187,17 +226,20 @@ class Policy(ByContent, abc.ABC):
         """An empty cache for a model, ready for ``model.generate(..., **cache_argument(cache))``.
 
         The model's attention is set to "refimpl", which equals "sdpa" for every other cache. Layers that attend to a
-        sliding window keep the cache the library gives them: it is bounded already.
+        sliding window keep the cache the library gives them: it is bounded already. The first cache for a model takes one
+        pass over four tokens, in which its layers show how they use a cache.
 
         Args:
             model: a decoder of transformers.
-            budget: bytes allowed, as a share of the full cache of the layers that are compressed; 1.0 gives nothing up.
+            budget: bytes allowed, as a share of the full cache of the layers that are compressed; 1.0 gives nothing up, of
+                longer texts than ``length`` neither.
             bytes_per_token: the same in bytes per token, all compressed layers together.
             length: tokens at which the budget is to be met (windows and sinks count).
             prefill: "exact" or "streamed"; None: as in the paper.
 
         Raises:
-            OptionError: a budget that cannot be met (says the least that can), a model or mode that cannot work.
+            OptionError: a budget that cannot be met (says the least that can), a mode the policy does not have, or a
+                model with a layer that no cache of ours, or not this policy, can serve (names the layer and the reason).
 
         Example:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -212,12 +254,14 @@ class Policy(ByContent, abc.ABC):
         """
         from refimpl.core.cache.host import CompressedCache
 
+        check_decoder(model)
         return CompressedCache(model, self, budget, bytes_per_token, length, prefill)
 
     def config(self) -> dict[str, Any]:
         """The hyper-parameters as JSON; a digest stands for each tensor."""
         return {field.name: to_json(getattr(self, field.name), name=field.name) for field in fields(self)}
 
+    @checked()
     def save(self, path: str | Path) -> None:
         """Write the policy to a safetensors file, tensors included (fitted factors, trained bases).
 
@@ -243,7 +287,7 @@ class Policy(ByContent, abc.ABC):
         with new_file(path) as temporary:
             # safetensors refuses tensors that share memory: a view is copied
             save_file(
-                {name: tensor.clone() for name, tensor in tensors.items()}, temporary, {_ABOUT: json.dumps(about)}
+                {name: tensor.clone() for name, tensor in tensors.items()}, temporary, {_ABOUT: seal(about, tensors)}
             )
 
     @classmethod
@@ -258,9 +302,10 @@ class Policy(ByContent, abc.ABC):
             CheckpointError: not a policy of ours, damaged, of another kind, or of a class that is not known here.
         """
         about, tensors = load_described(path, _ABOUT, "policy", device)
-        if about["format"] != _FORMAT:
-            raise CheckpointError(f"path={str(path)!r}: format {about['format']} needs another version of refimpl")
-        policy = from_json(about, tensors)
+        with reading(f"path={str(path)!r}", "save the policy again"):
+            if about["format"] != _FORMAT:
+                raise CheckpointError(f"path={str(path)!r}: format {about['format']} needs another version of refimpl")
+            policy = from_json(about, tensors)
         if not isinstance(policy, cls):
             raise CheckpointError(f"path={str(path)!r} holds a {about['kind']}, not a {cls.__name__}")
         return policy

@@ -52,20 +52,50 @@ def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Rotary:
-    """Cos and sin of a model's layers at any positions, from its frequencies.
+    """How a layer turns queries and keys: its first channels, in pairs; the others stay as they are.
 
     Args:
-        frequencies: radians per token, fp32 [d / 2].
+        frequencies: radians per token of each pair, fp32 [r / 2]: the first r channels are turned. Empty for a layer
+            that turns nothing.
         factor: cos and sin are multiplied with it.
+        alternate: pair neighbours (2i, 2i + 1), as GLM, Helium and Cohere do, instead of halves (i, i + r/2).
 
     Example:
-        >>> cos, sin = Rotary(torch.tensor([1.0, 0.1]), 1.0)(torch.tensor([[0, 3]]))
+        >>> rotary = Rotary(torch.tensor([1.0, 0.1]), 1.0)
+        >>> cos, sin = rotary(torch.tensor([[0, 3]]))
         >>> cos.shape, sin[0, 0].tolist()
         (torch.Size([1, 2, 4]), [0.0, 0.0, 0.0, 0.0])
+        >>> rotary.turn(torch.ones(6), cos[0, 0], sin[0, 0]).tolist()   # position 0, and two channels more
+        [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     """
 
-    def __init__(self, frequencies: Tensor, factor: float) -> None:
-        self.frequencies, self.factor = frequencies, factor
+    def __init__(self, frequencies: Tensor, factor: float, alternate: bool = False) -> None:
+        self.frequencies, self.factor, self.alternate = frequencies, factor, alternate
+
+    def turns_halves_of(self, width: int) -> bool:
+        """Whether all of ``width`` channels are turned, halves paired, as `rotate` does it."""
+        return not self.alternate and 2 * len(self.frequencies) == width
+
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Turn queries or keys as the layer does.
+
+        Args:
+            x: [..., d].
+            cos, sin: [..., r], of `__call__`; broadcast against the first channels of ``x``.
+
+        Returns:
+            [..., d], in the wider dtype of ``x`` and ``cos``.
+        """
+        if self.turns_halves_of(x.shape[-1]):
+            return rotate(x, cos, sin)
+        width = 2 * len(self.frequencies)
+        first, rest = x[..., :width], x[..., width:]
+        if self.alternate:
+            turned = rotate(torch.cat([first[..., ::2], first[..., 1::2]], -1), cos, sin)
+            turned = torch.stack(turned.chunk(2, -1), -1).flatten(-2)
+        else:
+            turned = rotate(first, cos, sin)
+        return torch.cat([turned, rest.to(turned.dtype)], -1)
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Positions [B, n] to cos and sin, fp32 [B, n, d]; do not write into them: the same positions share them."""
@@ -79,25 +109,68 @@ class Rotary:
         return known[key][1:]
 
     def check(self, positions: Tensor, rotation: tuple[Tensor, Tensor], valid: Tensor | None) -> None:
-        """Raise `OptionError` unless the model rotates the tokens at these positions as this does.
+        """Raise `OptionError` unless the model gives the tokens at these positions the angles that this does.
+
+        How the layer pairs channels cannot be told from that: see `refimpl.core.cache.trial`.
 
         Args:
             positions: [B or 1, n].
-            rotation: cos and sin as the attention module got them, [B or 1, n, d].
+            rotation: cos and sin as the attention module got them, [B or 1, n, r] in either order of channels, or
+                [B or 1, n, r / 2].
             valid: bool [B, n]: False for padding, which may be rotated in any way; None if there is none.
         """
-        ours, theirs = self(positions)[0], rotation[0]
-        if ours.shape[-1] == theirs.shape[-1]:
-            error = (ours - theirs.float()).abs().amax(-1)
+        pairs = len(self.frequencies)
+        if not pairs:
+            return
+        ours, theirs = self(positions)[0][..., :pairs], rotation[0].float()
+        if theirs.shape[-1] in (pairs, 2 * pairs):
+            layouts = [theirs[..., :pairs]] + [theirs[..., ::2]] * (theirs.shape[-1] == 2 * pairs)
+            errors = [(ours - layout).abs().amax(-1) for layout in layouts]
             if valid is not None:
-                error = error * valid
-            if read(error.max()) < 0.02:  # the model rounds to 16 bits
+                errors = [error * valid for error in errors]
+            if read(torch.stack([error.max() for error in errors]).min()) < 0.02:  # the model rounds to 16 bits
                 return
         raise OptionError(
-            "model: this policy turns keys by their positions, but the model does not rotate in the usual way (all "
-            "channels, halves paired), or the positions are not those of the real tokens; pass position_ids as "
-            "generate makes them, or use a policy that takes keys as they come, such as KIVI or SnapKV"
+            "position_ids: this policy turns keys by their positions, but the model was not given those of the real "
+            "tokens (or its rotary embedding is not the one that was found); pass position_ids as generate makes them, "
+            "or use a policy that takes keys as they come, such as KIVI or SnapKV"
         )
+
+    def seen_in(self, keys: Tensor) -> Rotary | None:
+        """This embedding with the pairing that a layer is seen to use; None if it turns keys in another way.
+
+        Args:
+            keys: of one vector at positions 0, 1, ..., n - 1, [1, H, n, d] with n > 1.
+
+        Example:
+            >>> rotary = Rotary(torch.tensor([1.0, 0.1]), 1.0)
+            >>> cos, sin = rotary(torch.arange(3).unsqueeze(0))
+            >>> x = torch.tensor([1.0, 2.0, 3.0, 4.0]).expand(1, 1, 3, 4)
+            >>> rotary.seen_in(rotate(x, cos[:, None], sin[:, None])).alternate, len(rotary.seen_in(x).frequencies)
+            (False, 0)
+            >>> rotary.seen_in(torch.stack([x[:, :, 0], -x[:, :, 0]], 2)) is None
+            True
+        """
+        wide, count = keys.float(), keys.shape[2]
+        first = wide[:, :, :1].expand_as(wide)
+        bare = Rotary(self.frequencies, 1.0)  # the factor is in the key at position 0 already
+        cos, sin = (x.unsqueeze(1) for x in bare(torch.arange(count, device=keys.device).unsqueeze(0)))
+        nothing = self.frequencies[:0]
+        for found in (
+            Rotary(self.frequencies, self.factor),
+            Rotary(self.frequencies, self.factor, alternate=True),
+            Rotary(nothing, 1.0),
+        ):
+            width = 2 * len(found.frequencies)
+            if width > wide.shape[-1]:
+                continue
+            # channel by channel: a few large ones that hardly turn must not hide the others
+            missed = (found.turn(first, cos[..., :width], sin[..., :width]) - wide).abs().amax((1, 2))
+            missed = missed / wide.abs().amax((1, 2)).clamp(min=torch.finfo(torch.float32).tiny)
+            parts = (part.mean() for part in missed.tensor_split([2 * len(self.frequencies)], -1) if part.numel())
+            if read(torch.stack(list(parts)).max()) < 0.03:
+                return found
+        return None
 
 
 def find_rotary(model: nn.Module, layer_type: str | None) -> Rotary | None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from refimpl.core.arguments import shown
 from refimpl.core.cache.layer import Incoming, TailLayer
 from refimpl.core.cache.policy import LayerShape, Policy
 from refimpl.core.errors import OptionError
@@ -36,6 +37,8 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
         >>> [type(module).__name__ for module in attention_modules(model)], attention_modules(nn.Linear(2, 2))
         (['LlamaAttention', 'LlamaAttention'], [])
     """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model={shown(model)}: pass a decoder of transformers")
     found: dict[Any, nn.Module] = {
         module.layer_idx: module
         for module in model.modules()
@@ -73,6 +76,20 @@ def attention_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         (1, 2)
     """
     return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+
+def attention_rotation(kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Cos and sin among the arguments of an attention module, or None.
+
+    Example:
+        >>> import torch
+        >>> attention_rotation({}), attention_rotation({"position_embeddings": torch.tensor(3 + 4j)})
+        (None, (tensor(3.), tensor(4.)))
+    """
+    given = kwargs.get("position_embeddings")
+    if isinstance(given, Tensor) and given.is_complex():  # Llama 4, DeepSeek
+        return given.real, given.imag
+    return given if isinstance(given, tuple) else None
 
 
 @contextmanager

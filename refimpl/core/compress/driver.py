@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from refimpl.core.arguments import checked, shown
 from refimpl.core.compress.inputs import collect
 from refimpl.core.compress.method import Method, check_method
 from refimpl.core.compress.sites import Site, experts_put_back, find_blocks, find_sites, has_blocks, skipped_modules
@@ -269,6 +270,7 @@ def _stored(name: str, model: nn.Module, source: Checkpoint) -> tuple[str, int |
     return (name, None) if name in source else weight_key(name, model)
 
 
+@checked("model", "method")
 @torch.inference_mode(False)  # tensors must count their changes in place, see `find_stages`
 @torch.no_grad()
 def compress(
@@ -387,7 +389,7 @@ def _compress(
         name, given = ("dtype", dtype) if dtype is not None else ("store", store)
         raise OptionError(f"{name}={given} is for models read from a folder; change this one with model.to(dtype)")
     elif not isinstance(model, nn.Module):
-        raise OptionError(f"model={model!r}: pass a transformers model, or the folder of its checkpoint")
+        raise OptionError(f"model={shown(model)}: pass a transformers model, or the folder of its checkpoint")
     with experts_put_back(model, always=False):  # if anything below raises, the model stays as it was
         sites = find_sites(model, targets)
         if not has_blocks(model):
@@ -571,6 +573,7 @@ class Plan:
         )
 
 
+@checked("method")
 def plan(
     model: Any,
     method: Method,
@@ -612,6 +615,8 @@ def plan(
         if io.is_compressed(folder):
             io.restore_layers(model, folder, device="meta")
     if not isinstance(model, nn.Module):
+        if not hasattr(model, "model_type"):
+            raise OptionError(f"model={shown(model)}: pass a configuration of transformers, a model, or its folder")
         model = empty_model(model, dtype)
     with experts_put_back(model, always=True):
         if batch_size is None:

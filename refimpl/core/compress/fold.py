@@ -134,7 +134,7 @@ def fold_batch_norms(model: nn.Module, example: Any) -> FoldedNorms:
         >>> model[1], folded.norms["0"].name, torch.allclose(model(x), before, atol=1e-6)
         (Identity(), '1', True)
     """
-    feeds, left = _feeds(model, example)
+    feeds, left = fed_norms(model, example)
     folded = FoldedNorms(left=left)
     for conv, name in feeds.items():
         batch_norm = _get(model, name)
@@ -148,8 +148,17 @@ def fold_batch_norms(model: nn.Module, example: Any) -> FoldedNorms:
     return folded
 
 
-def _feeds(model: nn.Module, example: Any) -> tuple[dict[str, str], dict[str, str]]:
-    """The batch norm that each convolution feeds, where folding is exact; and the reason why not for all others."""
+def fed_norms(model: nn.Module, example: Any) -> tuple[dict[str, str], dict[str, str]]:
+    """The batch norm that each convolution feeds, where folding is exact; and the reason why not for all others.
+
+    Args:
+        model: in evaluation mode or not; one forward pass on `example` is taken.
+        example: as for `fold_batch_norms`.
+
+    Example:
+        >>> fed_norms(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)), torch.zeros(1, 1, 5, 5))
+        ({'0': '1'}, {})
+    """
     names = {module: name for name, module in model.named_modules()}
     convs = [m for m in names if isinstance(m, (nn.Conv2d, PackedConv2d))]
     norms = [m for m in names if isinstance(m, nn.BatchNorm2d)]

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from refimpl.core.arguments import Checked
 from refimpl.core.compress.sites import Site
 from refimpl.core.compress.stats import InputStats
 from refimpl.core.errors import OptionError, nearest
@@ -17,7 +18,7 @@ from refimpl.core.layers import CompressedLayer, parse_pattern
 STATISTICS = (frozenset({"gram", "abs"}), frozenset({"range"}), frozenset({"inputs"}))
 
 
-class Method(abc.ABC):
+class Method(Checked, abc.ABC):
     """Base of all methods that `refimpl.compress` can run.
 
     A subclass defines these attributes as class variables, or as properties if they depend on its options.

@@ -18,11 +18,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from refimpl.core.arguments import fits, shown
 from refimpl.core.compress.sites import Site, UnfusedExperts, is_conv1d
-from refimpl.core.errors import CheckpointError
+from refimpl.core.errors import CheckpointError, reason
 from refimpl.core.files.folders import check_file
 
 MANIFEST = "refimpl.json"  # identifies a folder written by refimpl: layers, files and the run that wrote them
+_MOST_LAYERS = 2000  # to build a million, even without weights, would take hours
 _EXPERT = re.compile(r"^(?P<experts>.*)\.(?P<index>\d+)\.(?P<map>gate_up_proj|down_proj)\.weight$")
 
 
@@ -89,8 +91,8 @@ class Checkpoint:
             check_file(index)
             try:
                 names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise CheckpointError(f"{index} cannot be read ({error!r}); copy or download it again") from error
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+                raise CheckpointError(f"{index} cannot be read ({reason(error)}); copy or download it again") from error
             for name in names:
                 if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
                     raise CheckpointError(
@@ -315,9 +317,27 @@ def read_config(folder: str | Path) -> Any:
 
     if not (Path(folder) / "config.json").is_file():
         raise CheckpointError(f"checkpoint={str(folder)!r} has no config.json; pass a folder saved by save_pretrained")
-    config = AutoConfig.from_pretrained(folder)
+    check_file(Path(folder) / "config.json")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # whatever a damaged value makes transformers raise
+        raise CheckpointError(
+            f"{Path(folder) / 'config.json'} describes no model of transformers ({reason(error)}); copy or save it again"
+        ) from error
+    if not fits(getattr(config, "architectures", None), list[str] | None):
+        raise CheckpointError(
+            f"{Path(folder) / 'config.json'} says architectures={shown(config.architectures)}, which is no list of names; copy "
+            "or save it again"
+        )
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > _MOST_LAYERS:
+        raise CheckpointError(
+            f"{Path(folder) / 'config.json'} says num_hidden_layers={layers}, of which no model has so many; copy or save "
+            "it again"
+        )
     if hasattr(config, "quantization_config"):  # our own mark, or a format that transformers would unpack itself
-        format_name = config.quantization_config.get("quant_method")
+        marked = config.quantization_config
+        format_name = marked.get("quant_method") if isinstance(marked, dict) else marked
         if format_name != "refimpl":
             raise CheckpointError(
                 f"checkpoint={str(folder)!r} is already quantised by {format_name!r}; start from the unquantised model"
@@ -376,8 +396,12 @@ def empty_model(config: Any, dtype: torch.dtype, folder: str | Path | None = Non
     """
     from transformers import GenerationConfig
 
-    with torch.device("meta"):
-        model = model_class(config)._from_config(config, dtype=dtype)
+    kind = model_class(config)
+    try:
+        with torch.device("meta"):
+            model = kind._from_config(config, dtype=dtype)
+    except Exception as error:  # whatever a damaged value makes transformers raise
+        raise CheckpointError(f"config={type(config).__name__} describes no model ({reason(error)})") from error
     for (
         module
     ) in model.modules():  # some are made with a dtype or from random numbers, and are no weights on "meta" yet
@@ -385,7 +409,13 @@ def empty_model(config: Any, dtype: torch.dtype, folder: str | Path | None = Non
             if parameter is not None and not parameter.is_meta:
                 module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
     if folder is not None and (Path(folder) / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        check_file(Path(folder) / "generation_config.json")
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except Exception as error:
+            raise CheckpointError(
+                f"{Path(folder) / 'generation_config.json'} cannot be read ({reason(error)}); save it again, or delete it"
+            ) from error
     for module in model.modules():
         computed = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         if computed and set(computed) <= module._non_persistent_buffers_set:

@@ -31,7 +31,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from refimpl.core.compress.fold import _feeds
+from refimpl.core.arguments import checked
+from refimpl.core.compress.fold import fed_norms
 from refimpl.core.compress.sites import _ROUTER, UnfusedExperts, find_blocks, is_conv1d
 from refimpl.core.device import read
 from refimpl.core.errors import CheckpointError, FileError, OptionError, require
@@ -67,6 +68,7 @@ _SHARD_LIMIT = 2_000_000_000  # bytes of one file, all of which are in memory wh
 # ---- the three formats
 
 
+@checked()
 @torch.no_grad()
 def export_dense(model: nn.Module, folder: str | Path, *, adapter: str | Path | None = None) -> Path:
     """Write an ordinary transformers checkpoint, in which every compressed layer is a plain one again.
@@ -118,6 +120,7 @@ def export_dense(model: nn.Module, folder: str | Path, *, adapter: str | Path | 
     return Path(folder)
 
 
+@checked()
 @torch.no_grad()
 def export_compressed_tensors(
     model: nn.Module, folder: str | Path, *, symmetric: bool = False, adapter: str | Path | None = None
@@ -191,6 +194,7 @@ def export_compressed_tensors(
     return Path(folder)
 
 
+@checked()
 @torch.no_grad()
 def export_peft(model: nn.Module, folder: str | Path, *, base: str | Path) -> Path:
     """Write the low-rank paths of a model as a LoRA adapter for PEFT.
@@ -677,7 +681,7 @@ class _Source:
             channels = next(m.in_channels for m in self.architecture.modules() if isinstance(m, nn.Conv2d))
             shape = (1, channels, *([size, size] if isinstance(size, int) else size))
             # the same search as at the time of folding tells which batch norm follows which convolution
-            behind, _ = _feeds(self.architecture, torch.empty(shape, dtype=self.dtype, device="meta"))
+            behind, _ = fed_norms(self.architecture, torch.empty(shape, dtype=self.dtype, device="meta"))
             for conv, bias in biases.items():
                 if conv not in behind:
                     continue  # the check of shapes and names will say so

@@ -16,8 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from refimpl.core.arguments import checked, fits, misfit
 from refimpl.core.compress.sites import experts_put_back, find_blocks, has_blocks, unfuse_experts
-from refimpl.core.errors import CheckpointError
+from refimpl.core.device import check_device
+from refimpl.core.errors import CheckpointError, reading, reason
 from refimpl.core.files.checkpoint import MANIFEST, Checkpoint, empty_model, model_class, read_config, set_tensor
 from refimpl.core.files.companions import CARD, TOKENIZER, copy_tokenizer, methods_of, model_card, note_methods
 from refimpl.core.files.folders import check_file, clear_temporary, holds_files, lock, writing
@@ -97,6 +99,9 @@ MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "config.jso
 _SINGLE_FILE_LIMIT = 5_000_000_000  # bytes; larger models get one file per block, which suits hubs and small memories
 
 
+_FIELDS = {"format": int, "dtype": str, "layers": dict[str, dict], "weight_map": dict[str, str]}
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON under a temporary name, then rename it.
 
@@ -126,8 +131,8 @@ def read_json(path: Path) -> Any:
     check_file(path)
     try:
         return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); save the model again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({reason(error)}); save the model again") from error
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -272,6 +277,7 @@ def _write_config(model: nn.Module, folder: Path, weights: str) -> None:
         write_json(folder / "generation_config.json", generation.to_diff_dict())
 
 
+@checked()
 def save(model: nn.Module, folder: str | Path) -> Path:
     """Write a compressed (or plain) transformers model, of language or of images, as safetensors that `load` reads.
 
@@ -421,9 +427,13 @@ def restore_layers(
         >>> restore_layers(model, save(model, tempfile.mkdtemp()))   # nothing was compressed: nothing to do
     """
     manifest = read_json(Path(folder) / MANIFEST)
-    if manifest.get("format") != 1:
-        raise CheckpointError(f"{folder}: format {manifest.get('format')!r} is not 1; it needs a newer refimpl")
+    check_manifest(manifest, folder)
     unfuse_experts(model)
+    with reading(Path(folder) / MANIFEST, "save the model again"):
+        _restore(model, manifest, dtype, device)
+
+
+def _restore(model: nn.Module, manifest: dict[str, Any], dtype: torch.dtype | None, device: torch.device | str) -> None:
     for name in manifest.get("identities", []):  # where a batch norm was folded, the architecture still has it
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, nn.Identity())
@@ -449,7 +459,8 @@ def _place_layers(model: nn.Module, layers: dict[str, Any], dtype: torch.dtype, 
         setattr(model.get_submodule(parent), attribute, empty_layer(config, dtype, device))
 
 
-def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> nn.Module:
+@checked()
+def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | int = "cpu") -> nn.Module:
     """Read a model written by `save` or by `compress(..., out=)`.
 
     Args:
@@ -463,6 +474,7 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.dev
 
     Raises:
         CheckpointError: not written by refimpl, unfinished, truncated, or with tensors missing or left over.
+        OptionError: a device that this machine has not.
         FileError: there is a folder or a named pipe where a file is meant.
 
     Example:
@@ -472,6 +484,7 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.dev
         refimpl.core.errors.CheckpointError: folder='/nowhere' was not written by refimpl (no refimpl.json); \
 use transformers' from_pretrained for plain checkpoints
     """
+    check_device(device)
     folder = Path(folder)
     if not is_compressed(folder):
         raise CheckpointError(
@@ -483,10 +496,13 @@ use transformers' from_pretrained for plain checkpoints
             "use transformers' from_pretrained for plain checkpoints"
         )
     source = Checkpoint(folder)
-    stored = getattr(torch, read_json(folder / MANIFEST)["dtype"])
-    model = empty_model(read_config(folder), stored, folder)
-    restore_layers(model, folder)
-    check_tensors(model, folder)
+    with reading(folder, "save the model again"):
+        manifest = read_json(folder / MANIFEST)
+        check_manifest(manifest, folder)
+        stored = getattr(torch, manifest["dtype"])
+        model = empty_model(read_config(folder), stored, folder)
+        restore_layers(model, folder)
+        check_tensors(model, folder)
     for name in source.keys():
         set_tensor(model, name, source.tensor(name))
     tie(model, source.keys())
@@ -494,8 +510,28 @@ use transformers' from_pretrained for plain checkpoints
         _cast(model, dtype)
         tie(model, source.keys())  # each got a copy of its own
         declare_stored(model, min(dtype, stored, key=lambda kind: kind.itemsize))
-    note_methods(model, read_json(folder / MANIFEST).get("methods", []))
+    note_methods(model, manifest.get("methods", []))
     return model.to(device).eval()
+
+
+def check_manifest(manifest: Any, folder: str | Path) -> None:
+    """Raise `CheckpointError` unless a manifest has what every one has.
+
+    Example:
+        >>> check_manifest({"format": 2}, "model")
+        Traceback (most recent call last):
+        ...
+        refimpl.core.errors.CheckpointError: model: format 2 is not 1; it needs a newer refimpl
+    """
+    if isinstance(manifest, dict) and "format" in manifest and manifest["format"] != 1:
+        raise CheckpointError(f"{folder}: format {manifest['format']!r} is not 1; it needs a newer refimpl")
+    wrong = misfit(manifest, _FIELDS)
+    if wrong is None and not isinstance(getattr(torch, manifest["dtype"], None), torch.dtype):
+        wrong = f"'dtype' is {manifest['dtype']!r}, which torch has not"
+    if wrong is None and not fits(manifest.get("methods", []), list[str]):
+        wrong = "'methods' is no list of strings"
+    if wrong is not None:
+        raise CheckpointError(f"{Path(folder) / MANIFEST} is damaged: {wrong}; save the model again")
 
 
 def check_tensors(model: nn.Module, folder: Path) -> None:

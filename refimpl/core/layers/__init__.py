@@ -5,6 +5,7 @@ from refimpl.core.layers.base import CompressedLayer, empty_layer
 from refimpl.core.layers.conv import Geometry, PackedConv2d
 from refimpl.core.layers.lowrank import CompensatedLinear, Factor, LowRankLinear
 from refimpl.core.layers.packed import PackedLinear, parse_pattern
+from refimpl.core.layers.processor import ProcessorLinear
 from refimpl.core.layers.served import ServedCompensatedLinear, ServedLinear, ServedSparseLinear
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "LowRankLinear",
     "PackedConv2d",
     "PackedLinear",
+    "ProcessorLinear",
     "QuantizedInput",
     "ServedCompensatedLinear",
     "ServedLinear",

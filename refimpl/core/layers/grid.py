@@ -38,7 +38,8 @@ def minmax_grid(w: Tensor, bits: int, symmetric: bool = False) -> Grid:
     Args:
         w: fp32, shape [..., group].
         bits: 2 to 8.
-        symmetric: zero is in the middle of the codes (at ``2**(bits-1)``) instead of anywhere.
+        symmetric: zero is in the middle of the codes (at ``2**(bits-1)``) instead of anywhere. At 2 and 3 bits a
+            step is then ``2 max|w| / (2**bits - 1)``; from 4 bits on, the least step with no value outside the grid.
 
     Returns:
         Grid with tensors of shape [..., 1].
@@ -51,8 +52,12 @@ def minmax_grid(w: Tensor, bits: int, symmetric: bool = False) -> Grid:
     low = w.amin(-1, keepdim=True).clamp(max=0)
     high = w.amax(-1, keepdim=True).clamp(min=0)
     levels = 2**bits - 1
-    if symmetric:
-        # the grid has one more step below zero than above
+    if symmetric and bits <= 3:
+        # max|w| is half a step above the highest point, and the steps are finer for all other values: with 1 or 3 steps
+        # above zero that leaves less error
+        scale = 2 * torch.maximum(high, -low) / levels
+    elif symmetric:
+        # the grid has one more step below zero than above, and none of the values is outside
         scale = torch.maximum(high / (2 ** (bits - 1) - 1), -low / 2 ** (bits - 1))
     else:
         scale = (high - low) / levels

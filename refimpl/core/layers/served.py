@@ -2,13 +2,15 @@
 
 A `PackedLinear` stores any number of bits and any pattern in one dense stream, which suits a file; a kernel
 needs the words of neighbouring outputs next to each other. `refimpl.core.files.serve.serve` changes one into the
-other. On a GPU these layers call a Triton kernel; elsewhere the same operator runs in PyTorch.
+other. On a GPU these layers call a Triton kernel; elsewhere the same operator runs in PyTorch, slowly: for a processor,
+`serve` takes the forms of `refimpl.core.layers.processor`.
 
 The kernels are imported when a layer is created or called, so `refimpl` works without Triton.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from refimpl.core.layers.base import CompressedLayer
 from refimpl.core.layers.lowrank import CompensatedLinear, Factor, LowRankLinear
 from refimpl.core.layers.packed import SCALE_DTYPE, PackedLinear, parse_pattern
 from refimpl.core.layers.packing import unpack_bits
+from refimpl.core.layers.processor import ProcessorLinear
 
 
 def _frozen(tensor: Tensor | None) -> nn.Parameter | None:
@@ -290,14 +293,31 @@ class ServedSparseLinear(CompressedLayer):
         return f"{self.in_features} -> {self.out_features}, 2:4 sparse"
 
 
-def served(layer: CompressedLayer) -> tuple[CompressedLayer, str | None]:
-    """The layer in the layout of the kernels, as far as there are kernels.
+Change = Callable[[PackedLinear], tuple[CompressedLayer, str | None]]
+
+
+def for_kernels(layer: PackedLinear) -> tuple[CompressedLayer, str | None]:
+    """A packed layer in the layout of the kernels, or as it is with the reason.
+
+    Example:
+        >>> for_kernels(PackedLinear(values=torch.ones(2, 4)))
+        (PackedLinear(4 -> 2), 'its values are neither quantised nor sparse')
+    """
+    reason = _why_not(layer)
+    if reason is not None:
+        return (layer.packed() if isinstance(layer, ProcessorLinear) else layer), reason
+    return (ServedSparseLinear if layer.bits is None else ServedLinear).of(layer), None
+
+
+def served(layer: CompressedLayer, change: Change = for_kernels) -> tuple[CompressedLayer, str | None]:
+    """The layer in another layout, as far as its parts have one.
 
     Args:
         layer: any compressed layer; it is not changed.
+        change: gives a packed layer in the new layout, and why it stays as it is, if it does.
 
     Returns:
-        The new layer (or `layer` itself, if none of its parts has a kernel), and why it, or a part of it, stays as it
+        The new layer (or `layer` itself, if none of its parts changes), and why it, or a part of it, stays as it
         is; None if all of it is served.
 
     Example:
@@ -306,35 +326,32 @@ def served(layer: CompressedLayer) -> tuple[CompressedLayer, str | None]:
         'the layer has 48 inputs, no multiple of 32'
     """
     if isinstance(layer, PackedLinear):
-        reason = _why_not(layer)
-        if reason is not None:
-            return layer, reason
-        return (ServedSparseLinear if layer.bits is None else ServedLinear).of(layer), None
+        return change(layer)
     if isinstance(layer, CompensatedLinear):
-        base, reason = served(layer.base)
+        base, reason = served(layer.base, change)
         down, up = layer.adapter.A, layer.adapter.B
         adapter: CompressedLayer = layer.adapter
         if isinstance(down, Factor) and isinstance(up, Factor):
             if isinstance(base, ServedLinear):
                 return ServedCompensatedLinear(base, down.weight, up.weight.T.contiguous()), reason
         else:
-            adapter, also = served(adapter)
+            adapter, also = served(adapter, change)
             reason = reason or also
         unchanged = base is layer.base and adapter is layer.adapter
         return (layer if unchanged else CompensatedLinear(base, adapter)), reason  # type: ignore[arg-type]
     if isinstance(layer, LowRankLinear):
-        (A, why_A), (B, why_B) = served(layer.A), served(layer.B)
+        (A, why_A), (B, why_B) = served(layer.A, change), served(layer.B, change)
         reason = why_A and f"factor A: {why_A}" or why_B and f"factor B: {why_B}"
         unchanged = A is layer.A and B is layer.B
         return (layer if unchanged else LowRankLinear(A, B)), reason  # type: ignore[arg-type]
     if isinstance(layer, Factor):
         return layer, "an ordinary matrix, which an ordinary product serves"
     if isinstance(layer, QuantizedInput):
-        base, reason = served(layer.base)
+        base, reason = served(layer.base, change)
         return (layer if base is layer.base else QuantizedInput(base, layer.quantizer)), reason
     if isinstance(layer, (ServedLinear, ServedCompensatedLinear, ServedSparseLinear)):
-        return layer, None
-    return layer, f"{type(layer).__name__}: there is no kernel for it"
+        return (layer, None) if change is for_kernels else served(layer.packed(), change)
+    return layer, f"{type(layer).__name__}: there is no other layout for it"
 
 
 def _why_not(layer: PackedLinear) -> str | None:

@@ -12,23 +12,31 @@ of the step before are removed only then. So whenever a run is killed, the first
 
 from __future__ import annotations
 
+import dataclasses
+import dis
+import functools
+import hashlib
+import inspect
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from types import CellType, CodeType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from refimpl.core.errors import CheckpointError, OptionError
+from refimpl.core.arguments import misfit
+from refimpl.core.errors import CheckpointError, OptionError, reading
+from refimpl.core.files.folders import check_file
 from refimpl.core.files.io import atomic_write
 
 _MAIN = "checkpoint.safetensors"
 _FORMAT = 2
+_START_AGAIN = "delete it to start again"
 
 Tree = Any
 """A value that JSON holds; ``{"$tensor": name}`` stands for a tensor."""
@@ -159,7 +167,7 @@ class Checkpoints:
         if not self._path(0, 0).exists():
             return
         first = _about(self._path(0, 0))
-        yield unpack(first["run"], {})
+        yield first["run"]
         for rank in range(1, self.world if self.apart else 1):
             path = self._path(rank, first["step"])
             if not path.exists():
@@ -167,7 +175,7 @@ class Checkpoints:
                     f"{path} is missing: what process {rank} alone knew at step {first['step']}; put it back, or delete "
                     f"{_MAIN} to start again"
                 )
-            yield unpack(_about(path)["run"], {})
+            yield _about(path)["run"]
 
     def read(self, rank: int = 0) -> dict[str, Any]:
         """Contents of the file of a process, with "step"; its tensors are on the CPU.
@@ -176,7 +184,8 @@ class Checkpoints:
             CheckpointError: the file is damaged or of another version.
         """
         path = self._path(rank, _about(self._path(0, 0))["step"])
-        return unpack(_about(path), _tensors(path))
+        with reading(path, _START_AGAIN):
+            return unpack(_about(path), _tensors(path))
 
     def _path(self, rank: int, step: int) -> Path:
         return self.folder / (f"checkpoint-rank{rank}-step{step}.safetensors" if rank else _MAIN)
@@ -199,25 +208,92 @@ def _write(path: Path, step: int, content: dict[str, Any]) -> None:
 
 
 def _about(path: Path) -> dict[str, Any]:
-    with _reading(path) as file:
+    """The description of a checkpoint, with "run" unpacked."""
+    check_file(path)
+    with reading(path, _START_AGAIN), safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["refimpl"])
         if about.pop("format", 1) != _FORMAT:
             raise ValueError("another version wrote it")
-        return about
+        wrong = misfit(about, {"step": int, "run": dict})
+        if wrong is not None or about["step"] < 1:
+            raise ValueError(wrong or f"'step' is {about['step']}")
+        return about | {"run": unpack(about["run"], {})}
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    with _reading(path) as file:
+    with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[Any]:
+def described(value: Any, depth: int = 4) -> Any:
+    """What tells a function of the caller from another, as JSON: its name, its code, and what it was made with.
+
+    Of functions the fractions, strings, functions and dataclasses that they close over count, unless they rebind them, but
+    no whole numbers and lists, which count and collect; of partial functions the arguments, of callable objects the
+    functions and dataclasses among their attributes.
+
+    Args:
+        value: a function, or what one was made with.
+        depth: levels to go down; below, and of everything else, the type alone counts.
+
+    Example:
+        >>> def scaled(factor):
+        ...     return lambda model, batch: factor * model(batch)
+        >>> described(scaled(0.5)) == described(scaled(0.5)), described(scaled(0.5)) == described(scaled(0.3))
+        (True, False)
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [described(entry, depth) for entry in value]
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    if depth == 0 or isinstance(value, (type, Tensor, nn.Module)):
+        return kind
+    if isinstance(value, functools.partial):
+        given = {name: described(entry, depth - 1) for name, entry in value.keywords.items()}
+        return {"of": described(value.func, depth - 1), "args": described(value.args, depth - 1), "keywords": given}
+    if inspect.ismethod(value):
+        return {"of": described(value.__func__, depth - 1), "object": described(value.__self__, depth - 1)}
+    value = inspect.unwrap(value) if inspect.isfunction(value) else value
+    if inspect.isfunction(value):
+        code = value.__code__
+        rebound = {step.argval for step in dis.get_instructions(code) if step.opname == "STORE_DEREF"}
+        closed = dict(zip(code.co_freevars, value.__closure__ or (), strict=True))
+        return {
+            "of": f"{value.__module__}.{value.__qualname__}",
+            "code": hashlib.sha256("\n".join(_code(code)).encode()).hexdigest(),
+            "closed": {n: described(_content(cell), depth - 1) for n, cell in closed.items() if n not in rebound},
+            "defaults": described([*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()], depth - 1),
+        }
+    if dataclasses.is_dataclass(value):
+        settings = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    else:
+        settings = {
+            n: v for n, v in getattr(value, "__dict__", {}).items() if callable(v) or dataclasses.is_dataclass(v)
+        }
+    return {"of": kind, "settings": {name: described(entry, depth - 1) for name, entry in settings.items()}}
+
+
+def _code(code: CodeType) -> Iterator[str]:
+    """What a function does, without its docstring and line numbers."""
+    yield code.co_code.hex()
+    yield " ".join(code.co_names)
+    for place, value in enumerate(code.co_consts):
+        if isinstance(value, CodeType):
+            yield from _code(value)
+        elif isinstance(value, frozenset):
+            yield repr(sorted(map(repr, value)))
+        elif place or not isinstance(value, str):
+            yield repr(value)
+
+
+def _content(cell: CellType) -> Any:
     try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); delete it to start again") from error
+        value = cell.cell_contents
+    except ValueError:  # not bound yet
+        return None
+    told = isinstance(value, (float, str)) or callable(value) or dataclasses.is_dataclass(value)
+    return value if told else None
 
 
 def whole(value: Any, keep: bool = True) -> Any:

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,14 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 from tqdm.auto import tqdm
 
-from refimpl.core.device import read, read_all
-from refimpl.core.errors import CheckpointError, OptionError, TrainingError, nearest
-from refimpl.core.train.checkpoints import Checkpoints, like, pack, whole
+from refimpl.core.arguments import Checked, checked, fits, shown
+from refimpl.core.device import rank_and_world, read, read_all
+from refimpl.core.errors import CheckpointError, OptionError, TrainingError, nearest, reading
+from refimpl.core.train.checkpoints import Checkpoints, described, like, pack, whole
 from refimpl.core.train.optimizers import (
     OPTIMIZERS,
     MakeOptimizer,
@@ -58,7 +59,7 @@ _READ_EVERY = 20  # steps between two looks at the losses on a GPU: each look wa
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Checked):
     """How long and how fast to train.
 
     Args:
@@ -118,6 +119,12 @@ class Recipe:
             raise OptionError(f"final_lr={self.final_lr}: it is a fraction of lr, use 0 to 1")
         if self.clip is not None and not self.clip > 0:
             raise OptionError(f"clip={self.clip}: use a positive norm, or None")
+        if not 0 <= self.momentum < 1:
+            raise OptionError(f"momentum={self.momentum}: use 0 to below 1")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise OptionError(f"betas={self.betas}: use two numbers from 0 to below 1")
+        if self.weight_decay < 0:
+            raise OptionError(f"weight_decay={self.weight_decay}: use 0 or more")
 
     def scale(self, step: int) -> float:
         """Learning rate of update `step` (from 0) as a fraction of the highest."""
@@ -172,6 +179,7 @@ class History:
         return f"{text}, loss {sum(recent) / len(recent):.4f}" if recent else text
 
 
+@checked()
 def batches(
     *tensors: Tensor, batch_size: int, seed: int = 0, shuffle: bool = True, drop_last: bool = True
 ) -> DataLoader:
@@ -198,7 +206,7 @@ def batches(
     """
     if not tensors or len({len(tensor) for tensor in tensors}) > 1:
         raise OptionError(f"tensors have {[len(t) for t in tensors]} rows; pass at least one, all of one length")
-    rank, world = _rank_and_world()
+    rank, world = rank_and_world()
     share = len(tensors[0]) // world if drop_last else math.ceil(len(tensors[0]) / world)
     if batch_size < 1 or share < (batch_size if drop_last else 1):
         raise OptionError(
@@ -209,12 +217,6 @@ def batches(
         rows, num_replicas=world, rank=rank, shuffle=shuffle, seed=seed, drop_last=drop_last
     )
     return DataLoader(rows, sampler=BatchSampler(order, batch_size, drop_last), batch_size=None)
-
-
-def _rank_and_world() -> tuple[int, int]:
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
 
 
 def _length(data: DataLoader) -> int | None:
@@ -236,10 +238,16 @@ class _Stream:
 
     Attributes:
         epoch: that of the last batch given.
+        last: the last batch given.
+
+    Raises:
+        CheckpointError: the last batch that is left out is not the one that was used.
     """
 
     def __init__(self, data: DataLoader, epoch: int = 0, skip: int = 0, resumed: bool = False) -> None:
         self.data, self.epoch, self.skip = data, epoch, skip
+        self.last: Batch = None
+        self.before: str | None = None  # digest of the last skipped batch; None: not known
         self._may_be_empty = resumed or skip > 0
 
     def __iter__(self) -> Iterator[Batch]:
@@ -248,9 +256,16 @@ class _Stream:
                 if hasattr(sampler, "set_epoch"):
                     sampler.set_epoch(self.epoch)
             empty = not self._may_be_empty
-            for batch in islice(self.data, self.skip, None):
+            for place, batch in enumerate(self.data):
                 empty = False
-                yield batch
+                if place >= self.skip:
+                    self.last = batch
+                    yield batch
+                elif place == self.skip - 1 and self.before not in (None, _digest(batch)):
+                    raise CheckpointError(
+                        f"data: batch {place} of epoch {self.epoch} is not the one that the run in folder was trained on; "
+                        "repeat that call to go on with it, or choose another folder"
+                    )
             if empty:
                 raise OptionError("data: it yields no batches; pass more rows, or a smaller batch")
             self.skip, self.epoch, self._may_be_empty = 0, self.epoch + 1, False
@@ -275,6 +290,7 @@ def _seed_step(device: torch.device, *numbers: int) -> None:
         torch.cuda.manual_seed(seed)
 
 
+@checked("optimizer", "remember")
 def train(
     model: nn.Module,
     data: DataLoader,
@@ -372,6 +388,8 @@ def train(
     for name, value in (("evaluate_every", evaluate_every), ("checkpoint_every", checkpoint_every)):
         if value is not None and value < 1:
             raise OptionError(f"{name}={value}: use 1 or more")
+    if not isinstance(remember, (Mapping, type(None))):
+        raise OptionError(f"remember={shown(remember)}: use a dictionary of objects with state_dict()")
     if sync not in SYNCS:
         raise OptionError(f"sync={sync!r}: use {nearest(sync, SYNCS)}")
     run = _Run(
@@ -425,7 +443,7 @@ class _Run:
         self.optimizer = make_optimizer(parameter_groups(model, parameters, recipe), recipe, optimizer)
         self.trained: list[Tensor] = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.device = self.trained[0].device
-        self.rank, self.world = _rank_and_world()
+        self.rank, self.world = rank_and_world()
         self.sharded = hasattr(model, "set_requires_gradient_sync")  # by fully_shard
         wrapped = isinstance(model, DistributedDataParallel)
         if local and (self.sharded or wrapped):
@@ -498,7 +516,10 @@ class _Run:
             with self._synchronised(micro == recipe.accumulate - 1):
                 mixed = torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
                 with mixed:
-                    value = self.loss(self.parallel, batch) / recipe.accumulate
+                    value = self.loss(self.parallel, batch)
+                    if not isinstance(value, Tensor) or value.dim():
+                        raise OptionError(f"loss returned {shown(value)}; return a tensor that holds one number")
+                    value = value / recipe.accumulate
                 value.backward()
             total += value.detach()
         for hook in self.after_backward:
@@ -554,7 +575,10 @@ class _Run:
             return
         self.model.eval()
         with torch.no_grad():
-            metrics = {name: float(value) for name, value in self.evaluate(self.model).items()}
+            found = self.evaluate(self.model)
+            if not isinstance(found, Mapping):
+                raise OptionError(f"evaluate returned {shown(found)}; return a dictionary of numbers by name")
+            metrics = {name: float(value) for name, value in found.items()}
         if self.keep_best is not None:
             if self.keep_best not in metrics:
                 raise OptionError(f"keep_best={self.keep_best!r}: evaluate returns {nearest(self.keep_best, metrics)}")
@@ -573,10 +597,7 @@ class _Run:
         before = self._remembered()
         pack(before, "remember", {})  # what cannot be saved is refused now, not when it is to be saved
         before = deepcopy(before)
-        digest = hashlib.sha256()
-        for tensor in _tensors(next(iter(_Stream(self.data)))):
-            digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        first = _digest(next(iter(_Stream(self.data))))
         for name, thing in self.remember.items():  # the look at the first batch has left no trace in it
             thing.load_state_dict(before[name])
         groups = self.optimizer.param_groups
@@ -588,7 +609,8 @@ class _Run:
             "sync": "local" if self.local else "gradients",
             "processes": self.world,
             "batches": _length(self.data),
-            "first batch": digest.hexdigest(),
+            "first batch": first,
+            "loss": described(self.loss),
         }
 
     def _remembered(self) -> dict[str, Any]:
@@ -597,6 +619,7 @@ class _Run:
     def _save(self, step: int) -> None:
         assert self.checkpoints is not None
         content: dict[str, Any] = {"run": self._fingerprint, "epoch": self.stream.epoch, "remember": self._remembered()}
+        content["last batch"] = _digest(self.stream.last)
         writes = self.rank == 0 or self.local
         if writes or self.sharded:  # what is sharded is gathered by all
             shared: dict[str, Any] = {
@@ -622,6 +645,11 @@ class _Run:
             return 0
         own = checkpoints.read(self.rank if checkpoints.apart else 0)
         shared = own if self.local or self.rank == 0 else checkpoints.read()
+        with reading(f"folder={str(checkpoints.folder)!r}: the checkpoint", "delete it to start again"):
+            return self._take_up(own, shared, last=own is shared or checkpoints.apart)
+
+    def _take_up(self, own: dict[str, Any], shared: dict[str, Any], last: bool) -> int:
+        self._check_states(shared)
         set_model_state_dict(self.model, shared["model"], options=StateDictOptions(full_state_dict=True))
         load_optimizer_state(self.optimizer, shared["optimizer"])
         if shared["best"] is not None:
@@ -634,9 +662,37 @@ class _Run:
         else:
             done, length = shared["step"] * self.recipe.accumulate, _length(self.data)
             self.stream = _Stream(self.data, *(divmod(done, length) if length else (0, done)))
+            self.stream.before = own.get("last batch") if last else None
         self.history = History(**shared["history"])
+        if not fits(self.history.steps, list[dict]) or len(self.history.steps) != shared["step"]:
+            raise ValueError(f"the history of step {shared['step']} has {len(self.history.steps)} entries")
         self.saved = shared["step"]
         return shared["step"]
+
+    def _check_states(self, shared: dict[str, Any]) -> None:
+        """Raise unless weights and the optimiser's state are all there, of the right shapes, and finite."""
+        found: dict[str, Tensor] = shared["model"]
+        expected: Any = get_model_state_dict(self.model)
+        for weights in (found, shared["best"]):
+            if weights is None and weights is not found:
+                continue
+            if weights.keys() != expected.keys():
+                name = min(weights.keys() ^ expected.keys())
+                raise ValueError(f"{name!r} is {'missing' if name in expected else 'of no model here'}")
+            for name, tensor in weights.items():
+                if tensor.shape != expected[name].shape or tensor.dtype != expected[name].dtype:
+                    raise ValueError(f"{name!r} is {shown(tensor)}, the model has {shown(expected[name])}")
+        states, options = shared["optimizer"]["state"], self.optimizer.defaults
+        if not states and (options.get("momentum") or "exp_avg" in _kept_by(self.optimizer)):
+            raise ValueError("it has no state of the optimiser")
+        for number, state in states.items():
+            lacking = _kept_by(self.optimizer) - state.keys()
+            if lacking:
+                raise ValueError(f"the optimiser's state of parameter {number} lacks {min(lacking)!r}")
+        every = [*found.items(), *((f"state {n} of the optimiser", t) for n, s in states.items() for t in _tensors(s))]
+        for name, tensor in every:
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise ValueError(f"{name!r} is not finite")
 
     def _compare(self, theirs: dict[str, Any], others: bool = False) -> None:
         """Refuse a checkpoint of another run; that of another process (`others`) begins with other rows."""
@@ -644,15 +700,31 @@ class _Run:
         for key, value in self._fingerprint.items():
             if theirs.get(key) == value or (others and key == "first batch"):
                 continue
+            if key == "loss" and key not in theirs:  # an older checkpoint
+                continue
             before: Any = theirs.get(key)
             now: Any = value
-            if key == "recipe":
+            if key == "recipe" and isinstance(before, dict):
                 names = [name for name in value if before.get(name) != value[name]]
                 before, now = ({name: side.get(name) for name in names} for side in (before, now))
             raise CheckpointError(
                 f"folder={str(self.checkpoints.folder)!r} holds a run with another {key} ({str(before)[:200]}, now "
                 f"{str(now)[:200]}); repeat that call to go on with it, or choose another folder"
             )
+
+
+def _kept_by(optimizer: Optimizer) -> set[str]:
+    """Names of what every parameter has in the state of an optimiser of torch; of others none are known."""
+    adam = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
+    return {"step", "exp_avg", "exp_avg_sq"} if adam else set()
+
+
+def _digest(batch: Batch) -> str:
+    digest = hashlib.sha256()
+    for tensor in _tensors(batch):
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _tensors(batch: Batch) -> Iterator[Tensor]:

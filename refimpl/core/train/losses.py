@@ -7,7 +7,8 @@ processes, not over one process's share (`Weighted`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from refimpl.core.device import read, read_all
-from refimpl.core.errors import CalibrationError, OptionError
+from refimpl.core.arguments import Checked, checked, shown
+from refimpl.core.device import rank_and_world, read, read_all
+from refimpl.core.errors import CalibrationError, OptionError, reason
 from refimpl.kernels.cross_entropy import sequence_cross_entropy
 
 IGNORED = -100
@@ -29,6 +31,7 @@ _CALLS = "weighted_loss_calls"
 _READ_EVERY = 64  # batches between two looks at what is kept for `Weighted.history`
 
 
+@checked()
 def sequence_losses(model: nn.Module, batch: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> Tensor:
     """Mean cross-entropy of every sequence of a batch under a causal language model.
 
@@ -64,16 +67,32 @@ def sequence_losses(model: nn.Module, batch: Tensor | Sequence[Tensor] | Mapping
         rest = {key: value for key, value in batch.items() if key != "labels"}
         labels = batch.get("labels", batch["input_ids"])
         _check_rows(labels, "batch['labels']")
-        return shifted_losses(model(**rest).logits, labels)
-    rows = batch if isinstance(batch, Tensor) else batch[0]
+        with _ids_known():
+            logits = model(**rest).logits
+        return shifted_losses(logits, labels)
+    rows = batch if isinstance(batch, Tensor) else next(iter(batch), None)
     _check_rows(rows, "batch")
-    if hasattr(inner, "main_input_name"):  # a model of transformers
-        logits = model(input_ids=rows[:, :-1], use_cache=False).logits
-    else:
-        logits = model(rows[:, :-1])
+    assert isinstance(rows, Tensor)
+    with _ids_known():
+        if hasattr(inner, "main_input_name"):  # a model of transformers
+            logits = model(input_ids=rows[:, :-1], use_cache=False).logits
+        else:
+            logits = model(rows[:, :-1])
     return _row_losses(logits, rows[:, 1:])
 
 
+@contextmanager
+def _ids_known() -> Iterator[None]:
+    """On a CPU an embedding raises an IndexError for an id it does not know; to look at all ids first would cost time."""
+    try:
+        yield
+    except IndexError as error:
+        raise CalibrationError(
+            f"batch holds ids that the model does not know ({reason(error)}); use its tokenizer"
+        ) from error
+
+
+@checked()
 def shifted_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """The same from logits that are there already: what a Trainer's ``compute_loss_func`` gets.
 
@@ -100,6 +119,7 @@ def shifted_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return _row_losses(logits, F.pad(labels[:, 1:], (0, 1), value=IGNORED))
 
 
+@checked()
 def sample_losses(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
     """Cross-entropy of every sample of a batch under a classifier.
 
@@ -130,6 +150,8 @@ def sample_losses(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
 
 
 def _row_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or not logits.is_floating_point():
+        raise CalibrationError(f"logits={shown(logits)}: a causal model gives floating numbers [B, T, V]")
     _check_labels(targets, logits.shape[-1], "token", (targets == IGNORED))
     return sequence_cross_entropy(logits, targets, IGNORED)  # on a GPU it answers a wrong label with NaN
 
@@ -157,7 +179,7 @@ def _check_rows(rows: object, name: str) -> None:
         raise CalibrationError(f"{name} has shape {list(rows.shape)}; it needs a row and two tokens in each")
 
 
-class Weighted:
+class Weighted(Checked):
     """A loss for `train`: samples of the batch of *all* processes, weighted by a function of their losses.
 
     With W processes and weights that sum to one over the global batch of M samples, process q returns
@@ -228,9 +250,10 @@ class Weighted:
 
     def combine(self, own: Tensor) -> Tensor:
         """From this process's losses [B] to the scalar whose gradient is averaged over processes."""
-        if own.dim() != 1:
-            raise CalibrationError(f"losses has shape {list(own.shape)}; it must be a vector, one loss a sample")
-        rank, world = _rank_and_world()
+        if not isinstance(own, Tensor) or own.dim() != 1:
+            found = f"has shape {list(own.shape)}" if isinstance(own, Tensor) else f"is {shown(own)}"
+            raise CalibrationError(f"losses {found}; it must be a vector, one loss a sample")
+        rank, world = rank_and_world()
         every = own.detach().float()
         if world > 1:
             parts = [torch.empty_like(every) for _ in range(world)]
@@ -245,8 +268,9 @@ class Weighted:
         if weights is None:
             self._keep(every, torch.full_like(every, 1 / len(every)))
             return own.mean()
-        if weights.shape != every.shape:
-            raise CalibrationError(f"weights has shape {list(weights.shape)}, losses {list(every.shape)}")
+        if not isinstance(weights, Tensor) or weights.shape != every.shape:
+            found = f"has shape {list(weights.shape)}" if isinstance(weights, Tensor) else f"is {shown(weights)}"
+            raise CalibrationError(f"weights {found}, losses {list(every.shape)}")
         self._keep(every, weights)
         mine = weights[rank * len(own) : (rank + 1) * len(own)]
         return world * (mine.detach() * own).sum()
@@ -283,9 +307,3 @@ class Weighted:
             self._model._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
                 name for name in ignored if name != _CALLS
             ]
-
-
-def _rank_and_world() -> tuple[int, int]:
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1

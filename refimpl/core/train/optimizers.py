@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from refimpl.core.arguments import shown
 from refimpl.core.errors import OptionError, nearest
 from refimpl.core.train.checkpoints import like, whole
 
@@ -84,7 +85,7 @@ def make_optimizer(groups: list[dict[str, Any]], recipe: Recipe, make: MakeOptim
         optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas)
     elif isinstance(make, str) or not callable(make):
         raise OptionError(
-            f"optimizer={make!r}: pass a function of the parameter groups and the recipe that makes one, or name "
+            f"optimizer={shown(make)}: pass a function of the parameter groups and the recipe that makes one, or name "
             f"{nearest(str(make), OPTIMIZERS)} in the recipe"
         )
     else:

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from refimpl.core.device import rank_and_world
 from refimpl.core.errors import OptionError
-from refimpl.core.train.loop import _rank_and_world
 
 Update = Callable[[list[Tensor], list[Tensor]], None]
 
@@ -65,7 +65,7 @@ class OuterStep:
         self.every, self.update, self._model = every, update, model
         for number, parameter in enumerate(self._fast):
             value = parameter.detach().clone()
-            if _rank_and_world()[1] > 1 and not hasattr(value, "device_mesh"):
+            if rank_and_world()[1] > 1 and not hasattr(value, "device_mesh"):
                 dist.broadcast(value, 0)  # train begins where the first process is
             model.register_buffer(f"{_PREFIX}{number}", value)
         # otherwise they would travel before every forward pass

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
 
-from refimpl.core.errors import CheckpointError, OptionError, require
-from refimpl.core.train.loop import _rank_and_world
+from refimpl.core.arguments import Checked, checked, fits, shown
+from refimpl.core.device import rank_and_world
+from refimpl.core.errors import CheckpointError, OptionError, reason, require
 
 Shares = Sequence[float] | Callable[[int], Sequence[float]]
 
@@ -37,7 +38,7 @@ def generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(mixed, "little") >> 1)
 
 
-class EpochSampler(Sampler[int]):
+class EpochSampler(Checked, Sampler[int]):
     """Base of samplers whose epoch is drawn at once: a subclass overrides `draw`.
 
     Args:
@@ -90,10 +91,10 @@ class EpochSampler(Sampler[int]):
 
     def __len__(self) -> int:
         """Rows of an epoch for this process: the same for all, so up to ``world - 1`` rows are left out."""
-        return len(self.indices()) // _rank_and_world()[1]
+        return len(self.indices()) // rank_and_world()[1]
 
     def __iter__(self) -> Iterator[int]:
-        rank, world = _rank_and_world()
+        rank, world = rank_and_world()
         own = self.indices()[rank::world][: len(self)]
         self._given, self._begin = self._begin, 0
         for index in own[self._given :].tolist():
@@ -106,7 +107,7 @@ class EpochSampler(Sampler[int]):
         ``position`` counts rows of the epoch over all processes. A loader with workers asks for rows ahead of the
         batches it yields: put the rows of the batches you took there instead.
         """
-        position = self._given * _rank_and_world()[1]
+        position = self._given * rank_and_world()[1]
         return {"epoch": self.epoch, "position": position, "rows": self._digest()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -118,7 +119,7 @@ class EpochSampler(Sampler[int]):
         Raises:
             CheckpointError: the state is of another sampler, or its position cannot be shared among these processes.
         """
-        world = _rank_and_world()[1]
+        world = rank_and_world()[1]
         self.set_epoch(state["epoch"])
         if state["rows"] != self._digest():
             raise CheckpointError(
@@ -158,7 +159,10 @@ class Shuffled(EpochSampler):
 
     def draw(self, epoch: int) -> Tensor:
         """A permutation of the n rows."""
-        return torch.randperm(self.n, generator=generator(self.seed, epoch))
+        try:
+            return torch.randperm(self.n, generator=generator(self.seed, epoch))
+        except RuntimeError as error:
+            raise OptionError(f"n={self.n}: their order takes more memory than there is ({reason(error)})") from error
 
 
 class Weighted(EpochSampler):
@@ -212,7 +216,7 @@ class Weighted(EpochSampler):
         return waits.argsort(stable=True)[: self.size]
 
 
-class Mixture(Sampler[list[int]]):
+class Mixture(Checked, Sampler[list[int]]):
     r"""Batches from several sources with fixed shares, exact at every step.
 
     Of the first s rows source 0 has $\lfloor s\,r_0 \rfloor$; of those left, source 1 has its share of what is left in
@@ -262,7 +266,7 @@ class Mixture(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         first = self.start + self.epoch * self.steps
-        rank, world = _rank_and_world()
+        rank, world = rank_and_world()
         for step in range(first, first + self.steps):
             yield self.batch(step)[rank::world]
 
@@ -283,10 +287,13 @@ class Mixture(Sampler[list[int]]):
         return rows
 
     def _global_batch(self) -> int:
-        return self.batch_size * _rank_and_world()[1]
+        return self.batch_size * rank_and_world()[1]
 
     def _parts(self, step: int) -> list[Fraction]:
-        shares = tuple(self._shares(step) if callable(self._shares) else self._shares)
+        found = self._shares(step) if callable(self._shares) else self._shares
+        if not fits(found, Sequence[float]):
+            raise OptionError(f"shares({step}) returned {shown(found)}; return a finite number for each source")
+        shares = tuple(found)
         if self._last is None or self._last[0] != shares:
             where = f"shares({step})" if callable(self._shares) else "shares"
             parts = _fractions(shares, len(self.lengths), where)
@@ -321,6 +328,7 @@ class Mixture(Sampler[list[int]]):
         return rows
 
 
+@checked()
 def loader(data: Any, sampler: EpochSampler, batch_size: int, drop_last: bool = True, workers: int = 0) -> DataLoader:
     """A loader over the rows that a sampler draws; for `refimpl.core.train.loop.train`, which moves its epochs on.
 
@@ -360,6 +368,7 @@ def loader(data: Any, sampler: EpochSampler, batch_size: int, drop_last: bool = 
     return _loader(rows, BatchSampler(sampler, batch_size, drop_last), workers)
 
 
+@checked()
 def mixture_loader(
     sources: Sequence[Any], shares: Shares, batch_size: int, steps: int, seed: int = 0, start: int = 0, workers: int = 0
 ) -> DataLoader:
@@ -397,6 +406,7 @@ def mixture_loader(
     return _loader(ConcatDataset(found), mixture, workers)
 
 
+@checked()
 def interleave(datasets: Sequence[Any], shares: Sequence[float], seed: int = 0) -> Any:
     """Hugging Face datasets, streaming or not, drawn from at random with these shares until each was read once.
 

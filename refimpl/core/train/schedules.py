@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from refimpl.core.arguments import Checked
 from refimpl.core.errors import OptionError, nearest
 from refimpl.core.train.loop import Recipe, half_cosine
 
@@ -30,7 +31,7 @@ COOLDOWNS = ("cosine", "inverse_sqrt")
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(Checked):
     """Base class of schedules; a subclass defines `horizon`, `highest` and `rate`.
 
     Fields are numbers, strings and other schedules: a checkpoint of `refimpl.core.train.loop` remembers them as JSON.

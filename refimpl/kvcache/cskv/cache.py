@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from refimpl.core.arguments import checked
 from refimpl.core.cache import (
     Dense,
     Incoming,
@@ -26,7 +27,6 @@ from refimpl.core.cache import (
     WindowLayer,
     check_rank,
     keep_sinks,
-    rotate,
 )
 from refimpl.core.compress.driver import BATCH
 from refimpl.core.device import read
@@ -166,6 +166,7 @@ class CSKVLayer(WindowLayer):
     # -- taking tokens in --
 
     def append(self, incoming: Incoming) -> None:
+        incoming.check(self.rotary, self.seen)
         if self.seen == 0:
             self._check(incoming)
         # C_K = X A_K and C_V = X A_V, of the inputs: before RoPE
@@ -177,12 +178,10 @@ class CSKVLayer(WindowLayer):
 
     def _check(self, incoming: Incoming) -> None:
         """Refuse a model whose keys are not RoPE(norm(k_proj(x))) or whose values are not v_proj(x)."""
-        incoming.check(self.rotary)
         module: Any = incoming.module
-        hidden, rotation = incoming.hidden[:, -1:], incoming.rotation
-        assert rotation is not None
-        cos, sin = (x[:, -1:].unsqueeze(1) for x in rotation)
-        keys = rotate(self._normed(module.k_proj(hidden)), cos, sin)
+        hidden, slots = incoming.hidden[:, -1:], incoming.slots
+        cos, sin = (x[:, -1:].unsqueeze(1) for x in self.rotary(incoming.mask.positions(slots)))
+        keys = self.rotary.turn(self._normed(module.k_proj(hidden)), cos, sin)
         values = module.v_proj(hidden).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         for name, ours, theirs in (("keys", keys, incoming.keys), ("values", values, incoming.values)):
             last = theirs[:, :, -1:].float()
@@ -221,7 +220,7 @@ class CSKVLayer(WindowLayer):
     def tokens_until_compress(self) -> int:
         # Features in 16 bits are the same before and after they leave the window, so many queries can be attended to
         # at once, each with its own window (`Exact`). Codes exist only once a group is complete.
-        return max(self.window, PIECE) if self.bits == 16 else super().tokens_until_compress()
+        return max(self.window, PIECE) if self.bits == 16 and not self.gapped else super().tokens_until_compress()
 
     # -- attention --
 
@@ -244,7 +243,7 @@ class CSKVLayer(WindowLayer):
         if self.bias_K is not None:
             projected = projected + self.bias_K.float()
         cos, sin = (x.unsqueeze(1) for x in self.rotary(positions))
-        return rotate(self._normed(projected).float(), cos, sin)
+        return self.rotary.turn(self._normed(projected).float(), cos, sin)
 
     def rebuilt_values(self, features: Tensor) -> Tensor:
         """Values from features [B, 1, n, r_V]: fp32 [B, H, n, d]."""
@@ -261,7 +260,8 @@ class CSKVLayer(WindowLayer):
     def segments(self, incoming: Incoming) -> list[Segment]:
         # The paper's two branches, and sinks: one softmax over [sinks, rebuilt, window], each token visible in one of them.
         # While a prompt is open nothing leaves the window; else the last query of a piece has the latest window.
-        stop = self.start if self.prompt_open else max(self.start, self._begin(self.seen - 1))
+        # With padding between tokens queries come one by one, and what has left is in the store.
+        stop = self.start if self.prompt_open or self.gapped else max(self.start, self._begin(self.seen - 1))
         if not stop:
             return [self.tail]
         p, limits, window = self.parts, None, self.tail
@@ -291,6 +291,8 @@ class CSKVLayer(WindowLayer):
     def kernel_inputs(self, incoming: Incoming) -> Inputs | None:
         """Arguments of `refimpl.kernels.lowrank_decode` for one decoded token; None for anything it does not do."""
         if len(incoming.slots) > 1 or not self.start or incoming.softcap is not None or self._norm() is not None:
+            return None
+        if not self.rotary.turns_halves_of(incoming.keys.shape[-1]):
             return None
         incoming.mask.block(incoming.slots, range(0))  # refuses masks that are more than causal
         if not incoming.mask.padded_on_the_left:
@@ -494,6 +496,7 @@ class CSKV(Policy):
                 return every[:count]
         return every
 
+    @checked()
     def fit(
         self,
         model: PreTrainedModel,

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from refimpl.core.arguments import checked
 from refimpl.core.errors import CalibrationError, OptionError, nearest, positive_integer
 from refimpl.lab import wheels
 from refimpl.lab.data import text
@@ -42,6 +43,7 @@ _PACKED = (
 )
 
 
+@checked()
 def documents(domain: str, split: str) -> list[text.Document]:
     """All documents of one split of a domain, in the domain's order.
 
@@ -65,6 +67,7 @@ def documents(domain: str, split: str) -> list[text.Document]:
     return [text.Document(r["id"], r["title"], r["text"]) for r in records if r["split"] == split]
 
 
+@checked()
 def windows(
     domain: str, split: str, length: int, stride: int | None = None, count: int | None = None
 ) -> tuple[Tensor, list[str]]:
@@ -114,6 +117,7 @@ def windows(
     return found[chosen], [units[i] for i in chosen]
 
 
+@checked()
 def domain_hash(domain: str) -> str:
     """SHA-256 of the parsed and split documents, for the header of result files.
 

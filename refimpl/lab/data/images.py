@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from refimpl.core.errors import CalibrationError, OptionError, nearest, require
+from refimpl.core.arguments import checked, shown
+from refimpl.core.errors import CalibrationError, OptionError, nearest, reason, require
 from refimpl.lab import wheels
 
 SPLITS = ("train", "validation", "test")
@@ -101,6 +102,7 @@ class ImageSet:
         return ImageSet(self.pixels[index], self.labels[index], units, self.dataset, self.split)
 
 
+@checked()
 def images(dataset: str, split: str) -> ImageSet:
     """All images of one split.
 
@@ -131,6 +133,7 @@ def images(dataset: str, split: str) -> ImageSet:
     return ImageSet((pixels - mean) / std, labels[torch.from_numpy(rows)], units, dataset, split)
 
 
+@checked()
 def from_arrays(pixels: Any, labels: Sequence[int] | Tensor | np.ndarray) -> ImageSet:
     """Your own images, as they are: scale them the way your model was trained.
 
@@ -145,7 +148,10 @@ def from_arrays(pixels: Any, labels: Sequence[int] | Tensor | np.ndarray) -> Ima
         >>> from_arrays(np.zeros((2, 8, 8)), [3, 1]).pixels.shape
         torch.Size([2, 1, 8, 8])
     """
-    values = torch.as_tensor(pixels).to(torch.float32)
+    try:
+        values = torch.as_tensor(pixels).to(torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CalibrationError(f"pixels={shown(pixels)} are no numbers ({reason(error)}); give [n, C, H, W]") from error
     values = values.unsqueeze(1) if values.dim() == 3 else values
     if values.dim() != 4 or not len(values):
         raise CalibrationError(
@@ -162,6 +168,7 @@ def from_arrays(pixels: Any, labels: Sequence[int] | Tensor | np.ndarray) -> Ima
     return ImageSet(values, targets, [f"image {row}" for row in range(len(values))], "given", "given")
 
 
+@checked()
 def dataset_hash(dataset: str) -> str:
     """SHA-256 of all intensities, labels and the splits, for the header of result files.
 

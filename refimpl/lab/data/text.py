@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ast
 import bz2
+import codecs
 import functools
 import hashlib
 import json
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from refimpl.core.arguments import checked, shown
 from refimpl.core.errors import CalibrationError, OptionError, nearest, require
 from refimpl.lab import wheels
 
@@ -41,6 +43,16 @@ SPLITS = ("calibration", "validation", "test")
 
 SHARED_PHRASES = 0.2
 """Two documents are near-duplicates if the other has more than this share of the smaller's five-word phrases."""
+
+
+# what Windows and spreadsheets put first; that of UTF-32 begins like that of UTF-16
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,7 @@ class TokenSet:
     split: str
 
 
+@checked()
 def documents(corpus: str, split: str) -> list[Document]:
     """All documents of one split, in the corpus's order.
 
@@ -93,6 +106,7 @@ def documents(corpus: str, split: str) -> list[Document]:
     return list(_read(corpus)[split])
 
 
+@checked("sequences", "length")
 def calibration(
     corpus: str, tokenizer: PreTrainedTokenizerBase | None = None, sequences: int = 32, length: int = 512, seed: int = 0
 ) -> TokenSet:
@@ -121,6 +135,7 @@ def calibration(
     return _windows(found, tokenizer, sequences, length, corpus, "calibration", key=f"calibration {seed}")
 
 
+@checked("sequences", "length")
 def evaluation(
     corpus: str,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -152,18 +167,23 @@ def evaluation(
     return _windows(documents(corpus, split), tokenizer, sequences, length, corpus, split, key="evaluation")
 
 
+@checked()
 def from_texts(
     texts: Sequence[str] | str | Path, tokenizer: PreTrainedTokenizerBase | None = None, length: int = 512
 ) -> TokenSet:
     """All whole windows of your own texts.
 
     Args:
-        texts: a list of strings, a text file, or a folder (its UTF-8 files; hidden ones are left out).
+        texts: a list of strings, a text file, or a folder. Files are UTF-8, or have the mark of UTF-16 or UTF-32 (byte order
+            mark); of a folder hidden files are left out, and so are those that are no text, with a line on stderr that
+            counts them.
         tokenizer: SmolLM2's if None. For what starts a window see `calibration`.
         length: tokens in each window; the rest of a text that fills no window is left out.
 
     Raises:
         CalibrationError: nothing there, or no text is long enough for one window.
+        OptionError: a file that is no text in these encodings, with the place of the first byte that is wrong, or that
+            cannot be read.
 
     Example:
         >>> tokens = from_texts(["one two three " * 20], length=16)
@@ -179,6 +199,7 @@ def from_texts(
     return _windows(found, tokenizer, None, length, corpus, "given", key="given")
 
 
+@checked()
 def corpus_hash(corpus: str) -> str:
     """SHA-256 of the parsed and split documents, for the header of result files.
 
@@ -259,6 +280,8 @@ def _windows(
         from refimpl.lab import models
 
         tokenizer = models.tokenizer()
+    if not hasattr(tokenizer, "bos_token_id"):
+        raise OptionError(f"tokenizer={shown(tokenizer)}: pass one of transformers, or None for SmolLM2's")
     prefix = _prefix(tokenizer)
     room = length - len(prefix)
     if sequences is not None:
@@ -313,18 +336,49 @@ def _number(*parts: object) -> int:
 
 def _local(path: Path) -> Iterator[Document]:
     if path.is_file():
-        yield Document(path.name, path.name, path.read_text(encoding="utf-8", errors="replace"))
+        yield Document(path.name, path.name, _decoded(path))
     elif path.is_dir():
+        skipped = []
         for file in sorted(path.rglob("*")):
             name = file.relative_to(path).as_posix()
             if not file.is_file() or any(part.startswith(".") for part in Path(name).parts):
                 continue
             try:
-                yield Document(name, name, file.read_text(encoding="utf-8"))
-            except UnicodeDecodeError:  # a picture or a binary beside the texts
-                continue
+                yield Document(name, name, _decoded(file))
+            except _NoText as error:  # a picture or a binary beside the texts
+                skipped.append(str(error))
+        if skipped:
+            files = "1 file was" if len(skipped) == 1 else f"{len(skipped)} files were"
+            print(f"texts={str(path)!r}: {files} skipped; the first: {skipped[0]}", file=sys.stderr)
     else:
         raise CalibrationError(f"texts={str(path)!r} is no file or folder; for literal text pass a list of strings")
+
+
+class _NoText(OptionError):
+    """A file that is no text in an encoding it declares, or in UTF-8."""
+
+
+def _decoded(file: Path) -> str:
+    """The text of a file in UTF-8, or in UTF-16 or UTF-32 if it begins with their mark; the mark is left out."""
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise OptionError(
+            f"{file} cannot be read ({error.strerror}); make it readable, or name another file"
+        ) from error
+    mark, encoding = next(((mark, name) for mark, name in _MARKS if data.startswith(mark)), (b"", "utf-8"))
+    try:
+        text = data[len(mark) :].decode(encoding)
+        place = len(text[: text.index("\0")].encode(encoding)) if "\0" in text else None
+        reason = "is 0, which no text holds"
+    except UnicodeDecodeError as error:
+        place, reason = error.start, f"is 0x{data[len(mark) + error.start]:02x} ({error.reason})"
+    if place is not None:
+        raise _NoText(
+            f"{file}: byte {len(mark) + place} {reason}, so it is no text in {encoding.upper()}; convert it to UTF-8, as "
+            "with iconv, or leave it out"
+        )
+    return text
 
 
 # --- corpora ---

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from refimpl.core.arguments import checked
 from refimpl.core.errors import CalibrationError, positive_integer
 from refimpl.lab.data import text
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+@checked()
 def windows(
     corpus: str, split: str, length: int, tokenizer: PreTrainedTokenizerBase | None = None, stride: int | None = None
 ) -> tuple[Tensor, list[str]]:

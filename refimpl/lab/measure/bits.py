@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from refimpl.core.arguments import checked, shown
 from refimpl.core.errors import CalibrationError, OptionError, positive_integer
 from refimpl.lab.models.lstm import BYTES, LSTMLanguageModel
 
@@ -40,6 +41,7 @@ class BitsPerByte:
     units: list[str]
 
 
+@checked("batch")
 def language_model_loss(model: nn.Module, batch: Tensor | Sequence[Tensor]) -> Tensor:
     """Mean cross-entropy in nats of every symbol but the first of each row, for `refimpl.core.train.loop.train`.
 
@@ -59,12 +61,13 @@ def language_model_loss(model: nn.Module, batch: Tensor | Sequence[Tensor]) -> T
         >>> language_model_loss(LSTMLanguageModel(), ids[:4]).round().item()   # near ln 256
         6.0
     """
-    ids = batch if isinstance(batch, Tensor) else batch[0]
+    ids: Any = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
     _check_rows(ids, "batch")
     targets = ids[:, 1:].flatten()
     return F.cross_entropy(_logits(model, ids[:, :-1]).float().flatten(0, 1), targets)
 
 
+@checked()
 def bits_per_byte(
     model: nn.Module,
     windows: Tensor,
@@ -140,6 +143,7 @@ def bits_per_byte(
     return BitsPerByte(float(bits.sum() / counts.sum()), bits, counts, names)
 
 
+@checked()
 def token_bytes(tokenizer: PreTrainedTokenizerBase, size: int | None = None) -> Tensor:
     """Number of bytes of text that each token of a byte-level tokenizer encodes; 0 for special tokens.
 
@@ -166,10 +170,12 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, size: int | None = None) -> 
             "use perplexity for this model"
         )
     lengths = torch.zeros(len(tokenizer) if size is None else size, dtype=torch.long)
-    special = set(tokenizer.all_special_ids)
-    for token, number in tokenizer.get_vocab().items():
-        if number not in special and number < len(lengths):
-            lengths[number] = len(token)  # a byte-level alphabet writes each byte as one character
+    vocabulary = tokenizer.get_vocab()
+    ids = torch.tensor(list(vocabulary.values()))
+    # a byte-level alphabet writes each byte as one character
+    characters = torch.tensor([len(token) for token in vocabulary])
+    counted = (ids < len(lengths)) & ~torch.isin(ids, torch.tensor(tokenizer.all_special_ids, dtype=torch.long))
+    lengths[ids[counted]] = characters[counted]
     return lengths
 
 
@@ -184,6 +190,8 @@ def _vocabulary(model: nn.Module) -> int:
     inner = getattr(model, "module", model)
     if isinstance(inner, LSTMLanguageModel):
         return inner.sizes["vocabulary"]
+    if not hasattr(inner, "get_input_embeddings"):
+        raise OptionError(f"model={shown(inner)}: pass an `LSTMLanguageModel` or a causal model of transformers")
     return cast(nn.Embedding, inner.get_input_embeddings()).num_embeddings  # type: ignore[operator]
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from refimpl.core.arguments import checked
 from refimpl.core.compress.sites import is_conv1d
 from refimpl.core.errors import CalibrationError, OptionError
 from refimpl.core.layers import CompressedLayer
@@ -46,6 +47,7 @@ class Scores:
         return float(self.correct.double().mean())
 
 
+@checked()
 def classify(model: nn.Module, images: ImageSet, batch_size: int = 250, progress: bool = True) -> Scores:
     """Score every image.
 
@@ -97,6 +99,7 @@ def classify(model: nn.Module, images: ImageSet, batch_size: int = 250, progress
     return Scores(loss, logits.argmax(1) == images.labels, logits, list(images.units))
 
 
+@checked()
 def kl(scores: Scores, reference: Scores) -> Tensor:
     """KL(reference || model) of each image in nats: how far the predicted distribution has moved, right or wrong.
 
@@ -121,6 +124,7 @@ def kl(scores: Scores, reference: Scores) -> Tensor:
     return F.kl_div(q, p, reduction="none", log_target=True).sum(1)
 
 
+@checked()
 def cross_entropy_loss(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
     """Mean cross-entropy in nats of one batch, for `refimpl.core.train.loop.train`.
 
@@ -145,6 +149,7 @@ give it num_labels=11 or mend the labels
     return F.cross_entropy(logits.float(), labels)
 
 
+@checked()
 def flops(model: nn.Module, example: Tensor | ImageSet) -> dict[str, int]:
     """Floating-point operations of one forward pass per image, by layer: two for each multiply-add with a weight.
 
@@ -174,6 +179,7 @@ def flops(model: nn.Module, example: Tensor | ImageSet) -> dict[str, int]:
     return {name: 2 * positions[name] * sum(n for n, _, _ in _products(layers[name], 0)) for name in positions}
 
 
+@checked()
 def bit_operations(model: nn.Module, example: Tensor | ImageSet) -> dict[str, int]:
     """The same count, each multiply-add times bits of the weight times bits of the input, by layer.
 
@@ -198,6 +204,7 @@ def bit_operations(model: nn.Module, example: Tensor | ImageSet) -> dict[str, in
     }
 
 
+@checked()
 def score_rows(scores: Scores, *, nbytes: int, flops: float, bit_operations: float | None = None) -> Iterator[Row]:
     """A classifier as the rows that the classifier bench reads.
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from refimpl.core.arguments import checked, shown
 from refimpl.core.compress.sites import find_sites
 from refimpl.core.errors import CalibrationError, OptionError
 from refimpl.core.layers import CompressedLayer
@@ -71,6 +72,7 @@ class Perplexity:
         return Perplexity(self.value, nll, counts, names, self.corpus)
 
 
+@checked()
 def perplexity(model: nn.Module, tokens: Tokens | Tensor, batch_size: int = 2, progress: bool = True) -> Perplexity:
     """Perplexity of a causal language model on rows of tokens, each read from an empty context.
 
@@ -97,11 +99,13 @@ def perplexity(model: nn.Module, tokens: Tokens | Tensor, batch_size: int = 2, p
         >>> result.nll.shape, result.counts.tolist()
         ((3,), [15, 15, 15])
     """
-    ids = tokens if isinstance(tokens, Tensor) else tokens.ids
-    units = [str(k) for k in range(len(ids))] if isinstance(tokens, Tensor) else list(tokens.units)
+    ids: Any = getattr(tokens, "ids", tokens)
     if batch_size < 1:
         raise OptionError(f"batch_size is {batch_size}; it must be at least 1")
-    _check_ids(model, ids, units)
+    _check_ids(model, ids)
+    units = [str(k) for k in range(len(ids))] if isinstance(tokens, Tensor) else list(tokens.units)
+    if len(units) != len(ids):
+        raise CalibrationError(f"tokens has {len(ids)} rows but {len(units)} units; give one unit per row")
     device = next(model.parameters()).device
     nll = torch.zeros(len(ids), dtype=torch.float64)
     training = [module for module in model.modules() if module.training]
@@ -131,7 +135,7 @@ def perplexity(model: nn.Module, tokens: Tokens | Tensor, batch_size: int = 2, p
     return Perplexity(value, nll.numpy(), counts, units, getattr(tokens, "corpus", ""))
 
 
-def _check_ids(model: nn.Module, ids: Tensor, units: list[str]) -> None:
+def _check_ids(model: nn.Module, ids: object) -> None:
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
         found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise CalibrationError(f"tokens is {found}; it must be a LongTensor [rows, length]")
@@ -139,8 +143,8 @@ def _check_ids(model: nn.Module, ids: Tensor, units: list[str]) -> None:
         raise CalibrationError(
             f"tokens has shape {list(ids.shape)}; perplexity needs at least one row and two tokens a row"
         )
-    if len(units) != len(ids):
-        raise CalibrationError(f"tokens has {len(ids)} rows but {len(units)} units; give one unit per row")
+    if not hasattr(model, "get_input_embeddings"):
+        raise OptionError(f"model={shown(model)}: pass a causal language model of transformers")
     vocabulary = cast(Any, model).get_input_embeddings().num_embeddings
     outside = (ids < 0) | (ids >= vocabulary)
     if outside.any():
@@ -188,6 +192,7 @@ class Footprint:
     parts: dict[str, int] = field(default_factory=dict)
 
 
+@checked()
 def footprint(model: nn.Module, folder: str | Path | None = None) -> Footprint:
     """Count the bits a model needs, adapters and metadata included.
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from refimpl.core.errors import OptionError
+from refimpl.core.arguments import checked, shown
+from refimpl.core.errors import OptionError, reason
 from refimpl.lab.measure.metrics import Perplexity
 
 _LEVEL = 0.05
@@ -61,6 +63,7 @@ def difference(gap: np.ndarray) -> np.ndarray:
     return gap
 
 
+@checked("a", "b", "weights")
 def paired_bootstrap(
     a: Sequence[float] | np.ndarray,
     b: Sequence[float] | np.ndarray,
@@ -91,8 +94,11 @@ def paired_bootstrap(
         >>> print(paired_bootstrap([10.0, 21.0, 30.5], [11.0, 22.0, 31.5], weights=[10, 20, 30]))
         0.9512 [0.9048, 0.9672]
     """
-    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
-    weights = np.ones_like(a) if weights is None else np.asarray(weights, dtype=float)
+    for name, value, least in (("n", n, 1), ("seed", seed, 0)):
+        if value < least:
+            raise OptionError(f"{name}={value}: use {least} or more")
+    a, b = _numbers("a", a), _numbers("b", b)
+    weights = np.ones_like(a) if weights is None else _numbers("weights", weights)
     if a.ndim != 1 or a.shape != b.shape or a.shape != weights.shape:
         raise OptionError(
             f"a, b and weights have shapes {a.shape}, {b.shape} and {weights.shape}; give one value per unit in each"
@@ -109,7 +115,10 @@ def paired_bootstrap(
 
     gap = a - b
     rng = np.random.default_rng(seed)
-    means = np.empty(n)
+    try:
+        means = np.empty(n)
+    except MemoryError as full:
+        raise OptionError(f"n={n}: so many resamples do not fit into memory; 10,000 are enough") from full
     step = max(1, _BLOCK // units)
     for start in range(0, n, step):
         rows = rng.integers(units, size=(min(step, n - start), units))
@@ -117,11 +126,22 @@ def paired_bootstrap(
 
     widened = np.sqrt(units / (units - 1)) * stats.t.ppf(1 - _LEVEL / 2, units - 1)
     tail = stats.norm.cdf(-widened)
-    low, high = np.sort(statistic(np.quantile(means, [tail, 1 - tail])))
+    ends = np.asarray(statistic(np.quantile(means, [tail, 1 - tail])))
+    if ends.shape != (2,) or ends.dtype.kind != "f":
+        raise OptionError(f"statistic returned {shown(ends)} for two numbers; return a number for each")
+    low, high = np.sort(ends)
     error = means.std() * np.sqrt(units / (units - 1))
     return _interval(gap.sum() / weights.sum(), low, high, error, units, statistic)
 
 
+def _numbers(name: str, values: Any) -> np.ndarray:
+    try:
+        return np.asarray(values, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"{name}={shown(values)}: use a number for each unit ({reason(error)})") from error
+
+
+@checked()
 def t_interval(values: Sequence[float] | np.ndarray) -> Interval:
     """Student's t interval of a mean, for a handful of seeds (three resampled seeds would cover 74 %, not 95).
 
@@ -141,6 +161,7 @@ def t_interval(values: Sequence[float] | np.ndarray) -> Interval:
     return _interval(mean, mean - half, mean + half, error, len(values), difference)
 
 
+@checked()
 def seeds_ratio(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> Interval:
     """Ratio of two arms over the same seeds: the geometric mean of a / b with Student's t interval of its logarithm.
 

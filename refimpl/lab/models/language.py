@@ -27,9 +27,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from refimpl.core.errors import CheckpointError, FetchError, OptionError, nearest, require
+from refimpl.core.arguments import checked
+from refimpl.core.errors import CheckpointError, FetchError, OptionError, nearest, reason, require
 from refimpl.core.files import io
-from refimpl.core.files.checkpoint import Checkpoint
+from refimpl.core.files.checkpoint import Checkpoint, read_config
+from refimpl.core.files.folders import check_file
 from refimpl.core.stored import declare_stored
 from refimpl.lab import wheels
 from refimpl.lab.models import small
@@ -38,6 +40,7 @@ from refimpl.lab.models.dtypes import compute_dtype
 # Raise the number when the conversion changes: the folder in the cache carries it in its name.
 SMOLLM2_FOLDER = "smollm2-135m-instruct-0.1.2-r1"
 PERMUTATION_SEED = 20240
+LAYERS = 30  # of SmolLM2-135M
 
 
 def smollm2_path() -> Path:
@@ -65,6 +68,7 @@ def smollm2_path() -> Path:
     return folder
 
 
+@checked()
 def smollm2(dtype: torch.dtype | None = None, layers: int | None = None) -> PreTrainedModel:
     """SmolLM2-135M-Instruct (Apache-2.0) in eval mode, channels permuted.
 
@@ -86,12 +90,11 @@ def smollm2(dtype: torch.dtype | None = None, layers: int | None = None) -> PreT
         >>> len(model.model.layers), model.training
         (1, False)
     """
+    if layers is not None and not 1 <= layers <= LAYERS:  # before anything is fetched
+        raise OptionError(f"layers={layers!r} must be an integer from 1 to {LAYERS}")
     folder = smollm2_path()
     config = AutoConfig.from_pretrained(folder)
     if layers is not None:
-        most = config.num_hidden_layers
-        if isinstance(layers, bool) or not isinstance(layers, int) or not 1 <= layers <= most:
-            raise OptionError(f"layers={layers!r} must be an integer from 1 to {most}")
         config.num_hidden_layers = layers
     with small.quietly():
         model = LlamaForCausalLM.from_pretrained(folder, config=config, dtype=dtype or compute_dtype())
@@ -138,6 +141,7 @@ def source_bits() -> dict[str, dict[str, float]]:
     return json.loads((smollm2_path() / "source.json").read_text())["bits"]
 
 
+@checked()
 def load(
     name_or_path: str | Path, dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
@@ -173,15 +177,26 @@ def load(
             f"use refimpl.lab.models.small.load({str(name_or_path)!r})"
         )
     source = Checkpoint(path)  # opens every weight file: refuses pickles, finds truncated and missing ones
+    read_config(path)  # transformers would build whatever it says, a million layers as well
     if io.is_compressed(path):
         model = cast(PreTrainedModel, io.load(path, dtype=dtype or compute_dtype()))
     else:
         model = _from_folder(path, dtype or compute_dtype())
     _declare(model, source, dtype)
-    has_tokenizer = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    return model.eval(), AutoTokenizer.from_pretrained(path) if has_tokenizer else None
+    return model.eval(), _tokenizer_in(path)
 
 
+def _tokenizer_in(folder: Path) -> PreTrainedTokenizerBase | None:
+    files = [folder / name for name in ("tokenizer.json", "tokenizer_config.json") if (folder / name).exists()]
+    for file in files:
+        check_file(file)
+    try:
+        return AutoTokenizer.from_pretrained(folder) if files else None
+    except Exception as error:  # whatever a damaged file makes the tokenizer's library raise
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read ({reason(error)}); save it again") from error
+
+
+@checked()
 def folder(name_or_path: str | Path) -> Path:
     """The local folder of a checkpoint; a Hub id is downloaded first.
 
@@ -363,8 +378,10 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, output_loading_info=True
             )
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{folder} cannot be loaded as a causal language model: {error}") from error
+        except Exception as error:  # whatever a damaged file makes transformers raise
+            raise CheckpointError(
+                f"{folder} cannot be loaded as a causal language model ({reason(error)}); copy or save it again"
+            ) from error
     model, info = loaded
     # transformers fills missing weights with random numbers and warns; such a model measures nothing.
     missing = sorted(info["missing_keys"])

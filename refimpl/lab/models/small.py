@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from refimpl.core.arguments import checked
 from refimpl.core.errors import CheckpointError, OptionError, nearest
 from refimpl.core.files.io import data_path
 from refimpl.lab.models.lstm import LSTMLanguageModel
@@ -39,6 +40,7 @@ def names() -> list[str]:
     return sorted(folder.name for folder in folders if (folder / _CONFIG).is_file() and (folder / _WEIGHTS).is_file())
 
 
+@checked()
 def path(name: str) -> Path:
     """The folder of a shipped model.
 
@@ -57,6 +59,7 @@ def path(name: str) -> Path:
     return data_path("models", name)
 
 
+@checked()
 def load(name: str) -> Any:
     """A shipped model in eval mode, in fp32 (the language models are stored in bf16, the classifiers in fp32).
 

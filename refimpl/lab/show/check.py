@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+import copy
 import numbers
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An expected value that later assignments to the variables it was made from do not reach; see `keep`."""
+
+    value: Any
+
+
+def keep(value: Any) -> Kept:
+    """The expected value of an exercise as it is now, for `check`.
+
+    An exercise that compares with variables of the chapter would follow a reader who uses their names for an answer, and
+    take any answer for right. So what they hold is copied in the cell that makes them.
+
+    Args:
+        value: a number, text, bool, list, array or tensor.
+
+    Example:
+        >>> A = np.eye(2)
+        >>> product = keep(A @ A)
+        >>> A = np.zeros((2, 2))
+        >>> check(A @ A, product)
+        Not yet: 2 of 4 entries are off, the first at [0, 0].
+    """
+    return Kept(copy.deepcopy(value.detach() if isinstance(value, torch.Tensor) else value))
 
 
 def check(answer: Any, expected: Any, tol: float = 1e-6, *, on: Sequence[tuple[Any, ...]] | None = None) -> None:
@@ -16,7 +44,7 @@ def check(answer: Any, expected: Any, tol: float = 1e-6, *, on: Sequence[tuple[A
     Args:
         answer: the reader's answer. ``...`` means that it is still to come.
         expected: the right one: a number, text, bool, list, array or tensor. If the answer is a function, the right
-            function.
+            function. What was computed in the chapter comes from `keep`.
         tol: largest accepted error, relative to the largest entry of `expected` (absolute if that is below one).
         on: for functions: tuples of arguments to compare them on.
 
@@ -31,6 +59,8 @@ def check(answer: Any, expected: Any, tol: float = 1e-6, *, on: Sequence[tuple[A
     if answer is ...:
         print("Not attempted yet: replace the dots by your answer.")
         return
+    if isinstance(expected, Kept):
+        expected = expected.value
     problem = _function_problem(answer, expected, tol, on) if callable(expected) else _problem(answer, expected, tol)
     print("Right." if problem is None else f"Not yet: {problem}.")
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from refimpl.core.arguments import Checked, checked
 from refimpl.core.errors import OptionError, nearest, require
 from refimpl.lab.measure.statistics import compare, difference, paired_bootstrap
 from refimpl.lab.study.records import Results
@@ -45,7 +46,7 @@ _MOST_BYTES = 80_000  # a notebook has many pictures and must stay readable in a
 
 
 @dataclass(frozen=True)
-class Point:
+class Point(Checked):
     """One compressed model on the chart.
 
     Attributes:
@@ -66,6 +67,7 @@ class Point:
     source: bool = False
 
 
+@checked()
 def points(results: Results, condition: str, seed: int = 0, reference: str = "dense") -> list[Point]:
     """The arms of a study as points, with the recorded cost as bits.
 
@@ -107,7 +109,7 @@ def points(results: Results, condition: str, seed: int = 0, reference: str = "de
 
 
 @dataclass(frozen=True)
-class ClassifierPoint:
+class ClassifierPoint(Checked):
     """One classifier on the chart.
 
     Attributes:
@@ -132,6 +134,7 @@ class ClassifierPoint:
     label: str = ""
 
 
+@checked()
 def classifier_points(results: Results, condition: str, reference: str = "dense") -> list[ClassifierPoint]:
     """The classifiers of a study as points.
 
@@ -209,7 +212,7 @@ def classifier_points(results: Results, condition: str, reference: str = "dense"
 
 
 @dataclass(frozen=True)
-class TaskPoint:
+class TaskPoint(Checked):
     """One compressed language model and what it still can do.
 
     Attributes:
@@ -230,6 +233,7 @@ class TaskPoint:
     label: str = ""
 
 
+@checked()
 def task_points(
     results: Results,
     tasks: Sequence[str],
@@ -294,7 +298,7 @@ def task_points(
 
 
 @dataclass(frozen=True)
-class CurvePoint:
+class CurvePoint(Checked):
     """One point of a curve.
 
     Attributes:
@@ -427,6 +431,7 @@ def _spread(sequence: Sequence[str], n: int) -> list[str]:
     return [sequence[round(k * step)] for k in range(n)]
 
 
+@checked()
 def quality_chart(chart_points: Sequence[Point], title: str = "") -> altair.LayerChart:
     """Perplexity against bits per weight, interactive: hover for numbers, drag and scroll to look closer.
 
@@ -445,6 +450,7 @@ def quality_chart(chart_points: Sequence[Point], title: str = "") -> altair.Laye
     return _chart(marks, _BITS, _PERPLEXITY, title, describe(chart_points, title))
 
 
+@checked()
 def classifier_chart(
     chart_points: Sequence[ClassifierPoint], x: str = "bytes", quality: str = "accuracy", title: str = ""
 ) -> altair.LayerChart:
@@ -470,6 +476,7 @@ def classifier_chart(
     return _chart(marks, _COSTS[x], _QUALITIES[quality], title, text)
 
 
+@checked()
 def task_chart(chart_points: Sequence[TaskPoint], what: str, x: str = "bits", title: str = "") -> altair.LayerChart:
     """A chart of task scores of compressed models against their size or perplexity, interactive like `quality_chart`.
 
@@ -492,6 +499,7 @@ def task_chart(chart_points: Sequence[TaskPoint], what: str, x: str = "bits", ti
     return _chart(marks, _TASK_COSTS[x], y, title, _describe(marks, _TASK_COSTS[x], y, title))
 
 
+@checked()
 def curve_chart(
     chart_points: Sequence[CurvePoint], x: str, y: str, log: str = "", title: str = ""
 ) -> altair.LayerChart:
@@ -583,6 +591,7 @@ def _chart(marks: Sequence[_Mark], x_axis: _Axis, y_axis: _Axis, title: str, tex
     return alt.layer(*layers).properties(title=title, width="container", height=320, description=text).interactive()
 
 
+@checked()
 def quality_figure(chart_points: Sequence[Point], title: str = "") -> Figure:
     """Perplexity against bits per weight, static; for `show`.
 
@@ -598,6 +607,7 @@ def quality_figure(chart_points: Sequence[Point], title: str = "") -> Figure:
     return _figure([(_language_marks(chart_points), _BITS, _PERPLEXITY)], title)
 
 
+@checked()
 def classifier_figure(
     chart_points: Sequence[ClassifierPoint],
     quality: str = "accuracy",
@@ -625,6 +635,7 @@ def classifier_figure(
     return _figure(panels, title)
 
 
+@checked()
 def task_figure(
     panels: Mapping[str, Sequence[TaskPoint]], x: str = "perplexity", title: str = ""
 ) -> tuple[Figure, str]:
@@ -712,6 +723,7 @@ def _figure(panels: Sequence[tuple[Sequence[_Mark], _Axis, _Axis]], title: str) 
     return figure
 
 
+@checked()
 def describe(chart_points: Sequence[Point], title: str = "") -> str:
     """Alternative text of the chart: what its axes are and every point in words.
 
@@ -722,6 +734,7 @@ def describe(chart_points: Sequence[Point], title: str = "") -> str:
     return _describe(_language_marks(chart_points), _BITS, _PERPLEXITY, title, " bits")
 
 
+@checked()
 def describe_classifiers(
     chart_points: Sequence[ClassifierPoint], x: str = "bytes", quality: str = "accuracy", title: str = ""
 ) -> str:

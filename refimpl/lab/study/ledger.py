@@ -30,7 +30,7 @@ def stale(results: Results, data: Mapping[str, str] | None = None) -> list[str]:
         data: hashes of data and models as they are now; None compares functions only.
 
     Example:
-        >>> header = {"functions": [["refimpl.lab.study.sources", "source_hash", "an old hash"]], "data": {}}
+        >>> header = {"functions": [["refimpl.lab.study.sources", "source_hash", "an old hash"]], "stamps": [], "data": {}}
         >>> stale(Results("demo.json", header))
         ['refimpl.lab.study.sources.source_hash']
     """
@@ -110,8 +110,6 @@ def rule_problems(results: Results, repository: str | Path | None = None) -> lis
         return problems if shallow else [*problems, f"the rule's commit {rule['commit'][:9]} is not in this history"]
     if committed > started and not problems:
         problems.append(f"the rule's commit {rule['commit'][:9]} is younger than the run")
-    if "hash" not in rule:  # of a study that is not converted yet
-        return problems
     then = Sources.at_commit(root, rule["commit"])
     study = results.header["study"]
     if not then.has(study, RULE) or then.digest(study, RULE, deep=True) != rule["hash"]:
@@ -145,7 +143,7 @@ def table(folder: str | Path | None = None) -> list[dict[str, Any]]:
             "study": header["study"],
             "started": header["runs"][0]["started"],
             "rule_commit": (header["rule"] or {}).get("commit"),
-            "stands_as_of": header["stamps"][-1]["when"] if header.get("stamps") else None,
+            "stands_as_of": header["stamps"][-1]["when"] if header["stamps"] else None,
             "stale": stale(results, current_data(header["data"])),
             "problems": problems,
         }

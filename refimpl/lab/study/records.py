@@ -27,13 +27,12 @@ import torch
 from refimpl.core.errors import OptionError, RefimplError, nearest
 from refimpl.core.files.io import atomic_write
 from refimpl.lab.measure.metrics import Perplexity
-from refimpl.lab.study.sources import Sources, module_hashes
+from refimpl.lab.study.sources import Sources
 
 if TYPE_CHECKING:
     from refimpl.core.train.loop import History
 
 _FORMAT = 2
-_FORMER = 1  # declared the modules it rests on, by hand
 _GONE = ("", "", "")  # a function that no longer exists
 _PACKAGES = ("torch", "transformers", "refimpl")
 #: Name in a study's module that holds the rule.
@@ -110,12 +109,10 @@ class Results:
         *,
         paper: str,
         study: str,
-        depends: Iterable[str] = (),
         data: Mapping[str, str] | None = None,
         profile: str = "study",
         dtype: str = "float32",
         provisional: bool = False,
-        again: Iterable[str] = (),
     ) -> Results:
         """Begin a results file, or go on with the one that is there.
 
@@ -127,13 +124,11 @@ class Results:
             profile: "quick" or "study".
             dtype: dtype of the computation.
             provisional: go on although the rule is not committed. The file says so and the ledger refuses it.
-            again: arms whose records are dropped, to be measured anew.
 
         Raises:
             RuleNotCommitted: the claims have changes that are not committed (unless provisional).
             ResultsError: the file was made from other data or rules, for another profile, its last run computed in
                 another dtype, or functions it rests on have changed since.
-            OptionError: an arm of `again` is not in the file.
 
         Example:
             >>> results = Results.start("demo.json", paper="demo", study="refimpl.lab.study.records", provisional=True)
@@ -156,13 +151,9 @@ class Results:
             "runs": [],
             "stamps": [],
         }
-        if depends:
-            header |= {"format": _FORMER, "sources": module_hashes([study, *depends])}
         results = cls(path, header)
         if path.exists():
             results = cls.load(path)
-            for arm in again:
-                results.drop(arm)
             results._must_match(header, dtype)
         results.header["runs"].append(environment(dtype))
         return results
@@ -172,7 +163,7 @@ class Results:
         changed += [key for key in ("paper", "study", "profile") if self.header[key] != header[key]]
         if (self.header["rule"] is None) != (header["rule"] is None):
             changed.append("whether the rule is committed")
-        elif header["rule"] and "hash" in self.header["rule"] and header["rule"]["hash"] != self.rule_hash():
+        elif header["rule"] and header["rule"]["hash"] != self.rule_hash():
             changed.append("the rule")  # or it could be bent to the numbers that are there
         recorded = self.header["runs"][-1]["dtype"]
         if recorded != dtype:  # rounding differs by more than some of the effects that are looked for
@@ -180,7 +171,8 @@ class Results:
         if changed:
             raise ResultsError(
                 f"{self.path} was recorded with something else than now ({', '.join(changed)}), and rows of both must "
-                "not be mixed; delete the file to start again, or write to another one (`--out`)"
+                "not be mixed; delete the file to start again, or write to another one (`--out`). `refimpl restamp "
+                f"{self.header['paper']}` shows whether code that only looks otherwise judges as it did"
             )
         moved = self.changed_functions()
         if moved:
@@ -216,8 +208,8 @@ class Results:
 
     def functions(self) -> list[tuple[str, str, str]]:
         """Module, name and hash of the functions that these records rest on, as the last stamp has them."""
-        rows = [tuple(row) for row in self.header.get("functions", ())]
-        for stamp in self.header.get("stamps", ()):
+        rows = [tuple(row) for row in self.header["functions"]]
+        for stamp in self.header["stamps"]:
             for index, row in stamp["functions"].items():
                 rows[int(index)] = _GONE if row is None else tuple(row)
         return rows
@@ -262,7 +254,7 @@ class Results:
         wanted, table = set(names), [f"{module}.{name}" for module, name, _ in self.functions()]
         return {
             kind: [table[i] for i in entry["functions"] if table[i] in wanted]
-            for kind, entry in self.header.get("kinds", {}).items()
+            for kind, entry in self.header["kinds"].items()
         }
 
     @classmethod
@@ -274,7 +266,7 @@ class Results:
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            if content["header"]["format"] not in (_FORMER, _FORMAT):
+            if content["header"]["format"] != _FORMAT:
                 raise ResultsError(f"{path} has format {content['header']['format']}; this version reads {_FORMAT}")
             results = cls(path, content["header"])
             results.claims = content["claims"]

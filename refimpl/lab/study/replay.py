@@ -33,9 +33,9 @@ from refimpl.lab.study.sources import Sources
 
 #: Metrics that measure time or memory: no two runs agree on them.
 CLOCK = re.compile(r"second|cpu|wall|clock|forward_passes|peak_bytes|time")
-#: Said of a record in the former format, which named modules by hand.
-NEVER_REPLAYED = "recorded before functions were noted, and no replay has tied it to them since"
 _ROOT = Path(__file__).resolve().parents[3]
+#: In the answer of a probe, before the arm of a job at full size.
+FULL_SIZE = "full size: "
 _SETS = 24  # perturbed copies of the records that an old and a new rule must judge alike
 _SHOWN = 5  # differences in a message
 
@@ -67,11 +67,12 @@ class Comparison:
     functions: set[tuple[str, str]] = field(default_factory=set)
 
 
-def compare(then: dict[str, Any], now: dict[str, Any]) -> Comparison:
+def compare(then: dict[str, Any], now: dict[str, Any], without: Sequence[str] = ()) -> Comparison:
     """Differences between two answers of the probe.
 
     Args:
         then, now: "values", "trainings" and "functions", as `refimpl.lab.study.probe` writes them.
+        without: arms whose values are not compared, because they are measured again. Trainings carry no arm: all are compared.
 
     Example:
         >>> row = ["short", "mnist", 1, "", "accuracy", "0x1p-1"]
@@ -84,7 +85,7 @@ def compare(then: dict[str, Any], now: dict[str, Any]) -> Comparison:
         >>> compare({**before, "values": [third, rounded]}, {**before, "values": [third]}).differences
         []
     """
-    old, new = (_unrounded(side["values"]) for side in (then, now))
+    old, new = (_unrounded(side["values"], without) for side in (then, now))
     found = [f"{_said(key)}: gone" for key in old if key not in new]
     found += [f"{_said(key)}: new" for key in new if key not in old]
     for key in old.keys() & new.keys():
@@ -107,9 +108,13 @@ def compare(then: dict[str, Any], now: dict[str, Any]) -> Comparison:
     )
 
 
-def _unrounded(values: Sequence[Sequence[Any]]) -> dict[tuple[Any, ...], str]:
+def _unrounded(values: Sequence[Sequence[Any]], without: Sequence[str]) -> dict[tuple[Any, ...], str]:
     """By what was measured. Studies once gathered records in one `Results` for another, which rounds: the first counts."""
-    return {tuple(row[:5]): row[5] for row in reversed(values) if not CLOCK.search(row[4])}
+    return {
+        tuple(row[:5]): row[5]
+        for row in reversed(values)
+        if not CLOCK.search(row[4]) and row[0].removeprefix(FULL_SIZE) not in without
+    }
 
 
 def _said(key: tuple[Any, ...]) -> str:
@@ -135,19 +140,25 @@ def _first_difference(a: dict[str, Any], b: dict[str, Any]) -> str:
 # -- running both sides --
 
 
-def replay(results: Results, minutes: float = 10.0, say: Callable[[str], None] = lambda words: None) -> Comparison:
+def replay(
+    results: Results,
+    minutes: float = 10.0,
+    say: Callable[[str], None] = lambda words: None,
+    without: Sequence[str] = (),
+) -> Comparison:
     """Run part of a study at the commit that its record stands for, and now.
 
     Args:
         results: a recorded study.
         minutes: for the full-size jobs of both sides together; the quick size always runs.
         say: told what is happening.
+        without: arms that are measured again, see `compare`.
 
     Raises:
         NotStanding: the commit is not in this history, or one side does not run.
     """
     base = base_commit(results)
-    chosen, left_out = _cheapest(results, minutes * 60)
+    chosen, left_out = _cheapest(results, minutes * 60, without)
     request = {
         "module": results.header["study"],
         "quick": True,
@@ -159,21 +170,24 @@ def replay(results: Results, minutes: float = 10.0, say: Callable[[str], None] =
         before = run_probe(then, request)
         say(f"{results.header['paper']}: now")
         after = run_probe(_ROOT, request)
-    found = compare(before, after)
+    found = compare(before, after, without)
     found.jobs = [f"{entry['arm']}, {entry['condition']}, seed {entry['seed']}" for entry in chosen]
     found.left_out = left_out
     return found
 
 
 def base_commit(results: Results) -> str:
-    """The commit whose code a record stands for: of its last stamp, else of its last run."""
+    """The commit whose code a record stands for: of its last stamp, or of its last run if that is younger."""
+    run = results.header["runs"][-1]
     stamps = results.header["stamps"]
-    return stamps[-1]["commit"] if stamps else results.header["runs"][-1]["commit"]
+    return run["commit"] if not stamps or run["started"] > stamps[-1]["when"] else stamps[-1]["commit"]
 
 
-def _cheapest(results: Results, seconds: float) -> tuple[list[dict[str, Any]], list[str]]:
+def _cheapest(results: Results, seconds: float, without: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
     """The cheapest job of each kind, cheapest first, as far as the time goes for both sides; kinds that are left out."""
-    kinds = [(kind, entry) for kind, entry in results.header["kinds"].items() if "arm" in entry]
+    kinds = [
+        (kind, entry) for kind, entry in results.header["kinds"].items() if entry.get("arm") not in (None, *without)
+    ]
     chosen, left_out = [], []
     for kind, entry in sorted(kinds, key=lambda pair: pair[1]["seconds"]):
         if 2 * entry["seconds"] <= seconds:
@@ -276,13 +290,19 @@ def problems(results: Results) -> list[str]:
     return found
 
 
-def restamp(results: Results, minutes: float = 10.0, say: Callable[[str], None] = lambda words: None) -> bool:
+def restamp(
+    results: Results,
+    minutes: float = 10.0,
+    say: Callable[[str], None] = lambda words: None,
+    without: Sequence[str] = (),
+) -> bool:
     """Show that a record stands with the code as it is, and say so in its header.
 
     Args:
         results: a recorded study; saved with the stamp.
         minutes: for full-size jobs, see `replay`.
         say: told what is happening.
+        without: arms that need not stand, because they are measured again.
 
     Returns:
         False if nothing it rests on has changed, so that no stamp was needed.
@@ -291,8 +311,6 @@ def restamp(results: Results, minutes: float = 10.0, say: Callable[[str], None] 
         NotStanding: data or rule changed, a value or a training differs, or a changed function that the record used was
             not executed by the replay; names the arms to run again.
     """
-    if not results.header.get("functions"):
-        raise NotStanding(f"{results.header['paper']}: {NEVER_REPLAYED}; run the study again")
     now = Sources.of_tree(_ROOT)
     changed, study = results.changed_functions(now), results.header["study"]
     rule = now.digest(study, RULE, deep=True)
@@ -309,7 +327,7 @@ def restamp(results: Results, minutes: float = 10.0, say: Callable[[str], None] 
             raise NotStanding(
                 f"{slug}: the rule is another one: it judges otherwise {', '.join(unlike)}; run the study again"
             )
-    outcome = replay(results, minutes, say) if changed else Comparison()
+    outcome = replay(results, minutes, say, without) if changed else Comparison()
     if outcome.differences:
         more = f" (+{len(outcome.differences) - _SHOWN} more)" if len(outcome.differences) > _SHOWN else ""
         raise NotStanding(
@@ -324,7 +342,10 @@ def restamp(results: Results, minutes: float = 10.0, say: Callable[[str], None] 
             f"{slug}: {', '.join(unseen)} changed and did not run in the replay; give it more --minutes, or run again what "
             f"used it: {', '.join(arms)}"
         )
-    stamp(results, outcome, now, {"rule": rule, "sets": _SETS + 1} if other_rule else {})
+    told: dict[str, Any] = {"rule": rule, "sets": _SETS + 1} if other_rule else {}
+    if without:
+        told["without"] = list(without)
+    stamp(results, outcome, now, told)
     results.save()
     return True
 

@@ -92,16 +92,6 @@ def module_hash(name: str) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def module_hashes(names: Iterable[str]) -> dict[str, str]:
-    """`module_hash` of several modules, by name.
-
-    Example:
-        >>> list(module_hashes(["refimpl.lab.study.sources"]))
-        ['refimpl.lab.study.sources']
-    """
-    return {name: module_hash(name) for name in names}
-
-
 # -- one hash for each function --
 
 

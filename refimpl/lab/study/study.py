@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from refimpl.lab.study.claims import Claim, judge
 from refimpl.lab.study.jobs import in_processes
 from refimpl.lab.study.precision import study_dtype
 from refimpl.lab.study.records import Record, Results, curve_points, perplexity_points
+from refimpl.lab.study.replay import restamp
 from refimpl.lab.study.sources import module_hash
 from refimpl.lab.study.trace import traced
 
@@ -267,6 +269,8 @@ def place(job: Job) -> tuple[str, str, int]:
 def run(module: str, out: Path, profile: str = "study", again: Sequence[str] = ()) -> Results:
     """Measure every arm that the results file lacks, and judge the claims.
 
+    Where functions have changed since the file was recorded, `again` first shows by a replay that the other arms stand.
+
     Args:
         module: importable name of a module with a `Study` called STUDY.
         out: results file; an interrupted run goes on where it stopped, job by job.
@@ -276,16 +280,27 @@ def run(module: str, out: Path, profile: str = "study", again: Sequence[str] = (
     Raises:
         OptionError: an unknown profile or arm.
         RuleNotCommitted, ResultsError: see `Results.start`.
+        NotStanding: of the arms that are not measured again, see `refimpl.lab.study.replay.restamp`.
     """
     if profile not in PROFILES:
         raise OptionError(f"profile={profile!r}: use {nearest(profile, PROFILES)}")
     study = load(module)
     dtype = study_dtype(out, profile, study.dtype)
     with computing_in(dtype):
-        return _run(study, module, Path(out), profile, str(dtype).removeprefix("torch."), again)
+        if again:
+            _drop(Results.load(out), again)
+        return _run(study, module, Path(out), profile, str(dtype).removeprefix("torch."))
 
 
-def _run(study: Study, module: str, out: Path, profile: str, dtype: str, again: Sequence[str]) -> Results:
+def _drop(results: Results, arms: Sequence[str]) -> None:
+    """Take arms out of a results file, if the others stand."""
+    for arm in arms:
+        results.drop(arm)
+    restamp(results, minutes=0, say=lambda words: print(f"{words} ...", file=sys.stderr), without=arms)
+    results.save()
+
+
+def _run(study: Study, module: str, out: Path, profile: str, dtype: str) -> Results:
     results = Results.start(
         out,
         paper=study.slug,
@@ -294,7 +309,6 @@ def _run(study: Study, module: str, out: Path, profile: str, dtype: str, again: 
         profile=profile,
         dtype=dtype,
         provisional=profile != "study",
-        again=again,
     )
     folder = work_folder(study, profile, results.header["data"])
     this = Run(study, module, results, profile, dtype, str(folder), 1 if profile == "quick" else study.workers)

@@ -14,14 +14,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import fsum
-from typing import Any
+from fractions import Fraction
+from itertools import accumulate
+from math import ceil, fsum, isfinite, isnan, lcm
 
 import numpy as np
 from torch import nn
 
 from refimpl.core.compress.sites import find_sites
-from refimpl.core.errors import OptionError, require
+from refimpl.core.errors import OptionError
 from refimpl.core.layers import CompressedLayer
 
 SMALLEST_DELTA = 1e-6  # not 0, so that without any loss to gain the program prefers the reference precision
@@ -174,7 +175,9 @@ def bit_operations_saved(macs: Mapping[str, float], bits: list[int], reference: 
 
 
 def allocate_bits(delta: Table, savings: Table, budget: float, reference: int = 8) -> Allocation:
-    """Solve the integer program exactly (HiGHS, through scipy).
+    """Solve the integer program exactly, by dynamic programming over the sites.
+
+    Savings are added up as integers, so nothing depends on rounding, however unlike in size the sites are.
 
     Args:
         delta: `sensitivity`.
@@ -183,8 +186,8 @@ def allocate_bits(delta: Table, savings: Table, budget: float, reference: int = 
         reference: bits of a site that saves nothing.
 
     Raises:
-        OptionError: tables that differ, or a budget out of reach: says the largest feasible one.
-        MissingExtra: scipy is not installed.
+        OptionError: tables that differ, or a value in them that is no finite number; a budget out of reach: says the
+            largest feasible one.
 
     Example:
         >>> delta = {"a": {4: 0.1, 2: 0.5}, "b": {4: 0.2, 2: 0.3}}
@@ -200,52 +203,119 @@ the largest feasible budget
     for name in [*delta, *savings]:
         if name not in delta or name not in savings or set(delta[name]) != set(savings[name]):
             raise OptionError(f"delta and savings differ at {name!r}; give both for the same sites and bits")
+    for label, table in (("delta", delta), ("savings", savings)):
+        for name, values in table.items():
+            for bits, value in values.items():
+                if not isfinite(value):
+                    raise OptionError(
+                        f"{label}[{name!r}][{bits}]={value}: use finite numbers; compress that copy again, or leave its "
+                        "bits out of both tables"
+                    )
+    if isnan(budget):
+        raise OptionError(f"budget={budget}: use a number")
     most = fsum(max(0.0, *values.values()) for values in savings.values())
-    if budget > most:
+    if budget > most * (1 + 1e-12):  # a sum in another order may differ in its last digits
         raise OptionError(
             f"budget={budget:.10g} cannot be met: with every site at its smallest the saving is {most:.10g}, the "
             "largest feasible budget"
         )
-    choices = [(name, bits) for name, values in delta.items() for bits in values]
-    cost = np.array([delta[name][bits] for name, bits in choices])
-    gain = np.array([savings[name][bits] for name, bits in choices])
-    one_each = np.array([[float(name == site) for name, _ in choices] for site in delta])
-    required, unit = budget, max(1e-300, float(np.abs(gain).max(initial=0.0)))
-    # minimise sum I delta  subject to  sum_k I[l, k] <= 1  and  sum I pi >= budget; a site without a choice stays at
-    # the reference, which is why the paper's equality over all precisions is an inequality over the others
-    while True:
-        chosen = _solve(cost, gain / unit, one_each, required / unit, whole=True)
-        policy = dict.fromkeys(delta, reference)
-        policy |= {choice[0]: choice[1] for choice, taken in zip(choices, chosen, strict=True) if taken > 0.5}
-        used = [(name, bits) for name, bits in policy.items() if bits != reference]
-        saved = fsum(savings[name][bits] for name, bits in used)
-        if saved >= budget:
-            break
-        required += max(
-            budget - saved, 1e-9 * unit
-        )  # the solver tolerates a shortfall of a millionth: ask for that much more
-    # the relaxation I in [0, 1] is never above the integer optimum
-    relaxed = _solve(cost, gain / unit, one_each, budget / unit, whole=False)
-    return Allocation(policy, float(sum(delta[name][bits] for name, bits in used)), saved, float(cost @ relaxed))
+    if not delta:
+        return Allocation({}, 0.0, 0.0, 0.0)
+    # a site without a choice stays at the reference, for which delta = pi = 0
+    offered = {name: [reference, *values] for name, values in delta.items()}
+    cost = [np.array([0.0, *values.values()]) for values in delta.values()]
+    gain = [np.array([0.0, *(savings[name][k] for k in values)]) for name, values in delta.items()]
+    bound, chosen = _least_cost(cost, gain, budget)
+    policy = {name: offered[name][choice] for name, choice in zip(delta, chosen, strict=True)}
+    used = [(name, k) for name, k in policy.items() if k != reference]
+    saved = fsum(savings[name][k] for name, k in used)
+    return Allocation(policy, float(sum(delta[name][k] for name, k in used)), saved, bound)
 
 
-def _solve(cost: np.ndarray, gain: np.ndarray, one_each: np.ndarray, budget: float, whole: bool) -> np.ndarray:
-    """The program in matrix form: one variable per site and precision below the reference, 0 to 1."""
-    if not len(cost):
-        return cost
-    optimize: Any = require("scipy.optimize", "lab")
-    smallest = cost[cost > 0].min(initial=1.0)  # the solver stops at an absolute gap of 1e-6: small in these units
-    constraints = [
-        optimize.LinearConstraint(one_each, -np.inf, 1.0),
-        optimize.LinearConstraint(gain[None], budget, np.inf),
-    ]
-    found = optimize.milp(
-        cost / smallest,
-        constraints=constraints,
-        integrality=np.full(len(cost), int(whole)),
-        bounds=optimize.Bounds(0, 1),
-        options={"mip_rel_gap": 0.0},
-    )
-    if found.x is None:
-        raise OptionError(f"budget: the solver found no allocation ({found.message})")
-    return np.asarray(found.x)
+def _least_cost(cost: list[np.ndarray], gain: list[np.ndarray], budget: float) -> tuple[float, list[int]]:
+    """The multiple-choice knapsack: one option for each site, least total cost, total gain of `budget` or more.
+
+    Args:
+        cost, gain: of the options of each site.
+        budget: within reach, up to rounding.
+
+    Returns:
+        The optimum where options can be mixed, and the option of each site in the optimum where they cannot.
+    """
+    exact = [[Fraction(float(value)) for value in values] for values in gain]
+    scale = lcm(*(value.denominator for values in exact for value in values))
+    whole = [[int(value * scale) for value in values] for values in exact]
+    # what sites from the i-th on can gain at most, and lose at most
+    top = [0, *accumulate(max(values) for values in reversed(whole))][::-1]
+    loss = [0, *accumulate(min(0, *values) for values in reversed(whole))][::-1]
+    least = sum(min(values) for values in whole)
+    required = min(ceil(Fraction(max(budget, least / scale)) * scale), top[0])
+    small = max(top[0], -loss[0], abs(required)) < 2**61
+    kind = np.int64 if small else np.dtype(object)
+    relaxed = _Relaxation(cost, gain)
+    need = required / scale
+    bound, feasible = relaxed.bound(0, np.array([need]))[0], relaxed.rounded(need)
+    limit = feasible + 1e-9 * abs(feasible)
+
+    # states after the sites so far: total gain and total cost, none of which another beats in both
+    gained, spent = np.zeros(1, dtype=kind), np.zeros(1)
+    steps: list[tuple[np.ndarray, np.ndarray]] = []
+    for i, options in enumerate(cost):
+        reached = (gained[:, None] + np.array(whole[i], dtype=kind)).ravel()
+        reached = np.minimum(reached, required - loss[i + 1])  # a gain beyond the budget is worth nothing
+        total = (spent[:, None] + options).ravel()
+        left = ((required - reached) / scale).astype(float)
+        # what cannot reach the budget any more, or not below the cost of a solution that is known, is dropped
+        promising = (reached + top[i + 1] >= required) & (total + relaxed.bound(i + 1, left) <= limit)
+        index = np.flatnonzero(promising)
+        index = index[np.argsort(total[index], kind="stable")]
+        index = index[np.argsort(-reached[index], kind="stable")]  # by gain, the largest first, then by cost
+        cheaper = np.minimum.accumulate(total[index])
+        index = index[np.concatenate([[True], cheaper[1:] < cheaper[:-1]])]
+        steps.append(np.divmod(index, len(options)))
+        gained, spent = reached[index], total[index]
+    chosen, state = [], int(np.argmin(spent))
+    for before, option in reversed(steps):
+        chosen.append(int(option[state]))
+        state = int(before[state])
+    return float(bound), chosen[::-1]
+
+
+class _Relaxation:
+    """The program with 0 <= I <= 1: a lower bound on the cost of the sites from any one on.
+
+    The options of a site that a mixture can use lie on the lower convex hull of (gain, cost). The optimum takes the
+    cheapest option of every site, then walks along all hulls, the least cost per gain first, until the budget is met.
+    """
+
+    def __init__(self, cost: list[np.ndarray], gain: list[np.ndarray]) -> None:
+        start, steps = [], []
+        for site, (costs, gains) in enumerate(zip(cost, gain, strict=True)):
+            at = int(np.lexsort((-gains, costs))[0])  # the cheapest; of equal ones that with most gain
+            start.append((gains[at], costs[at]))
+            while (further := np.flatnonzero(gains > gains[at])).size:
+                slopes = (costs[further] - costs[at]) / (gains[further] - gains[at])
+                best = int(np.lexsort((-gains[further], slopes))[0])
+                to = int(further[best])
+                steps.append((slopes[best], site, gains[to] - gains[at], costs[to] - costs[at]))
+                at = to
+        steps.sort()
+        self.site = np.array([step[1] for step in steps], dtype=int)
+        self.steps = np.array([step[2:] for step in steps]).reshape(-1, 2)  # gain and cost
+        self.start = np.array(start)
+        self.blur = 1e-12 * sum(float(np.abs(gains).max()) for gains in gain)
+
+    def _curve(self, first: int) -> tuple[np.ndarray, np.ndarray]:
+        """Total gain and total cost along the walk over the sites from `first` on."""
+        walk = np.concatenate([self.start[first:].sum(0)[None], self.steps[self.site >= first]])
+        gains, costs = walk.cumsum(0).T
+        return gains, costs
+
+    def bound(self, first: int, need: np.ndarray) -> np.ndarray:
+        """Least cost at which the sites from `first` on gain `need`, or less where totals in floats cannot tell."""
+        return np.interp(need - self.blur, *self._curve(first))
+
+    def rounded(self, need: float) -> float:
+        """The cost of a solution: the walk up to the end of the step in which it gains `need`."""
+        gains, costs = self._curve(0)
+        return float(costs[min(int(np.searchsorted(gains, need + self.blur)), len(costs) - 1)])

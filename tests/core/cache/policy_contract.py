@@ -155,6 +155,11 @@ class PolicyContract:
             assert answer(model, way, cache) == expected, way
             assert cache.get_seq_length() == len(expected[0]) - 1
 
+    def test_a_full_budget_stays_full_beyond_its_length(self, case: Case, make: Models) -> None:
+        model = make("qwen3")
+        cache = case.build(model).cache(model, budget=1.0, length=20)
+        assert torch.allclose(steps(model, cache, [40, 1, 9])[1], steps(model, None, [50])[1], atol=1e-4)
+
     def test_several_turns(self, case: Case, make: Models) -> None:
         stock, model = make("qwen3"), make("qwen3")
         caches = DynamicCache(config=stock.config), case.build(model).cache(model, budget=1.0, length=200)
@@ -232,6 +237,34 @@ class PolicyContract:
                 for part in ids.split([40 - pad, 1, 1, 1, 1], 1):
                     alone.append(llama(part, **cache_argument(cache)).logits)
             assert torch.allclose(torch.cat(alone, 1)[0], together[0, pad:], atol=case.tolerance)
+
+    @pytest.mark.parametrize("pieces", [[30], [1] * 30])
+    def test_padding_between_turns_changes_nothing(self, case: Case, pieces: list[int], llama: PreTrainedModel) -> None:
+        policy, gap, first = case.build(llama), 8, 24
+        assert gap % case.group == first % case.group == 0
+        ids = batch((0,), first + sum(pieces))["input_ids"]
+        for mode in policy.prefills:
+            answers = []
+            for pad in (0, gap):
+                cache = policy.cache(llama, prefill=mode)
+                mask = torch.ones(1, first + pad + sum(pieces), dtype=torch.long)
+                mask[:, first : first + pad] = 0
+                fed = torch.cat([ids[:, :first], torch.zeros(1, pad, dtype=torch.long), ids[:, first:]], 1)
+                positions, stop, logits = (mask.cumsum(-1) - 1).clamp(min=0), 0, []
+                for size in (first, pad + pieces[0], *pieces[1:]):  # the second turn comes with the padding before it
+                    part = slice(stop, stop := stop + size)
+                    with torch.no_grad():
+                        out = llama(
+                            fed[:, part],
+                            attention_mask=mask[:, :stop],
+                            position_ids=positions[:, part],
+                            **cache_argument(cache),
+                        )
+                    logits.append(out.logits)
+                    if stop == first:
+                        cache.finish()  # else the second turn, if it is long, goes on with the first prompt
+                answers.append(torch.cat(logits, 1)[:, mask[0].bool()])
+            assert torch.allclose(*answers, atol=case.tolerance)
 
     def test_a_turn_goes_on_where_the_last_one_ended(self, case: Case, llama: PreTrainedModel) -> None:
         policy = case.build(llama)

@@ -124,8 +124,7 @@ class UnrotatedLayer(WindowLayer):
         self.rotary = rotary
 
     def append(self, incoming: Incoming) -> None:
-        if self.seen == 0:
-            incoming.check(self.rotary)
+        incoming.check(self.rotary, self.seen)
         assert incoming.rotation is not None
         cos, sin = incoming.rotation  # as the attention module got them: left padding included
         self.extend(bare=unrotate(incoming.keys, cos.unsqueeze(1), sin.unsqueeze(1)))
@@ -385,8 +384,8 @@ def test_a_policy_with_tensors_can_be_kept(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no policy written by refimpl"):
         Policy.load(path)
     for other in (torch.nn.Linear(1, 1), Unmarked()):  # what could not be read again is not written
-        with pytest.raises(OptionError, match=rf"share=.*: an? {type(other).__name__} cannot be written to a file"):
-            replace(policy, share=other).save(path)  # type: ignore[arg-type]
+        with pytest.raises(OptionError, match=rf"A=.*: an? {type(other).__name__} cannot be written to a file"):
+            replace(policy, pairs=(Pair(other),)).save(path)  # type: ignore[arg-type]
     assert "a" in load_file(path)  # the old file is as it was
 
 
@@ -478,6 +477,25 @@ def test_a_cache_belongs_to_its_model(make: Callable[[str], PreTrainedModel]) ->
     model.float()
     with pytest.raises(OptionError, match="holds 1 sequences, but 2 came"):
         model(ids[:, :1].repeat(2, 1), **cache_argument(cache))
+
+
+def test_a_question_alone_is_told_what_is_missing(make: Callable[[str], PreTrainedModel]) -> None:
+    for name in ("llama", "gemma3"):
+        model = make(name)
+        document, question = batch((0,), 30)["input_ids"], batch((0,), 6, seed=1)["input_ids"]
+        cache = SMALL_KIVI.cache(model)
+        prefill(model, cache, document)
+        for way in ({}, {"attention_mask": torch.ones_like(question)}, {"prefill_chunk_size": 4}):
+            with pytest.raises(OptionError, match=r"input_ids: none is left after the 30 tokens .*document, question"):
+                model.generate(question, **cache_argument(cache), max_new_tokens=2, do_sample=False, **way)
+        with pytest.raises(
+            OptionError, match=r"attention_mask covers 6 tokens, .* have 36; pass the mask of the whole"
+        ):
+            model(question, attention_mask=torch.ones_like(question), **cache_argument(cache))
+        assert cache.get_seq_length() == 30  # nothing was lost
+        asked = torch.cat([document, question], 1)
+        model.generate(asked, **cache_argument(cache), max_new_tokens=2, do_sample=False, eos_token_id=None)
+        assert cache.get_seq_length() == 37
 
 
 def test_a_closed_cache_says_so(make: Callable[[str], PreTrainedModel]) -> None:

@@ -473,7 +473,7 @@ def test_served_models_are_exported_like_others(symmetric, adapter_bits, tiny_ll
     reference = tiny_llama(**size)
     compress(model, EoRA(32, adapter_bits=adapter_bits), tokens(), reference=reference, progress=False)
     other = copy.deepcopy(model)
-    assert not serve(other, progress=False).left or adapter_bits is None
+    assert not serve(other, device="cuda", progress=False).left or adapter_bits is None
     assert any("Served" in type(module).__name__ for module in other.modules())
     before = [type(module) for module in other.modules()]
     for name, each in (("packed", model), ("served", other)):

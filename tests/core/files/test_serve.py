@@ -1,4 +1,4 @@
-"""Serving: the layout of the kernels gives the same model, on every architecture, and calls the kernels."""
+"""Serving: the layouts of kernels and processors give the same model, on every architecture, and are what is called."""
 
 from __future__ import annotations
 
@@ -21,14 +21,18 @@ from refimpl.core.layers import (
     CompensatedLinear,
     CompressedLayer,
     Factor,
+    Geometry,
     LowRankLinear,
+    PackedConv2d,
     PackedLinear,
+    ProcessorLinear,
     QuantizedInput,
     ServedCompensatedLinear,
     ServedLinear,
     ServedSparseLinear,
     empty_layer,
 )
+from refimpl.core.layers.processor import FORMS, PACKED, Dense, Half, Int4
 from refimpl.core.layers.served import served
 from refimpl.kernels.quant_matmul import BITS
 
@@ -139,7 +143,7 @@ def test_every_layer(name: str) -> None:
 def test_what_has_no_kernel_stays_and_says_why(layer: CompressedLayer, reason: str) -> None:
     assert served(layer) == (layer, reason)
     model = nn.Sequential(packed(), layer)
-    report = serve(model)
+    report = serve(model, device="cuda")
     assert report.left == {"1": reason} and report.served == ["0"] and model[1] is layer
     assert str(report) == f"1 of 2 compressed layers are in the layout of the kernels\n1: {reason}"
 
@@ -147,7 +151,7 @@ def test_what_has_no_kernel_stays_and_says_why(layer: CompressedLayer, reason: s
 def test_a_layer_served_in_part_is_named_on_both_sides() -> None:
     model = nn.Sequential(CompensatedLinear(packed(5), packed_path()))
     before = model(torch.ones(1, 64))
-    report = serve(model)
+    report = serve(model, device="cuda")
     assert report.served == ["0"] and "5 bits" in report.left["0"]
     assert isinstance(model[0].base, PackedLinear) and isinstance(model[0].adapter.A, ServedLinear)
     assert torch.allclose(model(torch.ones(1, 64)), before, atol=1e-4)
@@ -165,7 +169,7 @@ def test_quantised_inputs_stay_quantised() -> None:
 def test_one_layer_at_several_places_stays_one() -> None:
     shared = packed()
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
-    assert serve(model).served == ["a", "b.0"]
+    assert serve(model, device="cuda").served == ["a", "b.0"]
     assert model["a"] is model["b"][0] and isinstance(model["a"], ServedLinear)
 
 
@@ -176,12 +180,12 @@ def test_the_packed_layers_are_gone_one_by_one(monkeypatch: pytest.MonkeyPatch) 
     watched = [weakref.ref(layer) for layer in model]
     alive = []
 
-    def count(layer: CompressedLayer) -> Any:
+    def count(layer: CompressedLayer, change: Any) -> Any:
         alive.append(sum(ref() is not None for ref in watched))
-        return served(layer)
+        return served(layer, change)
 
     monkeypatch.setattr(module, "served", count)
-    serve(model)
+    serve(model, device="cuda")
     assert alive == [6, 5, 4, 3, 2, 1] or alive == [6, 6, 5, 4, 3, 2]
 
 
@@ -210,7 +214,7 @@ def test_every_architecture_and_saving(layout, dtype, tokens, request, tmp_path,
     compress(model, RTN(4, 32), targets="attn", progress=False)
     compress(model, EoRA(4), tokens(), reference=reference, progress=False)
     before = logits(model, tokens)
-    report = serve(model, progress=False)
+    report = serve(model, device="cuda", progress=False)
     assert report.model is model and not report.left
     assert len(report.served) == len(find_sites(model))
     assert torch.allclose(logits(model, tokens), before, atol=1e-4 if dtype == torch.float32 else 0.06)
@@ -218,7 +222,7 @@ def test_every_architecture_and_saving(layout, dtype, tokens, request, tmp_path,
     assert kinds == {ServedCompensatedLinear, CompensatedLinear}
     again = load(save(model, tmp_path))
     assert same(state(again), state(model)) and torch.equal(logits(again, tokens), logits(model, tokens))
-    assert serve(again, progress=False).served == report.served  # a second time changes nothing
+    assert serve(again, device="cuda", progress=False).served == report.served  # a second time changes nothing
     assert same(state(again), state(model))
     again.generate(tokens(1, 4), max_new_tokens=2, do_sample=False)
 
@@ -227,7 +231,7 @@ def test_loading_in_another_dtype(tiny_llama: Factory, tokens, tmp_path) -> None
     model = tiny_llama().to(torch.bfloat16)
     compress(model, Magnitude("2:4"), targets="mlp", progress=False)
     compress(model, RTN(4, 32), targets="attn", progress=False)
-    serve(model, progress=False)
+    serve(model, device="cuda", progress=False)
     again = load(save(model, tmp_path), dtype=torch.float32)
     assert {site.weight.dtype for site in find_sites(again)} == {torch.float32}
     assert {p.dtype for p in again.parameters()} == {torch.float32}
@@ -239,14 +243,151 @@ def test_repair_after_serving_and_back_to_files(tiny_llama: Factory, tokens) -> 
     reference = copy.deepcopy(model)
     compress(model, RTN(3, 32), progress=False)
     twin = copy.deepcopy(model)
-    serve(model, progress=False)
+    serve(model, device="cuda", progress=False)
     for one in (model, twin):
         compress(one, EoRA(4), tokens(), reference=reference, progress=False)
     assert torch.allclose(logits(model, tokens), logits(twin, tokens), atol=1e-4)
-    assert serve(model, progress=False).left == {}
+    assert serve(model, device="cuda", progress=False).left == {}
     layer = model.model.layers[0].mlp.up_proj
     assert isinstance(layer, ServedCompensatedLinear)
     assert torch.equal(layer.packed().to_dense(), layer.to_dense())
+
+
+# ---- on a processor
+
+
+def clocked(monkeypatch: pytest.MonkeyPatch, **milliseconds: float) -> list[PackedLinear]:
+    """Let forms take these times ("int4" for any name with it), and list the layers that are timed."""
+    timed = []
+
+    def found(layer: PackedLinear) -> dict[str, float]:
+        timed.append(layer)
+        known = {PACKED: "packed", Int4.name: "int4", Half.name: "half", Dense.name: "dense"}
+        names = [PACKED, *(name for name, form in FORMS.items() if form.fits(layer))]
+        return {name: milliseconds.get(known.get(name, ""), 9.0) for name in names}
+
+    monkeypatch.setattr("refimpl.core.files.serve.measure", found)
+    return timed
+
+
+def dense(layer: PackedLinear) -> int:
+    return layer.in_features * layer.out_features * layer.dtype.itemsize
+
+
+@pytest.mark.parametrize(
+    "times, form",
+    [
+        ({"packed": 5.0, "int4": 1.0, "half": 2.0, "dense": 3.0}, Int4.name),
+        ({"packed": 5.0, "int4": 4.0, "half": 2.0, "dense": 3.0}, Half.name),
+        ({"packed": 5.0, "int4": 4.0, "half": 3.5, "dense": 4.0}, Dense.name),  # not worth the rounding
+        ({"packed": 1.0, "int4": 4.0, "half": 2.0, "dense": 3.0}, None),
+        ({"packed": 2.5, "int4": 4.0, "half": 2.0, "dense": 3.0}, Half.name),
+    ],
+)
+def test_the_fastest_form_is_taken_and_none_that_is_slower(monkeypatch, times, form) -> None:
+    clocked(monkeypatch, **times)
+    layer = packed(n_out=48)
+    model = nn.Sequential(layer)
+    report = serve(model)
+    if form is None:
+        assert model[0] is layer and not report.served and not report.chosen
+        assert report.left == {"0": "no form that PyTorch has is faster on this processor"}
+        return
+    assert type(model[0]) is ProcessorLinear and model[0].form.name == form == report.chosen["0"].form
+    assert report.served == ["0"] and not report.left
+    assert report.chosen["0"].nbytes == model[0].form.nbytes <= dense(layer)
+    name = {Int4.name: "int4", Half.name: "half", Dense.name: "dense"}[form]
+    gain = [f"{times[other] / times[name]:.1f}" for other in ("dense", "packed")]
+    assert str(report) == (
+        f"1 of 1 compressed layers are in the layout of the processor (1 {form}); for one token, they are {gain[0]} times "
+        f"as fast as unpacked weights and {gain[1]} times as fast as packed ones; the copies take 0.0 MB"
+    )
+
+
+def test_copies_stay_within_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = clocked(monkeypatch, packed=5.0, int4=2.0, half=1.0, dense=3.0)
+    kinds = [ProcessorLinear.of(packed(n_out=48), name).form.nbytes for name in (Half.name, Int4.name)]
+    for memory, forms in ((None, [Half.name] * 3), (sum(kinds), [Half.name, Int4.name, None]), (0, [None] * 3)):
+        model = nn.Sequential(*(packed(n_out=48) for _ in forms))
+        report = serve(model, memory=memory)
+        assert [getattr(getattr(layer, "form", None), "name", None) for layer in model] == forms
+        assert [report.chosen[str(i)].form if str(i) in report.chosen else None for i in range(3)] == forms
+        assert report.left == {
+            str(i): "memory= has no room left for a copy of it" for i, form in enumerate(forms) if form is None
+        }
+        assert memory is None or sum(choice.nbytes for choice in report.chosen.values()) <= memory
+    assert len(timed) == 3  # once for each model: its layers are of one kind
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_architecture_on_a_processor(layout, dtype, tokens, request, tmp_path, state, same) -> None:
+    model = request.getfixturevalue(f"tiny_{layout}")()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    reference = copy.deepcopy(model)
+    compress(model, SparseGPT("2:4"), tokens(), targets="mlp", progress=False)
+    compress(model, RTN(4, 32), targets="attn", progress=False)
+    compress(model, EoRA(32, adapter_bits=4), tokens(), reference=reference, progress=False)
+    before, files = logits(model, tokens), state(model)
+    report = serve(model, progress=False)  # whatever is fastest here
+    assert len(report.served) == len(find_sites(model)) and not report.left
+    assert {type(module) for module in model.modules() if isinstance(module, PackedLinear)} == {ProcessorLinear}
+    assert torch.allclose(logits(model, tokens), before, atol=0.02 if dtype == torch.float32 else 0.1)
+    assert same(state(model), files)
+    once = logits(model, tokens)
+    assert serve(model, progress=False).chosen == report.chosen and torch.equal(logits(model, tokens), once)
+    again = load(save(model, tmp_path))
+    assert same(state(again), files) and torch.equal(logits(again, tokens), before)
+    model.generate(tokens(1, 4), max_new_tokens=2, do_sample=False)
+
+
+def test_from_kernels_to_a_processor_and_back(tiny_llama: Factory, tokens, monkeypatch) -> None:
+    clocked(monkeypatch, packed=5.0, dense=1.0)
+    model = tiny_llama()
+    reference = copy.deepcopy(model)
+    compress(model, RTN(3, 32), progress=False)
+    compress(model, EoRA(4), tokens(), reference=reference, targets="mlp", progress=False)
+    before = logits(model, tokens)
+    serve(model, device="cuda", progress=False)
+    assert any(isinstance(module, ServedCompensatedLinear) for module in model.modules())
+    report = serve(model, progress=False)
+    assert len(report.served) == len(report.chosen) == len(find_sites(model))
+    assert not any(isinstance(module, (ServedLinear, ServedCompensatedLinear)) for module in model.modules())
+    assert torch.equal(logits(model, tokens), before)  # unpacked once: the packed layers to the last bit
+    assert not serve(model, device="cuda", progress=False).chosen
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+    lonely = nn.Sequential(packed(5))
+    serve(lonely)
+    serve(lonely, device="cuda")  # no kernel: without the copy for the processor, too
+    assert type(lonely[0]) is PackedLinear
+
+
+def test_what_has_no_form_stays_and_says_why() -> None:
+    model = nn.Sequential(packed(), PackedConv2d(packed(n_in=36, group=36), Geometry.of(nn.Conv2d(4, 24, 3))), path())
+    report = serve(model)
+    assert report.served == ["0"]
+    assert report.left == {
+        "1": "PackedConv2d: there is no other layout for it",
+        "2": "factor A: an ordinary matrix, which an ordinary product serves",
+    }
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"device": "gpu"}, "device='gpu': use 'cpu' or 'cuda', or leave it out"),
+        ({"memory": -1}, "memory=-1: give a number of bytes, or None for no limit"),
+    ],
+)
+def test_serving_refuses(options, message) -> None:
+    with pytest.raises(OptionError, match=message):
+        serve(nn.Sequential(packed()), **options)
+
+
+def test_a_model_elsewhere_is_not_served_for_the_processor() -> None:
+    with pytest.raises(OptionError, match="device='cpu': the model is on 'meta'; move it first"):
+        serve(nn.Sequential(packed()).to("meta"), device="cpu")
 
 
 # ---- on a GPU that is not there
@@ -289,7 +430,7 @@ def test_a_whole_model_on_a_gpu(dtype: torch.dtype, tiny_llama: Factory, tokens,
     compress(model, Magnitude("2:4"), targets="mlp", progress=False)
     compress(model, GPTQ(4, 32), tokens(), targets="attn", progress=False)
     compress(model, EoRA(4), tokens(), reference=reference, targets="q_proj|k_proj", progress=False)
-    serve(model, progress=False)
+    serve(model, device="cuda", progress=False)
     ids = tokens(1, 8)
     with fake_cuda() as place, torch.no_grad():
         place(model)
@@ -314,7 +455,7 @@ def test_smollm2_repaired_and_served(smollm2_folder) -> None:
     compress(model, EoRA(16), ids, reference=reference, progress=False)
     with torch.no_grad():
         before = [model.model(ids[:1, :n]).last_hidden_state for n in (1, 40)]
-        report = serve(model, progress=False)
+        report = serve(model, device="cuda", progress=False)
         after = [model.model(ids[:1, :n]).last_hidden_state for n in (1, 40)]
     assert len(report.served) == 7 and not report.left
     for ours, theirs in zip(after, before, strict=True):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from refimpl.core.errors import CheckpointError, OptionError, TrainingError
+from refimpl.core.errors import CheckpointError, FileError, OptionError, TrainingError
 from refimpl.core.train.loop import History, Recipe, batches, train
 from refimpl.lab.study.jobs import in_group
 
@@ -297,8 +298,97 @@ def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="another"):
         run(Recipe(4), rows=100)
     (tmp_path / "checkpoint.safetensors").write_bytes(b"short")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match=r"checkpoint\.safetensors is damaged .* delete it to start again"):
         run(Recipe(4))
+
+
+def test_other_data_or_another_loss_is_noticed(tmp_path: Path) -> None:
+    inputs, targets = data(64)
+
+    def run(folder: str, inputs: Tensor = inputs, loss: Any = squared_error, stop: Sequence[Any] = ()) -> None:
+        loader = batches(inputs, targets, batch_size=16, shuffle=False)
+        train(
+            network(),
+            loader,
+            loss,
+            Recipe(8),
+            folder=tmp_path / folder,
+            checkpoint_every=3,
+            after_step=stop,
+            progress=False,
+        )
+
+    def scaled(factor: float) -> Any:
+        return lambda model, batch: factor * squared_error(model, batch)
+
+    later = inputs.clone()
+    later[40] += 1  # in the third batch: the first is the same
+    with pytest.raises(Stop):
+        run("data", stop=[stop_at(4)])
+    with pytest.raises(CheckpointError, match=r"data: batch 2 of epoch 0 is not the one .* choose another folder"):
+        run("data", later)
+    run("data")
+    with pytest.raises(Stop):
+        run("loss", loss=scaled(1.0), stop=[stop_at(4)])
+    for other in (scaled(2.0), squared_error, lambda model, batch: squared_error(model, batch)):
+        with pytest.raises(CheckpointError, match="holds a run with another loss"):
+            run("loss", loss=other)
+    run("loss", loss=scaled(1.0))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "below a file"])
+def test_what_is_in_the_way_of_a_checkpoint_is_named(tmp_path: Path, kind: str) -> None:
+    folder, path = tmp_path / "run", tmp_path / "run" / "checkpoint.safetensors"
+    if kind == "below a file":
+        folder.touch()
+    else:
+        folder.mkdir()
+        os.mkfifo(path) if kind == "pipe" else path.mkdir()
+    with pytest.raises(FileError, match=r"run.*(is a named pipe|is a folder|cannot be written)") as error:
+        train(network(), batches(*data(64), batch_size=16), squared_error, Recipe(4), folder=folder, progress=False)
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_without_weights_optimiser_or_finite_values_is_refused(tmp_path: Path) -> None:
+    def run() -> None:
+        train(network(), batches(*data(64), batch_size=16), squared_error, Recipe(4), folder=tmp_path, progress=False)
+
+    run()
+    path = tmp_path / "checkpoint.safetensors"
+    whole = path.read_bytes()
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["refimpl"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    weight = next(name for name in tensors if name.startswith("model/"))
+    moment = next(name for name in tensors if name.endswith("exp_avg_sq"))
+
+    def without(*keys: str) -> dict[str, Any]:
+        changed = json.loads(json.dumps(about))
+        inner = changed
+        for key in keys[:-1]:
+            inner = inner[key]
+        del inner[keys[-1]]
+        return changed
+
+    for description, change, message in (
+        (without("model"), {}, "KeyError: 'model'"),
+        (without("model", weight.partition("/")[2]), {}, "is missing"),
+        (without("optimizer"), {}, "KeyError: 'optimizer'"),
+        (
+            json.loads(json.dumps(about | {"optimizer": about["optimizer"] | {"state": {}}})),
+            {},
+            "no state of the optimiser",
+        ),
+        (about, {weight: torch.full_like(tensors[weight], math.nan)}, "is not finite"),
+        (about, {weight: torch.zeros(3)}, r"is Tensor of torch\.float32 \[3\], the model has"),
+        (about, {moment: torch.full_like(tensors[moment], math.inf)}, "of the optimiser' is not finite"),
+    ):
+        save_file(tensors | change, path, {"refimpl": json.dumps(description)})
+        with pytest.raises(CheckpointError, match=rf"{message}.*delete it to start again") as error:
+            run()
+        assert "\n" not in str(error.value)
+    path.write_bytes(whole)
+    run()
 
 
 @pytest.mark.parametrize(

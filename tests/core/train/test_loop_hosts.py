@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.multiprocessing import ProcessExitedException
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampler, TensorDataset
@@ -529,6 +532,34 @@ def _sharded(world: int, folder: Path) -> None:
 
 def test_two_processes_remember_what_each_knows(tmp_path: Path) -> None:
     in_group(_together, 2, str(tmp_path))
+
+
+def _until_killed(rank: int, world: int, folder: str, kill: int) -> None:
+    """Trains in a group; process 1 is killed after update `kill`. What a process ends with goes to a file."""
+
+    def killed_at(step: int, model: nn.Module) -> None:
+        if rank == 1 and step == kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    model, noise = network(), Noise(rank)
+    more: dict[str, Any] = {"optimizer": MAKERS["odd"], "after_backward": [noise], "remember": {"noise": noise}}
+    history = run(model, after_step=[killed_at], folder=Path(folder, "run"), **more)
+    end = {name: value.contiguous() for name, value in model.state_dict().items()}
+    losses = {"losses": json.dumps(history.losses)}
+    save_file(end | {"noise": noise.generator.get_state()}, Path(folder, f"end-{rank}.safetensors"), losses)
+
+
+def test_a_killed_process_resumes_to_the_bit(tmp_path: Path) -> None:
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    in_group(_until_killed, 2, str(tmp_path / "whole"), 0)
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        in_group(_until_killed, 2, str(tmp_path / "killed"), 13)
+    in_group(_until_killed, 2, str(tmp_path / "killed"), 0)
+    for rank in range(2):
+        whole, again = ((tmp_path / name / f"end-{rank}.safetensors").read_bytes() for name in ("whole", "killed"))
+        assert whole == again
+    assert (tmp_path / "whole" / "end-0.safetensors").read_bytes() != whole
 
 
 def _apart(rank: int, world: int, folder: str) -> None:

@@ -27,7 +27,7 @@ SAMPLERS: dict[str, Callable[[int], EpochSampler]] = {
 
 
 def as_process(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:
-    monkeypatch.setattr(sampling, "_rank_and_world", lambda: (rank, world))
+    monkeypatch.setattr(sampling, "rank_and_world", lambda: (rank, world))
 
 
 def values(batches: Any) -> list[list[int]]:
@@ -380,7 +380,8 @@ def test_interleaved_datasets(streaming: bool) -> None:
     ("make", "message"),
     [
         (lambda: Shuffled(0), "n=0: use 1 or more"),
-        (lambda: Weighted([1.0, math.nan]), r"weights\[1\]=nan: use finite weights of 0 or more"),
+        (lambda: Weighted(torch.tensor([1.0, math.nan])), r"weights\[1\]=nan: use finite weights of 0 or more"),
+        (lambda: Weighted([1.0, math.nan]), r"weights\[1\]=nan: use a finite number"),
         (lambda: Weighted([1.0, -2.0]), r"weights\[1\]=-2.0"),
         (lambda: Weighted([math.inf]), r"weights\[0\]=inf"),
         (lambda: Weighted([0.0, 0.0]), "weights are all 0"),

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -270,6 +271,48 @@ def test_from_texts_file_and_folder(words, tmp_path):
         list(range(2, 12)),
         list(range(12, 22)),
     ]
+
+
+TEXT = "Café naïve résumé, 500 € over straße and 猫. " * 20
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_the_mark_of_an_encoding_is_heeded_and_left_out(tmp_path, encoding):
+    (tmp_path / "plain.txt").write_text(TEXT, encoding="utf-8")
+    (tmp_path / "marked.txt").write_text(TEXT, encoding=encoding)  # with a byte order mark
+    plain, marked = (text.from_texts(tmp_path / f"{name}.txt", length=32).ids for name in ("plain", "marked"))
+    assert torch.equal(plain, marked)
+
+
+@pytest.mark.parametrize(
+    "data, place",
+    [
+        (b"a line\n" + "Café".encode("latin-1"), "byte 10 is 0xe9"),
+        ("plain words".encode("utf-16-le"), "byte 1 is 0"),  # UTF-16 without its mark
+        (b"\xef\xbb\xbf" + "é".encode() + b"\0", "byte 5 is 0"),
+        (b"\xff\xfea\0b", "byte 4 is 0x62"),  # cut off inside a character
+    ],
+)
+def test_a_file_that_is_no_text_is_refused_with_the_byte(tmp_path, data, place, words, capsys):
+    (tmp_path / "odd.txt").write_bytes(data)
+    with pytest.raises(OptionError, match=rf"odd\.txt: {place}.*; convert it to UTF-8") as error:
+        text.from_texts(tmp_path / "odd.txt", words, length=10)
+    assert "\n" not in str(error.value)
+    (tmp_path / "good.txt").write_text(" ".join(WORDS[:10]))
+    (tmp_path / "more.txt").write_bytes(data)
+    assert text.from_texts(tmp_path, words, length=10).units == ["good.txt"]
+    assert f"2 files were skipped; the first: {tmp_path}/more.txt: {place}" in capsys.readouterr().err
+
+
+def test_what_cannot_be_read_is_refused_by_name(tmp_path, words, monkeypatch):
+    (tmp_path / "a.txt").write_text("words")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)  # a test that runs as root can read everything
+    with pytest.raises(OptionError, match=r"a\.txt cannot be read \(Permission denied\)"):
+        text.from_texts(tmp_path / "a.txt", words)
 
 
 @pytest.mark.parametrize("texts", [[], ["", "  \n"]])

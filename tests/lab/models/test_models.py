@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from refimpl.core.errors import CheckpointError, FetchError, OptionError
 from refimpl.lab import models, wheels
-from refimpl.lab.models import dtypes
+from refimpl.lab.models import dtypes, language
 
 IDS = torch.arange(5, 45)[None]
 
@@ -125,9 +125,14 @@ def test_changing_a_loaded_model_leaves_the_cache_alone(smollm2_folder):
 
 
 @pytest.mark.parametrize("layers", [0, 31, -1, 1.5, True])
-def test_impossible_layers(smollm2_folder, layers):
-    with pytest.raises(OptionError, match=r"layers=.* from 1 to 30"):
+def test_impossible_layers_are_refused_before_anything_is_fetched(monkeypatch, layers):
+    monkeypatch.setattr(language, "smollm2_path", lambda: pytest.fail("it was looked for"))
+    with pytest.raises(OptionError, match=r"layers=.*(from 1 to 30|use a whole number or None)"):
         models.smollm2(layers=layers)
+
+
+def test_the_layers_are_those_of_the_configuration(smollm2_folder):
+    assert json.loads((smollm2_folder / "config.json").read_text())["num_hidden_layers"] == language.LAYERS
 
 
 def test_source_bits(smollm2_folder):

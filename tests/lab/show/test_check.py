@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from refimpl.lab.show.check import check
+from refimpl.lab.show.check import check, keep
 
 
 @pytest.fixture
@@ -91,3 +91,22 @@ def test_a_function_that_changes_its_input_does_not_spoil_the_rest(said):
     x = torch.ones(2, 2)
     assert said(lambda t: t.mul_(0) + 4, lambda t: t * 4, on=[(x,), (x,)]) == "Right."
     assert x.sum() == 4
+
+
+def test_what_is_kept_does_not_follow_the_readers_variables(said):
+    B, A = torch.randn(4, 2), torch.randn(2, 4)
+    right = B @ A
+    product = keep(right)
+    numbers = [1.0, 2.0]
+    wanted = keep(numbers)
+    B, A = torch.zeros(4, 2), torch.zeros(2, 4)
+    assert said(B @ A, product).startswith("Not yet") and said(right, product, tol=1e-6) == "Right."
+    right.zero_()
+    numbers[0] = 5.0
+    assert said(right, product).startswith("Not yet") and said([1.0, 2.0], wanted) == "Right."
+    weights = torch.randn(3, requires_grad=True)
+    gone = keep(weights)
+    with torch.no_grad():
+        weights.zero_()
+    assert said(weights, gone).startswith("Not yet")
+    assert said(..., product).startswith("Not attempted")

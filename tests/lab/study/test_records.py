@@ -234,14 +234,13 @@ def test_a_function_that_moved_is_followed(study, tmp_path):
     assert results.changed_functions() == ["refimpl.lab.where_it_was.other_name"]
 
 
-def test_an_arm_can_be_measured_again(study, tmp_path):
+def test_an_arm_can_be_dropped(study, tmp_path):
     results = start(tmp_path / "r.json")
     results.add(row(), row("eora"))
-    results.save()
-    again = start(tmp_path / "r.json", again=["eora"])
-    assert again.has("dense") and not again.has("eora")
-    with pytest.raises(OptionError, match="no arm 'eara'.*did you mean 'eora'"):
-        start(tmp_path / "r.json", again=["eara"])
+    results.drop("eora")
+    assert results.has("dense") and not results.has("eora")
+    with pytest.raises(OptionError, match="no arm 'eora'; it has one of 'dense'"):
+        results.drop("eora")
 
 
 def test_bad_records_are_refused(study, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 from refimpl.cli.book import studies
 from refimpl.core.files.io import data_path
-from refimpl.lab.study import replay
+from refimpl.lab.study import replay, study
 from refimpl.lab.study.records import Results, git
 from refimpl.lab.study.sources import Sources
 
@@ -124,6 +124,50 @@ def test_what_a_replay_does_not_show_is_refused(rs2, monkeypatch, outcome, messa
     assert rs2.header == before
 
 
+def test_arms_that_are_measured_again_need_not_stand(rs2, monkeypatch):
+    index = rs2.header["kinds"]["short"]["functions"][0]
+    (module, name, digest), rows = rs2.functions()[index], [["short", "mnist", 1, "", "accuracy", "0x1p-1"]]
+    rows.append(["full size: short", "mnist", 2, "", "accuracy", "0x1p-1"])
+    rs2.header["functions"][index][2] = "0" * 16
+    for stamp in rs2.header["stamps"]:
+        stamp["functions"].pop(str(index), None)
+    answers = [
+        {"values": [["full", "mnist", 1, "", "accuracy", "0x1p-1"]], "trainings": [], "functions": [(module, name)]}
+    ]
+    answers.append({**answers[0], "values": answers[0]["values"] + rows})
+    asked: list[dict] = []
+
+    def probe(root: Path, request: dict) -> dict:
+        asked.append(request)
+        return answers[len(asked) - 1]
+
+    monkeypatch.setattr(replay, "run_probe", probe)
+    monkeypatch.setattr(replay, "rules_agree", lambda results, then: [])
+    monkeypatch.setattr(replay, "problems", lambda results: [])
+    monkeypatch.setattr(rs2, "save", lambda: None)
+    with pytest.raises(replay.NotStanding, match="accuracy of short, mnist, seed 1: new"):
+        replay.restamp(copy.deepcopy(rs2), 0)
+    asked.clear()
+    assert replay.restamp(rs2, 60, without=["short"])
+    assert all(job[0] != "short" for job in asked[0]["jobs"]) and asked[0]["jobs"]
+    assert rs2.header["stamps"][-1]["compared"]["without"] == ["short"]
+    assert rs2.functions()[index] == (module, name, digest) and rs2.changed_functions() == []
+
+
+def test_arms_are_dropped_only_if_the_others_stand(rs2, monkeypatch, tmp_path):
+    rs2.path = tmp_path / "rs2.json"
+    rs2.save()
+    arm = next(iter(rs2.records())).arm
+
+    def refused(*arguments: object, **more: object) -> bool:
+        raise replay.NotStanding("a value differs")
+
+    monkeypatch.setattr(study, "restamp", refused)
+    with pytest.raises(replay.NotStanding, match="a value differs"):
+        study.run("refimpl.studies.rs2", rs2.path, again=[arm])
+    assert Results.load(rs2.path).has(arm, *next((r.condition, r.seed) for r in rs2.records()))
+
+
 def test_other_data_are_refused(rs2, monkeypatch):
     rs2.header["functions"][0][2] = "0" * 16
     rs2.header["data"]["mnist"] = "0"
@@ -135,11 +179,11 @@ def test_other_data_are_refused(rs2, monkeypatch):
 @pytest.mark.parametrize("slug", studies())
 def test_stamps_form_an_unbroken_chain(slug):
     header = Results.load(data_path("results", f"{slug}.json")).header
-    base = header["runs"][-1]["commit"]
-    for stamp in header.get("stamps", ()):
-        assert stamp["base"] == base and stamp["compared"]["values"] + stamp["compared"]["trainings"] > 0
+    bases = {run.get("commit") for run in header["runs"]}  # the oldest runs do not say
+    for stamp in header["stamps"]:
+        assert stamp["base"] in bases and stamp["compared"]["values"] + stamp["compared"]["trainings"] > 0
         assert json.dumps(stamp["functions"]) and stamp["digest"]
-        base = stamp["commit"]
+        bases = {stamp["commit"], *(run["commit"] for run in header["runs"] if run["started"] > stamp["when"])}
     if git(ROOT, "rev-parse", "--is-shallow-repository") == "false":
-        for commit in {header["runs"][-1]["commit"], *(stamp["commit"] for stamp in header.get("stamps", ()))}:
+        for commit in {header["runs"][-1]["commit"], *(stamp["commit"] for stamp in header["stamps"])}:
             git(ROOT, "merge-base", "--is-ancestor", commit, "HEAD")
