@@ -26,7 +26,7 @@ from refimpl.core.cache.rope import find_rotary
 from refimpl.core.cache.tap import attention_input, attention_modules, attention_rotation
 from refimpl.core.cache.trial import Met, meet, modules_by_layer
 from refimpl.core.errors import CheckpointError, OptionError, reading, reason
-from refimpl.core.files.io import new_file
+from refimpl.core.files.io import atomic_write
 from refimpl.core.stored import stored_dtype
 
 if TYPE_CHECKING:
@@ -257,7 +257,7 @@ class CompressedCache(Cache):
             "policy": to_json(self.policy),
             "numbers": numbers,
         }
-        with new_file(path) as temporary:
+        with atomic_write(path) as temporary:
             save_file(tensors, temporary, {_ABOUT: seal(about, tensors)})
 
     @classmethod

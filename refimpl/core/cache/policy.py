@@ -18,7 +18,7 @@ from refimpl.core.cache.content import ByContent, current_modules, from_json, lo
 from refimpl.core.cache.layer import KVLayer
 from refimpl.core.cache.rope import Rotary
 from refimpl.core.errors import CheckpointError, OptionError, reading
-from refimpl.core.files.io import new_file
+from refimpl.core.files.io import atomic_write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -284,7 +284,7 @@ class Policy(Checked, ByContent, abc.ABC):
         """
         tensors: dict[str, Tensor] = {}
         about = {"format": _FORMAT} | to_json(self, tensors)
-        with new_file(path) as temporary:
+        with atomic_write(path) as temporary:
             # safetensors refuses tensors that share memory: a view is copied
             save_file(
                 {name: tensor.clone() for name, tensor in tensors.items()}, temporary, {_ABOUT: seal(about, tensors)}

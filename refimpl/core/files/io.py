@@ -59,26 +59,6 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-@contextmanager
-def new_file(path: str | Path) -> Iterator[Path]:
-    """`atomic_write`, with errors of the disk in words.
-
-    Raises:
-        FileError: the disk is full or read-only, or something else than a file is at `path`.
-
-    Example:
-        >>> with new_file("/dev/null"):
-        ...     pass
-        Traceback (most recent call last):
-        ...
-        refimpl.core.errors.FileError: /dev/null is a device or socket where a file is meant; name a file, or move the \
-device or socket away
-    """
-    check_file(Path(path))
-    with writing(path), atomic_write(path) as temporary:
-        yield temporary
-
-
 def data_path(*parts: str) -> Path:
     """A file of data/: beside the package in a checkout, inside it in an installed wheel.
 
@@ -111,7 +91,7 @@ def write_json(path: Path, value: Any) -> None:
         >>> write_json(path, {"rank": 4}); read_json(path)
         {'rank': 4}
     """
-    with new_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1))
 
 
@@ -144,7 +124,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         >>> write_tensors(path, {"w": torch.ones(2)}); load_file(path)
         {'w': tensor([1., 1.])}
     """
-    with new_file(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file(
             {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
             temporary,
@@ -398,7 +378,7 @@ def _finish(
     if not any(next(beside.glob(pattern), None) for pattern in TOKENIZER):
         copy_tokenizer(model, folder)
     if not (beside / "README.md").exists() or CARD in (beside / "README.md").read_text(errors="replace"):
-        with new_file(folder / "README.md") as temporary:
+        with atomic_write(folder / "README.md") as temporary:
             tokenizer = any(next(place.glob("tokenizer*"), None) for place in (folder, beside))
             temporary.write_text(model_card(model, layers, run["methods"], tokenizer), encoding="utf-8")
     manifest = {
