@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from refimpl.baselines.kvcache import H2O, KIVI, SnapKV, StreamingLLM, ThinK
     from refimpl.core.compress.driver import Plan, Report, compress, plan
     from refimpl.core.files.export import export_compressed_tensors, export_dense, export_peft
+    from refimpl.core.files.gguf import export_gguf
     from refimpl.core.files.io import load, save
     from refimpl.core.files.serve import serve
     from refimpl.methods import METHODS, POLICIES
@@ -46,6 +47,7 @@ _WHERE = {
     "continual": ("ContinualPretraining", "ReplayBuffer", "Reptile"),
     "core.compress.driver": ("Plan", "Report", "compress", "plan"),
     "core.files.export": ("export_compressed_tensors", "export_dense", "export_peft"),
+    "core.files.gguf": ("export_gguf",),
     "core.files.io": ("load", "save"),
     "core.files.serve": ("serve",),
     "kvcache": ("CSKV", "MatryoshkaKV"),
@@ -89,6 +91,7 @@ __all__ = [
     "compress",
     "export_compressed_tensors",
     "export_dense",
+    "export_gguf",
     "export_peft",
     "load",
     "plan",

@@ -430,6 +430,23 @@ def test_a_gpt2_goes_out_as_plain_weights(tmp_path: Path, own: dict[str, Path], 
     assert "perplexity" in ran("evaluate", plain, "--on", text_file, *FIRST)
 
 
+def test_a_gguf_holds_the_tokenizer_and_says_what_it_changed(
+    tmp_path: Path, own: dict[str, Path], text_file: Path
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    out, file = tmp_path / "out", tmp_path / "model.gguf"
+    common = ("--calibration", text_file, *FIRST, "--dtype", "float32", "--out", out)
+    ran("compress", own["qwen3"], "RTN", "--set", "bits=4", "--set", "group_size=32", *common)
+    assert re.search(r"gguf +yes", ran("export", out))
+    said = ran("export", out, "--format", "gguf", "--out", file)
+    assert f"Saved: {file}: " in said and "21 Q4_1" in said and f"llama-cli -m {file}" in said
+    fields = gguf.GGUFReader(str(file)).fields
+    assert len(fields["tokenizer.ggml.tokens"].contents()) == 1024
+    assert "ends in .gguf" in refused(OptionError, "export", out, "--format", "gguf", "--out", tmp_path / "model")
+    (out / "tokenizer.json").unlink()
+    assert "has no tokenizer.json" in refused(OptionError, "export", out, "--format", "gguf", "--out", file)
+
+
 def test_export_refuses_calls_that_cannot_work(tmp_path: Path, own: dict[str, Path]) -> None:
     out = tmp_path / "out"
     assert "--out" in refused(OptionError, "export", own["gpt2"], "--format", "dense")
@@ -439,7 +456,7 @@ def test_export_refuses_calls_that_cannot_work(tmp_path: Path, own: dict[str, Pa
     assert "not written by refimpl" in refused(
         CheckpointError, "export", own["gpt2"], "--format", "dense", "--out", out
     )
-    assert run("export", own["gpt2"], "--format", "gguf", "--out", out).exit_code == 2
+    assert run("export", own["gpt2"], "--format", "onnx", "--out", out).exit_code == 2
 
 
 # -- kernels --

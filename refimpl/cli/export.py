@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,6 +20,7 @@ class Format(str, Enum):
     dense = "dense"
     compressed_tensors = "compressed-tensors"
     peft = "peft"
+    gguf = "gguf"
 
 
 def export(
@@ -30,10 +31,13 @@ def export(
             "--format",
             help="dense: an ordinary checkpoint of transformers, as large as the original. compressed-tensors: "
             "quantised layers stay packed, for transformers and vLLM. peft: the low-rank paths alone, as an adapter. "
+            "gguf: one file for llama.cpp, with the tokenizer; 4 and 8 bits stay packed. "
             "Left out: say which of them can hold this model.",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write; an earlier export is replaced.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder (gguf: file) to write; an earlier export is replaced.")
+    ] = None,
     adapter: Annotated[
         Path | None,
         typer.Option(
@@ -70,12 +74,18 @@ def export(
     with waiting(f"Loading {folder}"):
         from refimpl import load
         from refimpl.core.files import export as exporting
+        from refimpl.core.files.gguf import export_gguf
         from refimpl.lab.models.small import quietly
 
         model = load(folder)
     if to is None or out is None:
         for kind, reason in exporting.exports(model).items():
             typer.echo(f"{kind:20} {reason or 'yes'}")
+        return
+    if to is Format.gguf:
+        with waiting(f"Writing {out}"), quietly():
+            report = export_gguf(model, out, _tokenizer(folder))
+        typer.echo(f"Saved: {report}\n\nRun it without refimpl:\n\nllama-cli -m {out}")
         return
     with waiting(f"Writing {out}"), quietly():
         if to is Format.dense:
@@ -95,3 +105,11 @@ def export(
     if code is not None and adapter is not None:
         typer.echo("\nfrom peft import PeftModel\n")
         typer.echo(f'model = PeftModel.from_pretrained(model, "{adapter}")')
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer.json").is_file():
+        raise OptionError(f"{folder} has no tokenizer.json, which GGUF contains; save the tokenizer of the model there")
+    return AutoTokenizer.from_pretrained(folder)

@@ -8,6 +8,8 @@ There are three, each with a README that says how to load it and what it leaves 
   compressed-tensors, which transformers and vLLM read.
 - `export_peft`: the low-rank paths as a LoRA adapter, beside either of the two.
 
+(`refimpl.core.files.gguf` writes the file format of llama.cpp.)
+
 A format that cannot hold a layer refuses it by name before anything is written. A folder appears complete or
 not at all. The model is written piece by piece: besides the model itself, only the tensors of one file and of one block
 are in memory.
@@ -246,13 +248,16 @@ def exports(model: nn.Module) -> dict[str, str | None]:
         >>> _ = compress(model, RTN(bits=4, group_size=32), progress=False)
         >>> exports(model)
         {'dense': None, 'compressed-tensors': None, 'peft': 'model: no layer has a low-rank path beside it; use \
-export_dense or export_compressed_tensors'}
+export_dense or export_compressed_tensors', 'gguf': None}
     """
+    from refimpl.core.files.gguf import check_gguf
+
     source = _Source(model)
     checks: dict[str, Callable[[], Any]] = {
         "dense": source.check_dense,
         "compressed-tensors": lambda: source.check_compressed_tensors(False, with_adapter=False),
         "peft": lambda: source.check_peft(None),
+        "gguf": lambda: check_gguf(model),
     }
     reasons: dict[str, str | None] = dict.fromkeys(checks)
     for name, check in checks.items():

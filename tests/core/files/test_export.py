@@ -800,10 +800,12 @@ def test_a_missing_library_is_named(library, tiny_llama: Factory, tokens, tmp_pa
 
 
 def test_which_formats_fit(tiny_llama: Factory, tiny_gpt2: Factory, tokens) -> None:
-    assert exports(compressed(tiny_llama(), [RTN(4, 32)], tokens))["compressed-tensors"] is None
+    reasons = exports(compressed(tiny_llama(), [RTN(4, 32)], tokens))
+    assert reasons["compressed-tensors"] is None and reasons["gguf"] is None
     reasons = exports(compressed(tiny_gpt2(), [RTN(4, 32), PlainSVD(2)], tokens))
     assert reasons["dense"] is None and reasons["peft"] is None
     assert "'transformer.h.0.attn.c_attn'" in str(reasons["compressed-tensors"])
+    assert "model=GPT2LMHeadModel: export_gguf writes" in str(reasons["gguf"])
 
 
 def test_the_model_stays_as_it_was(tiny_mixtral: Factory, tokens, state, same, tmp_path) -> None:
