@@ -47,7 +47,7 @@ class Pruner(Method):
 
     Args:
         pattern: "n:m" (n of every m neighbouring inputs stay) or "unstructured".
-        sparsity: fraction of zeros for "unstructured"; ignored by "n:m".
+        sparsity: fraction of zeros for "unstructured". "n:m" sets it by itself, so no other may be given beside it.
 
     Example:
         >>> Magnitude("2:4")
@@ -58,7 +58,13 @@ class Pruner(Method):
     sparsity: float = 0.5
 
     def __post_init__(self) -> None:
-        if parse_pattern(self.pattern) is None and not 0 < self.sparsity < 1:
+        structure = parse_pattern(self.pattern)
+        if structure is not None and self.sparsity not in (0.5, 1 - structure[0] / structure[1]):
+            raise OptionError(
+                f"sparsity={self.sparsity} beside pattern={self.pattern!r}, which leaves {structure[0]} of every "
+                f"{structure[1]} weights; leave sparsity out, or use pattern='unstructured'"
+            )
+        if structure is None and not 0 < self.sparsity < 1:
             raise OptionError(f"sparsity={self.sparsity}: use a fraction between 0 and 1 (0.5 removes half)")
 
     def layer_config(self, site: Site) -> dict[str, Any]:

@@ -16,6 +16,7 @@ M * W and repeat 2 and 3 every dt steps (`MaskUpdates`); 5. store M * W (`MaskUp
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -82,11 +83,21 @@ def keep_largest(scores: Tensor, k: int) -> Tensor:
     return mask.view_as(scores)
 
 
+def number_kept(n: int, s: float) -> int:
+    """How many of n weights stay at sparsity s: ``round(n (1 - s))``, and at least one: an empty layer passes nothing on.
+
+    Example:
+        >>> number_kept(10, 0.75), number_kept(10, 0.99)
+        (2, 1)
+    """
+    return max(1, round(n * (1 - s)))
+
+
 def magnitude_mask(W: Tensor, s: float, structure: str = "unstructured", pooling: str = "avg") -> Tensor:
     """Step 3: the weights of one layer that stay at sparsity s.
 
     With N weights, ``round(N (1 - s))`` stay (a half goes to the even side); with blocks, that share of the blocks;
-    with n:m, ``round(m (1 - s))`` of every m inputs, so that s = 1 - n/m keeps n.
+    with n:m, ``round(m (1 - s))`` of every m inputs, so that s = 1 - n/m keeps n. At least one stays of each.
 
     Args:
         W: stored weights, [out, in] unless unstructured. Not the product M * W, in which a masked weight is 0 and
@@ -115,17 +126,17 @@ def magnitude_mask(W: Tensor, s: float, structure: str = "unstructured", pooling
 def _structured(scores: Tensor, s: float, structure: str, pooling: str) -> Tensor:
     kind, a, b = parse_structure(structure)
     if kind == "unstructured":
-        return keep_largest(scores, round(scores.numel() * (1 - s)))
+        return keep_largest(scores, number_kept(scores.numel(), s))
     if scores.dim() != 2:
         raise OptionError(f"W has shape {list(scores.shape)}: structure={structure!r} needs a matrix [out, in]")
     if kind == "block":
         # the share s of zeros is counted in blocks, so a layer with partial blocks at its edges has slightly more or less
         pooled = _pool(scores, (a, b), pooling)
-        return _spread(keep_largest(pooled, round(pooled.numel() * (1 - s))), (a, b), scores.shape)
+        return _spread(keep_largest(pooled, number_kept(pooled.numel(), s)), (a, b), scores.shape)
     if scores.shape[1] % b:
         raise OptionError(f"structure={structure!r} needs inputs in groups of {b}, but W has {scores.shape[1]}")
     runs = scores.unflatten(1, (-1, b))  # [out, in / m, m]: each run of m neighbouring inputs is ranked by itself
-    order = runs.sort(dim=-1, descending=True, stable=True).indices[..., : round(b * (1 - s))]
+    order = runs.sort(dim=-1, descending=True, stable=True).indices[..., : number_kept(b, s)]
     return torch.zeros_like(runs, dtype=torch.bool).scatter_(-1, order, True).flatten(1)
 
 
@@ -454,8 +465,10 @@ class MaskUpdates:
             return {}
         _, h, w = parse_structure(self.method.structure)
         pooled = {name: _pool(scores, (h, w), self.method.pooling) for name, (_, scores) in layers.items()}
+        for scores in pooled.values():  # the best of each layer stays, so that no layer cuts the network in two
+            scores.view(-1)[scores.argmax()] = math.inf
         ranked = torch.cat([scores.flatten() for scores in pooled.values()])
-        keep = keep_largest(ranked, round(ranked.numel() * (1 - s)))
+        keep = keep_largest(ranked, max(len(pooled), number_kept(ranked.numel(), s)))
         parts = keep.split([scores.numel() for scores in pooled.values()])
         masks = {}
         for (name, (masked, scores)), part in zip(layers.items(), parts, strict=True):

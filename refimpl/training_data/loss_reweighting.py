@@ -16,7 +16,8 @@ because the losses of an untrained model say nothing about the data.
 
 Differences from the authors' code: h is taken from two differences, ``(l - min) - (max - l)``, which is exactly -1 and
 1 at the ends; their ``2 l - max - min`` loses digits and sometimes misses an end. Equal losses give h = 0 and thus
-uniform weights. Each sequence counts as one whatever its length, as in the authors' code for many GPUs; their code for
+uniform weights. A row without targets, whose loss is 0, takes no part (`refimpl.core.train.losses.counted`). Each
+sequence counts as one whatever its length, as in the authors' code for many GPUs; their code for
 GPT-2 multiplies by the share of tokens.
 
 Controls (ours) that any such rule has to beat: `Focal` and `OnLoss` (weights grow with the loss itself), `Permuted` (the
@@ -35,6 +36,7 @@ from torch import Tensor
 
 from refimpl.core.arguments import Checked
 from refimpl.core.errors import OptionError, nearest
+from refimpl.core.train.losses import counted
 
 Shape = Callable[[Tensor], Tensor]
 
@@ -46,18 +48,21 @@ def normalise(losses: Tensor) -> Tensor:
         losses: [..., M]; each row is a batch of its own.
 
     Returns:
-        The same shape, fp32 or wider; 0 where all losses of a row are equal. A NaN makes its whole row NaN, so it is
-        never hidden.
+        The same shape, fp32 or wider; 0 where all losses of a row are equal, and for samples that do not count (`counted`).
+        A NaN makes its whole row NaN, so it is never hidden.
 
     Example:
         >>> normalise(torch.tensor([2.0, 3.0, 6.0])).tolist()
         [-1.0, -0.5, 1.0]
     """
     losses = losses if losses.dtype == torch.float64 else losses.float()
-    low, high = losses.amin(-1, keepdim=True), losses.amax(-1, keepdim=True)
+    present = counted(losses)
+    low = losses.masked_fill(present.logical_not(), math.inf).amin(-1, keepdim=True)
+    high = losses.masked_fill(present.logical_not(), -math.inf).amax(-1, keepdim=True)
     span = high - low
     # h = 2 (l - min) / (max - min) - 1; a batch with an outlier at the top puts all others near -1
-    return ((losses - low) - (high - losses)) / torch.where(span == 0, torch.ones_like(span), span)
+    h = ((losses - low) - (high - losses)) / torch.where(span == 0, torch.ones_like(span), span)
+    return torch.where(present | span.isnan(), h, 0.0)
 
 
 def lin_upper(h: Tensor) -> Tensor:
@@ -103,13 +108,14 @@ def upper(h: Tensor) -> Tensor:
 SHAPES: dict[str, Shape] = {"linupper": lin_upper, "quadratic": quadratic, "extremes": extremes, "upper": upper}
 
 
-def tempered(f: Tensor, r: float) -> Tensor:
+def tempered(f: Tensor, r: float, present: Tensor | None = None) -> Tensor:
     """Step 3: the weights on the simplex that maximise ``sum_i w_i f_i - r KL(w || uniform)``.
 
     Args:
         f: [..., M].
         r: temperature. As r goes to 0 all weight goes to the largest f, shared among equal ones; as r grows the weights
             become uniform.
+        present: bool [..., M], the samples that take part; the others get no weight. None: all.
 
     Returns:
         The same shape; rows sum to one.
@@ -123,7 +129,7 @@ def tempered(f: Tensor, r: float) -> Tensor:
     """
     _positive("r", r)
     # with a multiplier c for sum w = 1: f_i - r (ln(M w_i) + 1) - c = 0, so w_i is proportional to exp(f_i / r)
-    return (f / r).softmax(-1)
+    return (f / r if present is None else (f / r).masked_fill(present.logical_not(), -math.inf)).softmax(-1)
 
 
 @dataclass(frozen=True)
@@ -160,7 +166,7 @@ class LossReweighting(Checked):
         """Weights [..., M] of losses [..., M] at an update (from 0); None for the plain mean."""
         if self.strategy == "uniform" or step < self.burn_in:
             return None
-        return tempered(SHAPES[self.strategy](normalise(losses)), self.r)
+        return tempered(SHAPES[self.strategy](normalise(losses)), self.r, counted(losses))
 
 
 def most_concentrated(m: int, r: float) -> float:
@@ -205,7 +211,10 @@ class Focal(Checked):
         if step < self.burn_in:
             return None
         powers = losses.float().pow(self.gamma)
-        return powers / powers.sum(-1, keepdim=True)
+        total = powers.sum(-1, keepdim=True)
+        return torch.where(
+            total == 0, 1 / losses.shape[-1], powers / total
+        )  # no sample has a loss: any weights will do
 
 
 @dataclass(frozen=True)
@@ -230,7 +239,7 @@ class OnLoss(Checked):
 
     def __call__(self, losses: Tensor, step: int) -> Tensor | None:
         """Weights [..., M] of losses [..., M]; None for the plain mean."""
-        return None if step < self.burn_in else tempered(losses.float(), self.r)
+        return None if step < self.burn_in else tempered(losses.float(), self.r, counted(losses))
 
 
 @dataclass(frozen=True)
@@ -255,7 +264,12 @@ class Permuted:
     def __call__(self, losses: Tensor, step: int) -> Tensor | None:
         """Weights [M] of losses [M]; None for the plain mean."""
         weights = self.rule(losses, step)
-        return None if weights is None else weights[_order(losses, self.seed, step)]
+        if weights is None:
+            return None
+        order, absent = _order(losses, self.seed, step), counted(losses).logical_not()
+        # those that count, in any order, go to those that count; the others stay behind them
+        here, there = absent.long().argsort(stable=True), order[absent[order].long().argsort(stable=True)]
+        return torch.empty_like(weights).scatter_(0, here, weights[there])
 
 
 @dataclass(frozen=True)
@@ -282,7 +296,10 @@ class Thinned:
             return None
         # Kish's effective sample size: a mean with weights w has the variance of a plain mean of 1 / sum w^2 samples
         kept = (1 / weights.square().sum()).round()
-        return (_order(losses, self.seed, step) < kept).to(weights.dtype) / kept
+        order = (
+            _order(losses, self.seed, step) + len(losses) * counted(losses).logical_not()
+        )  # those that do not count come last
+        return (order.argsort().argsort() < kept).to(weights.dtype) / kept
 
 
 def _order(losses: Tensor, seed: int, step: int) -> Tensor:

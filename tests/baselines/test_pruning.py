@@ -114,6 +114,14 @@ def test_bad_sparsity(sparsity: float) -> None:
         SparseGPT("unstructured", sparsity)
 
 
+@pytest.mark.parametrize("kind", [Magnitude, Wanda, SparseGPT])
+def test_a_sparsity_that_the_pattern_does_not_have_is_refused(kind: type) -> None:
+    with pytest.raises(OptionError, match=r"sparsity=0.9 beside pattern='2:4', which leaves 2 of every 4"):
+        kind(sparsity=0.9)
+    assert kind("1:4", sparsity=0.75).sparsity == 0.75
+    assert kind("unstructured", sparsity=0.9).sparsity == 0.9
+
+
 def test_width_that_the_pattern_does_not_divide() -> None:
     with pytest.raises(OptionError, match="'w' has 18.*unstructured"):
         Magnitude("2:4").layer_config(site_of(torch.randn(4, 18)))

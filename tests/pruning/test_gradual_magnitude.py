@@ -721,3 +721,20 @@ def test_two_processes_keep_the_same_masks_and_shards_are_refused(tmp_path: Path
         [*command, str(script), str(done)], capture_output=True, text=True, timeout=300, env=environment
     )
     assert result.returncode == 0 and done.read_text() == "done", result.stderr[-3000:]
+
+
+@pytest.mark.parametrize("structure", ["unstructured", "2x2"])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_no_layer_is_emptied(scope: str, structure: str) -> None:
+    """Magnitudes a thousand times smaller, or 8 weights at a sparsity of 99 %: the best of them stays."""
+    model = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 40), nn.Linear(40, 40))
+    with torch.no_grad():
+        model[0].weight.mul_(1e-3)
+    best = model[0].weight.detach().abs().argmax()
+    hook = GradualMagnitude(0.99, updates=1, frequency=1, scope=scope, structure=structure).attach(model)
+    hook(1, model)
+    masks = [masked.mask for masked in find_masks(model).values()]
+    assert all(mask.any() for mask in masks)
+    if structure == "unstructured":
+        assert masks[0].flatten()[best] and masks[0].sum() == 1
+        assert magnitude_mask(torch.ones(3, 3), 0.99).sum() == 1

@@ -280,6 +280,32 @@ def test_controls() -> None:
     torch.testing.assert_close(on_loss, losses.exp() / losses.exp().sum())
 
 
+RULES: list[Rule] = [
+    *map(LossReweighting, SHAPES),
+    Focal(),
+    OnLoss(),
+    Permuted(LossReweighting()),
+    Thinned(LossReweighting()),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_samples_without_a_loss_take_no_part(rule: Rule) -> None:
+    losses = draws(1, 12)[0] + 0.1
+    absent = torch.zeros(16, dtype=torch.bool)
+    absent[[0, 7, 8, 15]] = True
+    mixed = torch.zeros(16).masked_scatter(~absent, losses)
+    for step in range(3):
+        alone, found = rule(losses, step), rule(mixed, step)
+        assert alone is not None and found is not None
+        assert not found[absent].any() and found.sum().item() == pytest.approx(1, abs=1e-5)
+        # a random order is another one for another number of samples
+        same = found[~absent].sort().values if isinstance(rule, (Permuted, Thinned)) else found[~absent]
+        torch.testing.assert_close(same, alone.sort().values if isinstance(rule, (Permuted, Thinned)) else alone)
+    nothing = rule(torch.zeros(4), 0)
+    assert nothing is not None and nothing.isfinite().all()
+
+
 def test_wrong_options() -> None:
     make: dict[str, Callable[[], Any]] = {
         r"strategy='linuper': use one of 'linupper'.*did you mean 'linupper'": lambda: LossReweighting("linuper"),

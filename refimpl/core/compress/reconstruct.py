@@ -242,7 +242,8 @@ def reconstruct(
         after_step: hooks of the training loop.
 
     Returns:
-        "before" and "after": the objective on all data before training and with the iterate that is kept.
+        "before" and "after": the objective on all data before training and with the iterate that is kept; "best_step": the
+        update after which that was, 0 if training has not helped.
 
     Raises:
         OptionError: fewer samples than a batch.
@@ -279,4 +280,4 @@ def reconstruct(
         )
     layer.eval()
     errors = [entry["error"] for entry in history.evaluations]
-    return {"before": errors[0], "after": min(errors)}
+    return {"before": errors[0], "after": min(errors), "best_step": float(history.best or 0)}

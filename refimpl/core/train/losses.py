@@ -7,6 +7,7 @@ processes, not over one process's share (`Weighted`).
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from refimpl.core.arguments import Checked, checked, shown
 from refimpl.core.device import rank_and_world, read, read_all
@@ -27,7 +29,7 @@ IGNORED = -100
 Losses = Callable[[Any, Any], Tensor]
 Weights = Callable[[Tensor, int], "Tensor | None"]
 
-_CALLS = "weighted_loss_calls"
+_STEPS = "weighted_loss_steps"
 _READ_EVERY = 64  # batches between two looks at what is kept for `Weighted.history`
 
 
@@ -46,7 +48,7 @@ def sequence_losses(model: nn.Module, batch: Tensor | Sequence[Tensor] | Mapping
             holds is passed to the model.
 
     Returns:
-        fp32 [B], in nats a token, each over the targets of its own row; 0 for a row without targets.
+        fp32 [B], in nats a token, each over the targets of its own row; 0 for a row without targets (see `counted`).
 
     Raises:
         CalibrationError: a batch of another form, or a label outside the vocabulary. On a GPU, where looking would
@@ -119,6 +121,26 @@ def shifted_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return _row_losses(logits, F.pad(labels[:, 1:], (0, 1), value=IGNORED))
 
 
+def counted(losses: Tensor) -> Tensor:
+    """Which samples of a batch take part: those whose loss is not exactly 0.
+
+    A row without targets has a loss of 0 and no gradient. It says nothing about the batch, so it must not be its minimum
+    nor one of the samples that a mean is over.
+
+    Args:
+        losses: [..., M]; each row is a batch of its own.
+
+    Returns:
+        bool, the same shape; all True in a batch in which no sample has a loss. A NaN takes part.
+
+    Example:
+        >>> counted(torch.tensor([[1.0, 0.0, 2.0], [0.0, 0.0, 0.0]])).tolist()
+        [[True, False, True], [True, True, True]]
+    """
+    there = losses != 0
+    return there | (there.sum(-1, keepdim=True) == 0)
+
+
 @checked()
 def sample_losses(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
     """Cross-entropy of every sample of a batch under a classifier.
@@ -186,16 +208,21 @@ class Weighted(Checked):
     ``W * sum_{i in q} w_i l_i``; the mean of gradients over processes, which data parallelism takes, is then that of
     ``sum_i w_i l_i``. Weights are constants for the gradient. The cost is one all-gather of M numbers.
 
-    How many batches were seen is kept in a buffer of the model, so that a run taken up from a checkpoint is at the
-    right step; `close` removes it. With accumulation, weights are those of each micro-batch (over all processes), not
-    of the batch that its micro-batches make.
+    Samples without a loss (`counted`) have no weight, and a plain mean is over the others.
+
+    How many updates were finished is kept in a buffer of the model, so that a run taken up from a checkpoint is at the
+    right step; `close` removes it. An update is finished when an optimiser that has the model's parameters steps. With
+    accumulation, weights are those of each micro-batch (over all processes), not of the batch that its micro-batches
+    make, and the loss is a mean over a micro-batch: `train` divides by their number, `compute_loss_func` for a Trainer
+    does, and a loop of your own must, as for any other mean.
 
     Args:
         model: that will be trained, before it is wrapped.
         losses: of samples: ``losses(model, batch)`` gives [B], the same B on all processes.
         weights: ``weights(l, step)`` gives [M] that sum to one, from the detached losses l [M] and the number of
             finished updates; or None for the plain mean.
-        accumulate: micro-batches per update, as in the recipe.
+        accumulate: micro-batches per update, for engines whose optimiser has copies of the parameters (DeepSpeed); None
+            watches the optimiser.
 
     Attributes:
         last: weights of the last global batch, [M], in the order of ranks; None after a plain mean.
@@ -215,18 +242,20 @@ class Weighted(Checked):
         >>> loss.close()
     """
 
-    def __init__(self, model: nn.Module, losses: Losses, weights: Weights, accumulate: int = 1) -> None:
-        if accumulate < 1:
+    def __init__(self, model: nn.Module, losses: Losses, weights: Weights, accumulate: int | None = None) -> None:
+        if accumulate is not None and accumulate < 1:
             raise OptionError(f"accumulate={accumulate}: use 1 or more, as in the recipe")
-        if _CALLS in dict(model.named_buffers()):
-            raise OptionError(f"model has a buffer {_CALLS!r}: close() the loss it was trained with before")
+        if _STEPS in dict(model.named_buffers()):
+            raise OptionError(f"model has a buffer {_STEPS!r}: close() the loss it was trained with before")
         self.losses, self.weights, self.accumulate = losses, weights, accumulate
         self.last: Tensor | None = None
         self._model = model
+        self._batches = 0  # since the last update
         # on the CPU, where reading it waits for nothing; equal everywhere, so processes need not exchange it
-        model.register_buffer(_CALLS, torch.zeros((), dtype=torch.int64))
+        model.register_buffer(_STEPS, torch.zeros((), dtype=torch.int64))
         ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
-        model._ddp_params_and_buffers_to_ignore = [*ignored, _CALLS]  # type: ignore[assignment]
+        model._ddp_params_and_buffers_to_ignore = [*ignored, _STEPS]  # type: ignore[assignment]
+        self._handle = self._watch() if accumulate is None else None
         self._history: list[dict[str, float]] = []
         self._pending: list[Tensor] = []
 
@@ -237,16 +266,21 @@ class Weighted(Checked):
     def compute_loss_func(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         """The same for a Trainer of transformers: ``Trainer(..., compute_loss_func=loss.compute_loss_func)``.
 
-        Give ``TrainingArguments(average_tokens_across_devices=False)`` where several processes train: otherwise the
-        Trainer multiplies by their number once more. It does not divide by the micro-batches of an update, which is
-        done here.
+        A Trainer does not divide by the micro-batches of an update but tells how many targets they have together. Each
+        counts with its share of them, which for micro-batches of equal size is one by their number, also where the data
+        end within an update.
 
         Args:
             outputs: of the model, with ``.logits`` [B, T, V].
             labels: int64 [B, T], not shifted.
-            num_items_in_batch: not used: each sequence is a mean of its own.
+            num_items_in_batch: targets of the update, over all processes with
+                ``TrainingArguments(average_tokens_across_devices=True)``, where the Trainer multiplies by their number.
+                None: the batch is the whole update, unless `accumulate` says otherwise.
         """
-        return self.combine(shifted_losses(outputs.logits, labels)) / self.accumulate
+        value = self.combine(shifted_losses(outputs.logits, labels))
+        if num_items_in_batch is None:
+            return value / (self.accumulate or 1)
+        return value * ((labels[:, 1:] != IGNORED).sum() / num_items_in_batch)
 
     def combine(self, own: Tensor) -> Tensor:
         """From this process's losses [B] to the scalar whose gradient is averaged over processes."""
@@ -259,24 +293,51 @@ class Weighted(Checked):
             parts = [torch.empty_like(every) for _ in range(world)]
             dist.all_gather(parts, every)
             every = torch.cat(parts)
-        calls = self._model.get_buffer(_CALLS)
-        step = int(read(calls)) // self.accumulate
+        step = int(read(self._model.get_buffer(_STEPS)))
+        present = counted(every)
         with torch.no_grad():
-            calls += 1
             weights = self.weights(every, step)
+        self._batches += 1
+        if self._batches == self.accumulate:
+            self._update()
         self.last = weights
         if weights is None:
-            self._keep(every, torch.full_like(every, 1 / len(every)))
-            return own.mean()
+            self._keep(every, present / present.sum(), present)
+            return own.mean() * (len(every) / present.sum())
         if not isinstance(weights, Tensor) or weights.shape != every.shape:
             found = f"has shape {list(weights.shape)}" if isinstance(weights, Tensor) else f"is {shown(weights)}"
             raise CalibrationError(f"weights {found}, losses {list(every.shape)}")
-        self._keep(every, weights)
+        self._keep(every, weights, present)
         mine = weights[rank * len(own) : (rank + 1) * len(own)]
         return world * (mine.detach() * own).sum()
 
-    def _keep(self, losses: Tensor, weights: Tensor) -> None:
-        self._pending.append(torch.stack([losses.mean(), len(losses) * weights.max(), 1 / weights.square().sum()]))
+    @torch.no_grad()
+    def _update(self) -> None:
+        """An update is finished; one for the batches since the last, however many optimisers step."""
+        if self._batches:
+            self._model.get_buffer(_STEPS).add_(1)
+            self._batches = 0
+
+    def _watch(self) -> Any:
+        """Call `_update` when an optimiser of the model steps; ends with `close`, or with this object."""
+        this = weakref.ref(self)
+
+        def stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            loss = this()
+            if loss is None:
+                return
+            trained = {id(parameter) for parameter in loss._model.parameters()}
+            if any(id(parameter) in trained for group in optimizer.param_groups for parameter in group["params"]):
+                loss._update()
+
+        handle = register_optimizer_step_post_hook(stepped)
+        weakref.finalize(self, handle.remove)
+        return handle
+
+    def _keep(self, losses: Tensor, weights: Tensor, present: Tensor) -> None:
+        share = present.sum() / len(losses)
+        found = [losses.mean() / share, len(losses) * share * weights.max(), 1 / weights.square().sum()]
+        self._pending.append(torch.stack(found))
         if len(self._pending) >= _READ_EVERY:
             self._read()
 
@@ -293,7 +354,8 @@ class Weighted(Checked):
         """Values to log, one entry for each batch this object has seen (not those before an interruption).
 
         "step" (from 1), "loss" (the plain mean over the global batch, comparable between weightings, which the loop's
-        own loss is not), "concentration" (M times the largest weight: 1 is uniform, M is one sample) and "effective"
+        own loss is not), "concentration" (M times the largest weight, with M the samples
+        that have a loss: 1 is uniform, M is one sample) and "effective"
         (``1 / sum w^2``, the number of equally weighted samples with as much noise).
         """
         self._read()
@@ -301,9 +363,11 @@ class Weighted(Checked):
 
     def close(self) -> None:
         """Remove the buffer from the model, which is then as it was, to be saved or trained otherwise."""
-        if _CALLS in self._model._buffers:
-            del self._model._buffers[_CALLS]
+        if self._handle is not None:
+            self._handle.remove()
+        if _STEPS in self._model._buffers:
+            del self._model._buffers[_STEPS]
             ignored: Any = self._model._ddp_params_and_buffers_to_ignore
             self._model._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
-                name for name in ignored if name != _CALLS
+                name for name in ignored if name != _STEPS
             ]

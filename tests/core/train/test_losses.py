@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from refimpl.core.errors import CalibrationError, OptionError, TrainingError
 from refimpl.core.train.loop import Recipe, batches, train
 from refimpl.core.train.losses import Weighted, sample_losses, sequence_losses, shifted_losses
 from refimpl.lab.study.jobs import in_group
+from refimpl.training_data.loss_reweighting import SHAPES, LossReweighting
 
 VOCABULARY = 11
 
@@ -207,12 +209,62 @@ def test_history_keeps_the_plain_mean() -> None:
     assert [entry["step"] for entry in loss.history()] == list(range(1, 81))
 
 
+@pytest.mark.parametrize("strategy", [*SHAPES, "uniform"])
+def test_rows_without_targets_change_nothing(strategy: str) -> None:
+    """They have a loss of 0 and no gradient; they must not be what the others are compared or averaged with."""
+    ids = rows(5)
+    labels = torch.cat([ids[:2], torch.full_like(ids[:3], -100), ids[2:]])
+    gradients, entries = [], []
+    for batch in ({"input_ids": ids}, {"input_ids": torch.cat([ids[:2], ids[:3], ids[2:]]), "labels": labels}):
+        model = Causal()
+        loss = Weighted(model, sequence_losses, LossReweighting(strategy))
+        gradients.append(torch.autograd.grad(loss(model, batch), model.inner.weight)[0])
+        entries.append(loss.history()[0])
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert entries[0] == pytest.approx(entries[1])
+    nothing = {"input_ids": ids, "labels": torch.full_like(ids, -100)}
+    model = Causal()
+    assert Weighted(model, sequence_losses, LossReweighting(strategy))(model, nothing).item() == 0
+
+
+class Causal(nn.Module):
+    """`bigrams` that takes a batch as transformers' models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = bigrams()
+
+    def forward(self, input_ids: Tensor) -> Any:
+        return SimpleNamespace(logits=self.inner(input_ids))
+
+
+def test_a_loop_that_accumulates_is_at_the_right_step() -> None:
+    """Burn-in counts updates, whatever an update consists of; a last one of fewer batches too."""
+    seen: list[int] = []
+    model = bigrams()
+    loss = Weighted(model, sequence_losses, lambda l, step: seen.append(step))  # noqa: E741
+    other = torch.optim.SGD(bigrams().parameters(), lr=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for micro_batches in (3, 3, 2):
+        for batch in rows(4 * micro_batches).split(4):
+            (loss(model, batch) / micro_batches).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        other.step()  # of another model
+        optimizer.step()  # a second optimiser, or an outer one
+    assert seen == [0, 0, 0, 1, 1, 1, 2, 2]
+    loss.close()
+    optimizer.step()
+    assert list(model.state_dict()) == ["weight"]
+
+
 class Stop(Exception):
     pass
 
 
+@pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_an_interrupted_run_is_at_the_right_step(accumulate: int, tmp_path: Path) -> None:
+def test_an_interrupted_run_is_at_the_right_step(accumulate: int, told: bool, tmp_path: Path) -> None:
     seen: list[int] = []
 
     def late(losses: Tensor, step: int) -> Tensor | None:
@@ -227,7 +279,7 @@ def test_an_interrupted_run_is_at_the_right_step(accumulate: int, tmp_path: Path
 
     def run(**options: Any) -> nn.Module:
         model = bigrams()
-        loss = Weighted(model, sequence_losses, late, accumulate)
+        loss = Weighted(model, sequence_losses, late, accumulate if told else None)
         train(model, batches(rows(64), batch_size=8), loss, recipe, progress=False, **options)
         loss.close()
         return model
@@ -282,17 +334,21 @@ def test_wrong_use() -> None:
         Weighted(other, sequence_losses, lambda losses, step: torch.ones(3))(other, ids)
 
 
-def test_a_trainer_takes_it(tiny_llama: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
-    """Accumulation too: the Trainer does not divide by it, so we do."""
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("number", [16, 24])
+def test_a_trainer_takes_it(
+    number: int, told: bool, tiny_llama: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    """Accumulation too: the Trainer does not divide by it, so we do; with 24 rows an epoch ends within an update."""
     from transformers import Trainer, TrainingArguments
 
-    ids = rows(16, 9)
+    ids = rows(number, 9)
     data = [{"input_ids": row, "labels": row} for row in ids]
     arguments = TrainingArguments(
         str(tmp_path),
-        max_steps=3,
+        max_steps=4,
         per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
+        gradient_accumulation_steps=4,
         learning_rate=0.1,
         optim="sgd",
         lr_scheduler_type="constant",
@@ -300,18 +356,30 @@ def test_a_trainer_takes_it(tiny_llama: Callable[..., PreTrainedModel], tmp_path
         report_to=[],
         save_strategy="no",
         use_cpu=True,
-        average_tokens_across_devices=False,
         disable_tqdm=True,
         logging_strategy="no",
     )
+    seen: list[int] = []
+
+    def rule(losses: Tensor, step: int) -> Tensor:
+        seen.append(step)
+        return by_loss(losses, step)
+
     model = tiny_llama()
-    loss = Weighted(model, sequence_losses, by_loss, accumulate=2)
+    loss = Weighted(model, sequence_losses, rule, accumulate=4 if told and number == 16 else None)
     Sequential = type("Sequential", (Trainer,), {"_get_train_sampler": lambda self, *a: None})  # in the data's order
     Sequential(model, arguments, train_dataset=data, compute_loss_func=loss.compute_loss_func).train()
+    # updates of four micro-batches, and where the data end within one, of two
+    updates = [(0, 4)] * 4 if number == 16 else [(0, 4), (4, 2)] * 2
+    assert seen == [step for step, (_, count) in enumerate(updates) for _ in range(count)]
     expected = tiny_llama()
-    own = Weighted(expected, sequence_losses, by_loss, accumulate=2)
-    recipe = Recipe(3, lr=0.1, optimizer="sgd", momentum=0.0, schedule="constant", accumulate=2)
-    train(expected, batches(ids, batch_size=4, shuffle=False), own, recipe, progress=False)
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
+    own = Weighted(expected, sequence_losses, by_loss)
+    for start, count in updates:
+        optimizer.zero_grad()
+        for micro in range(start, start + count):
+            (own(expected, {"input_ids": ids[4 * micro : 4 * micro + 4]}) / count).backward()
+        optimizer.step()
     for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
