@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from refimpl.baselines.obs import Solution, check_damping, inverse_root, solve
-from refimpl.baselines.rtn import mask_of, quantised_config
+from refimpl.baselines.rtn import check_bits, mask_of, quantised_config
 from refimpl.core.compress.method import Method, check_group
 from refimpl.core.compress.sites import Site
 from refimpl.core.compress.stats import InputStats
@@ -52,6 +52,7 @@ class GPTQ(Method):
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
+        check_bits(self.bits)
 
     def layer_config(self, site: Site) -> dict[str, Any]:
         return quantised_config(site, self.bits, self.group_size, self.symmetric)

@@ -15,6 +15,16 @@ from refimpl.core.layers import CompressedLayer, PackedLinear
 from refimpl.core.layers.grid import minmax_grid
 
 
+def check_bits(bits: int) -> None:
+    """Raise `OptionError` unless weights can be stored in so many bits.
+
+    Example:
+        >>> check_bits(4)
+    """
+    if not 2 <= bits <= 8:
+        raise OptionError(f"bits={bits}: use 2 to 8")
+
+
 def quantised_config(site: Site, bits: int, group_size: int | None, symmetric: bool) -> dict[str, Any]:
     """Configuration of the packed layer with which a quantiser replaces `site`; keeps the mask of a sparse layer.
 
@@ -26,8 +36,7 @@ def quantised_config(site: Site, bits: int, group_size: int | None, symmetric: b
         >>> quantised_config(Site("q", 0, nn.Sequential(nn.Linear(64, 16)), "0"), 4, 32, False)["bits"]
         4
     """
-    if not 2 <= bits <= 8:
-        raise OptionError(f"bits={bits}: use 2 to 8")
+    check_bits(bits)
     current = site.module
     sparse = isinstance(current, PackedLinear) and current.pattern is not None
     if isinstance(current, CompressedLayer) and not (isinstance(current, PackedLinear) and current.bits is None):
@@ -74,6 +83,9 @@ class RTN(Method):
     bits: int = 4
     group_size: int | None = 64
     symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
 
     def layer_config(self, site: Site) -> dict[str, Any]:
         return quantised_config(site, self.bits, self.group_size, self.symmetric)

@@ -95,3 +95,10 @@ def test_options_that_cannot_work(method: type) -> None:
     site.replace(RTN(4, 32).compress_site(site, None, None))
     with pytest.raises(OptionError, match="already"):
         method(4, 32).layer_config(site)
+
+
+@pytest.mark.parametrize("method", [RTN, GPTQ])
+@pytest.mark.parametrize("bits", [1, 9, 16])
+def test_bits_are_checked_when_the_method_is_made(method: type, bits: int) -> None:
+    with pytest.raises(OptionError, match=f"bits={bits}: use 2 to 8"):
+        method(bits=bits)

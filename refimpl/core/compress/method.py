@@ -92,6 +92,11 @@ def check_method(method: object) -> None:
                 yield kind.__name__
             yield from concrete(kind)
 
+    if isinstance(method, (list, tuple)):
+        raise OptionError(
+            f"method is a {type(method).__name__} of {len(method)}: compress takes one method; make one call each, in "
+            "their order"
+        )
     given = method.__name__ if isinstance(method, type) else str(method)
     raise OptionError(f"method={given!r}: pass an instance, as GPTQ(), of {nearest(given, sorted(concrete(Method)))}")
 

@@ -30,10 +30,11 @@ class SiteReport:
     Attributes:
         name: the site.
         error: squared output error relative to the squared output, on the calibration inputs of the method;
-            None without input statistics. The target is the reference weight if there is one.
+            None without input statistics, or if no calibration token came to the site (an expert that none chose). The
+            target is the reference weight if there is one.
         error_before: the same before this step (methods with a reference), else None.
         seconds: time of the method at this site, statistics excluded.
-        log: remarks of the method (a raised damping, ...).
+        log: remarks of the method (a raised damping, ...); "unreached" says what was done with a site that no token reached.
     """
 
     name: str
@@ -55,7 +56,7 @@ class Report:
 
     @property
     def mean_error(self) -> float | None:
-        """Mean over sites of the relative squared output error."""
+        """Mean of the relative squared output error over the sites that have one."""
         errors = [site.error for site in self.sites if site.error is not None]
         return sum(errors) / len(errors) if errors else None
 
@@ -63,6 +64,9 @@ class Report:
         error = "" if self.mean_error is None else f", mean relative output error {self.mean_error:.4f}"
         noted = sum(bool(site.log) for site in self.sites)
         remarks = f", {noted} sites with remarks" if noted else ""
+        unreached = [site.name for site in self.sites if "unreached" in site.log]
+        if unreached:
+            remarks += f", of which no calibration token reached {len(unreached)} ({unreached[0]!r} and so on)"
         return f"{self.method}: {len(self.sites)} sites in {self.seconds:.0f} s{error}{remarks}"
 
 
@@ -177,7 +181,10 @@ def compress_one(site: Site, method: Method, stats: InputStats | None, target: T
     layer = method.compress_site(site, stats, target)
     seconds = time.perf_counter() - begin
     error = error_before = None
-    if stats is not None and "gram" in method.statistics:
+    if stats is not None and method.statistics & {"gram", "abs"} and stats.tokens == 0:
+        # its second moment is 0, and methods then take it for the identity: the error of the weights is what counts
+        site.log["unreached"] = "no calibration token came here; compressed as if all inputs were alike"
+    elif stats is not None and "gram" in method.statistics:
         goal = before if target is None else target
         error = _relative_error(goal, layer.to_dense(), stats.gram)
         error_before = None if target is None else _relative_error(goal, before, stats.gram)

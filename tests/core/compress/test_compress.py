@@ -15,6 +15,7 @@ from transformers import LlamaConfig, PreTrainedModel
 
 import refimpl
 from refimpl import GPTQ, METHODS, RTN, EoRA, LoftQ, Magnitude, PlainSVD, SparseGPT, Wanda, compress, plan
+from refimpl.core.compress.method import Method
 from refimpl.core.compress.sites import find_blocks, find_sites
 from refimpl.core.errors import CalibrationError, CheckpointError, OptionError
 from refimpl.core.layers import CompressedLayer
@@ -238,7 +239,7 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "too long": (CalibrationError, "length 280 are longer than the 256 positions", {"calibration": ids.repeat(1, 28)}),
     "batch size": (OptionError, "batch_size=0", {"batch_size": 0}),
     "group": (OptionError, "group_size=48 does not divide the 64 inputs.*use 32, 64", {"method": GPTQ(4, 48)}),
-    "bits": (OptionError, "bits=12: use 2 to 8", {"method": RTN(12, 32)}),
+    "bits": (OptionError, "bits=12: use 2 to 8", {"method": LoftQ(12, 32)}),
     "order": (OptionError, "order='sequental': use one of .*did you mean 'sequential'", {"order": "sequental"}),
     "method name": (OptionError, "method='gtpq': pass an instance.*did you mean 'GPTQ'", {"method": "gtpq"}),
     "method class": (OptionError, "method='Wanda': pass an instance.*did you mean 'Wanda'", {"method": Wanda}),
@@ -315,3 +316,23 @@ def test_activations_that_overflow_are_named_and_leave_the_block_whole(tiny_llam
 def test_model_of_another_kind(model: Any, tmp_path) -> None:
     with pytest.raises((OptionError, CheckpointError), match=r"model=|is not a folder"):
         compress(model, RTN(4, 32), out=tmp_path / "out", progress=False)
+
+
+def test_a_list_of_methods_is_refused_with_the_remedy(tiny_llama: Factory) -> None:
+    with pytest.raises(OptionError, match="method is a list of 2: compress takes one method; make one call each"):
+        compress(tiny_llama(), [RTN(4, 32), RTN(3, 32)], progress=False)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", [GPTQ(3, 32), Wanda("2:4")])
+def test_experts_that_no_token_reached_are_named_and_not_averaged(method: Method, tiny_mixtral: Factory) -> None:
+    model = tiny_mixtral(num_local_experts=8, num_experts_per_tok=1)
+    report = compress(
+        model, method, torch.zeros(1, 2, dtype=torch.long), progress=False
+    )  # two equal tokens: few experts
+    unreached = [site for site in report.sites if "unreached" in site.log]
+    assert unreached and all("experts" in site.name and site.error is None for site in unreached)
+    assert f"no calibration token reached {len(unreached)}" in str(report)
+    if isinstance(method, GPTQ):
+        reached = [site.error for site in report.sites if site.error is not None]
+        assert len(reached) == len(report.sites) - len(unreached)
+        assert report.mean_error == pytest.approx(sum(reached) / len(reached))
