@@ -96,13 +96,13 @@ def export_gguf(model: nn.Module, path: str | Path, tokenizer: Any) -> GGUFRepor
         >>> backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
         >>> export_gguf(model, tempfile.mkdtemp() + "/tiny.gguf", tokenizer).types
-        {'F16': 2, 'Q4_0': 7, 'F32': 3}
+        {'F16': 2, 'F32': 3, 'Q4_0': 7}
     """
     path = Path(path)
     check_gguf(model)
     if path.suffix != ".gguf":
         raise OptionError(f"path={str(path)!r}: name a file that ends in .gguf")
-    if path.is_dir() or (path.exists() and path.read_bytes()[:4] != b"GGUF"):
+    if path.is_dir() or (path.exists() and not _is_gguf(path)):
         raise CheckpointError(f"path={str(path)!r} holds something that is no GGUF; choose another path")
     config: Any = model.config
     vocabulary = _vocabulary(tokenizer, config.vocab_size)
@@ -163,7 +163,7 @@ def export_gguf(model: nn.Module, path: str | Path, tokenizer: Any) -> GGUFRepor
         writer.close()
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         remarks["a sliding window, which llama.cpp does not apply to this architecture"] = [type(model).__name__]
-    return GGUFReport(path, dict(types), remarks)
+    return GGUFReport(path, dict(sorted(types.items())), remarks)
 
 
 def check_gguf(model: nn.Module) -> None:
@@ -196,6 +196,11 @@ Qwen2ForCausalLM, Qwen3ForCausalLM; use export_dense and the converter of llama.
                 f"model: its {name} is {value!r}, and export_gguf knows {' and '.join(map(repr, known))}; use "
                 "export_dense and the converter of llama.cpp"
             )
+
+
+def _is_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 # ---- weights
