@@ -431,6 +431,7 @@ def test_files_from_before_the_class_moved_are_read(tmp_path: Path, make: Callab
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
         told = {name: re.sub(r"refimpl\.kvcache\.cskv\.\w+", "refimpl.kvcache.cskv", x) for name, x in metadata.items()}
+        told = {name: re.sub(r', "seal": "\w+"', "", x) for name, x in told.items()}  # and files had no seal
         assert told != metadata
         save_file(load_file(path), path, told)
     again = CSKV.load(paths[0])

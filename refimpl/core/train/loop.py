@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -35,7 +36,7 @@ from tqdm.auto import tqdm
 from refimpl.core.arguments import Checked, checked, fits, shown
 from refimpl.core.device import rank_and_world, read, read_all
 from refimpl.core.errors import CheckpointError, OptionError, TrainingError, nearest, reading
-from refimpl.core.train.checkpoints import Checkpoints, described, like, pack, whole
+from refimpl.core.train.checkpoints import Checkpoints, described, like, pack, whole, without_code
 from refimpl.core.train.optimizers import (
     OPTIMIZERS,
     MakeOptimizer,
@@ -610,6 +611,7 @@ class _Run:
             "processes": self.world,
             "batches": _length(self.data),
             "first batch": first,
+            "python": list(sys.version_info[:2]),  # each compiles a function to other code
             "loss": described(self.loss),
         }
 
@@ -698,10 +700,13 @@ class _Run:
         """Refuse a checkpoint of another run; that of another process (`others`) begins with other rows."""
         assert self.checkpoints is not None
         for key, value in self._fingerprint.items():
-            if theirs.get(key) == value or (others and key == "first batch"):
+            if theirs.get(key) == value or key == "python" or (others and key == "first batch"):
                 continue
             if key == "loss" and key not in theirs:  # an older checkpoint
                 continue
+            if key == "loss" and theirs.get("python") != self._fingerprint["python"]:
+                if without_code(theirs[key]) == without_code(value):
+                    continue
             before: Any = theirs.get(key)
             now: Any = value
             if key == "recipe" and isinstance(before, dict):

@@ -99,7 +99,7 @@ def test_table_by_topic():
 
 
 def test_records_keep_a_card(tmp_path):
-    results = Results(tmp_path / "r.json", {"format": 1, "paper": "demo"})
+    results = Results(tmp_path / "r.json", {"format": 2, "paper": "demo", "functions": [], "stamps": []})
     given = tasks.ScoreCard(
         {"cloze": scores([1, 0, 1]), "own": scores([0, 0], ["a/1", "b/1"], chance=0.125)}, seconds=3.0
     )
