@@ -83,6 +83,7 @@ class StreamingLayer(TailLayer):
         if start > self.start and not incoming.mask.padded_on_the_left:
             # padding between tokens has no place in a window: back to the slot where the longest one begins
             count, real = incoming.mask.positions(range(self.seen)), incoming.mask.valid(range(self.seen))
+            assert real is not None  # else nothing is padded
             inside = real & (count > count[:, -1:] - self.window)
             first = torch.where(inside.any(-1), inside.int().argmax(-1), self.seen)
             start = min(start, int(read(first.min())))
