@@ -312,7 +312,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
 
 def test_every_public_name_is_called_with_wrong_arguments(made: dict[str, Target]) -> None:
     results = {"Plan", "Report"}  # made by us, not by who calls
-    assert not set(refimpl.__all__) - made.keys() - results - {"METHODS", "POLICIES"}
+    elsewhere = {"export_gguf"}  # needs a tokenizer: its refusals are in tests/core/files/test_gguf.py
+    assert not set(refimpl.__all__) - made.keys() - results - elsewhere - {"METHODS", "POLICIES"}
 
 
 def test_good_arguments_work(made: dict[str, Target]) -> None:

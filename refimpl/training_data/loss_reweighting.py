@@ -281,7 +281,7 @@ class Thinned:
         seed: of the draw, together with the step.
 
     Example:
-        >>> weights = Thinned(LossReweighting("linupper", r=0.1))(torch.arange(10.0), step=0)
+        >>> weights = Thinned(LossReweighting("linupper", r=0.1))(torch.arange(1.0, 11.0), step=0)
         >>> sorted(set(weights.mul(6).tolist()))
         [0.0, 1.0]
     """

@@ -77,6 +77,12 @@ def modules_by_layer(model: PreTrainedModel, stock: list[Any]) -> list[nn.Module
 
     Raises:
         OptionError: a layer keeps something other than keys and values, or attends in a way of its own.
+
+    Example:
+        >>> from refimpl.lab.models import small
+        >>> model = small.load("llama-small")
+        >>> [type(module).__name__ for module in modules_by_layer(model, DynamicCache(config=model.config).layers)]
+        ['LlamaAttention', 'LlamaAttention', 'LlamaAttention', 'LlamaAttention']
     """
     name = type(model).__name__
     found: dict[Any, nn.Module] = {module.layer_idx: module for module in attention_modules(model)}
@@ -109,6 +115,13 @@ def meet(model: PreTrainedModel, modules: list[nn.Module], stock: list[Any]) -> 
 
     Raises:
         OptionError: a layer that a compressed cache cannot serve; the message names it and the reason.
+
+    Example:
+        >>> from refimpl.lab.models import small
+        >>> model = small.load("llama-small")
+        >>> stock = DynamicCache(config=model.config).layers
+        >>> meet(model, modules_by_layer(model, stock), stock)[0].keys.shape[2] == TOKENS
+        True
     """
     full = [index for index, layer in enumerate(stock) if type(layer) is DynamicLayer]
     if not all(hasattr(modules[index], _MET) for index in full):
