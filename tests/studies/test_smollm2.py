@@ -74,5 +74,7 @@ def test_a_pool_is_seen_once_and_the_arms_have_as_many_updates(profile):
 
 def test_training_rows_are_not_measured():
     for kind in DOMAINS:
-        units = [set(study._windows(kind, split, study.SIZES["study"])[1]) for split in ("calibration", "validation", "test")]
+        units = [
+            set(study._windows(kind, split, study.SIZES["study"])[1]) for split in ("calibration", "validation", "test")
+        ]
         assert not (units[0] & units[2] or units[0] & units[1] or units[1] & units[2])

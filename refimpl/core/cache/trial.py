@@ -82,7 +82,7 @@ def modules_by_layer(model: PreTrainedModel, stock: list[Any]) -> list[nn.Module
         >>> from refimpl.lab.models import small
         >>> model = small.load("llama-small")
         >>> [type(module).__name__ for module in modules_by_layer(model, DynamicCache(config=model.config).layers)]
-        ['LlamaAttention', 'LlamaAttention', 'LlamaAttention', 'LlamaAttention']
+        ['LlamaAttention', 'LlamaAttention']
     """
     name = type(model).__name__
     found: dict[Any, nn.Module] = {module.layer_idx: module for module in attention_modules(model)}

@@ -29,7 +29,7 @@ IGNORED = -100
 Losses = Callable[[Any, Any], Tensor]
 Weights = Callable[[Tensor, int], "Tensor | None"]
 
-_STEPS = "weighted_loss_steps"
+_STEPS = "weighted_loss_calls"  # it counts updates; checkpoints know it by this name
 _READ_EVERY = 64  # batches between two looks at what is kept for `Weighted.history`
 
 
