@@ -175,7 +175,7 @@ class Checkpoint:
         """
         for key in self.keys():
             if key.endswith("weight"):
-                return self._read(key, None).dtype
+                return (self.tensor(key) if self._groups is None else self._read(key, None)).dtype
         raise CheckpointError(f"checkpoint={str(self.folder)!r} has no weights")
 
     def _find(self, key: str) -> str | None:
